@@ -1,0 +1,85 @@
+"""Command lines: flags made from the fields of a dataclass, and errors that a user can read."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import typing
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations; an unknown flag is answered with the nearest ones, or with all."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=3, cutoff=0.7)
+            self.error(
+                f"unknown argument {unknown[0]}; "
+                + (
+                    f"did you mean {' or '.join(near)}?"
+                    if near
+                    else f"the flags are {' '.join(sorted(flags))}"
+                )
+            )
+        return namespace
+
+
+def boolean(text: str) -> bool:
+    """The value of a yes/no flag."""
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return values[text.lower()]
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """The value of a flag that takes several whole numbers, "48,96"."""
+    try:
+        return tuple(int(x) for x in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 48,96") from None
+
+
+def add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
+    """A flag for every field of a dataclass: type from its annotation, help and choices from its metadata.
+
+    A flag that is not given is None in the result, so that defaults can come from a named configuration.
+    """
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        kind = {bool: boolean, int: int, float: float, str: str}.get(hint, integers)
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            dest=field.name,
+            type=kind,
+            default=None,
+            choices=field.metadata.get("choices"),
+            help=field.metadata.get("help"),
+            metavar=None if field.metadata.get("choices") else field.name.upper(),
+        )
+
+
+def setting(default, help: str, choices: tuple | None = None):
+    """A dataclass field that explains itself on the command line."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def run(main) -> typing.NoReturn:
+    """Run a command; a user's mistake ends in one line and status 2, an interrupt in status 130."""
+    try:
+        main()
+    except KeyboardInterrupt as stop:
+        print(f"\ninterrupted{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,308 @@
+"""What a trained model can do, on combinations that training never showed. As a table and as JSON.
+
+python evaluate.py                              # the last run of --config small
+python evaluate.py --checkpoint runs/other --n 228 --json results.json --sheet results.png
+
+prompt match   each attribute, and all at once, read off the generated picture by template matching that knows
+               nothing of the model
+captions       exactly right, word for word, of held-out pictures
+validation     the diffusion error under the right and under another caption, by timestep
+text           perplexity of the base and of the trained model, and whether both are the same to the last bit
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import cli
+import figures
+from checkpoint import Trained, load_trained, write_atomic
+from data import (
+    ATTRIBUTES,
+    COLORS,
+    JITTER,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Recipe,
+    Scene,
+    all_scenes,
+    coverage,
+    make_batch,
+    render,
+    text_document,
+)
+from load_qwen3 import load_qwen3
+from model import Tokens
+from sample import continue_text, describe_images, encode_text, generate_images
+
+TIMESTEPS = (100, 300, 500, 700, 900)
+
+
+def read_scenes(pictures: Tensor) -> list[Scene]:
+    """Template matching: the scene whose rendering is nearest, in squared error, to each picture uint8 (n, 3,
+    32, 32).
+
+    A rendering is a c + (1 - a) b with coverage a, colour c and background b, over all shapes, sizes, places
+    and shifts of the middle. Its distance to x is quadratic in c and b, so sums over pixels with weights a
+    and 1 - a do.
+    """
+    x = pictures.double().flatten(2)  # (n, 3, pixels)
+    a = coverage().double().flatten(0, 4).flatten(1)  # (m, pixels)
+    colors = torch.tensor(list(COLORS.values()), dtype=torch.float64)  # (8, 3)
+    xa = torch.einsum("ncp,mp->nmc", x, a)  # sums over the shape
+    xb = x.sum(2)[:, None] - xa  # sums over the background
+    aa, bb, ab = (a * a).sum(1), ((1 - a) ** 2).sum(1), (a * (1 - a)).sum(1)  # (m,)
+    square, product = (colors**2).sum(1), colors @ colors.T
+    distance = (  # (n, m, 8, 8), less the constant |x|^2
+        -2 * (xa @ colors.T)[..., :, None]
+        - 2 * (xb @ colors.T)[..., None, :]
+        + aa[:, None, None] * square[:, None]
+        + bb[:, None, None] * square
+        + 2 * ab[:, None, None] * product
+    )
+    distance = distance + torch.diag(torch.full((len(COLORS),), torch.inf)).nan_to_num(0.0, posinf=torch.inf)
+    best = distance.flatten(1).argmin(1)
+    shifts = (2 * JITTER + 1) ** 2
+    sizes = (len(SHAPES), len(SIZES), len(PLACES), shifts, len(COLORS), len(COLORS))
+    names = (SHAPES, list(SIZES), list(PLACES), None, list(COLORS), list(COLORS))
+    found = []
+    for index in zip(*(i.tolist() for i in torch.unravel_index(best, sizes)), strict=True):
+        shape, size, place, color, background = (n[i] for n, i in zip(names, index, strict=True) if n)
+        found.append(Scene(size, color, shape, place, background))
+    return found
+
+
+def prompt_match(wanted: list[Scene], pictures: Tensor) -> dict[str, float]:
+    """Share of pictures that show what was asked for: by attribute, and "all" at once."""
+    got = read_scenes(pictures)
+    out = {
+        k: sum(getattr(w, k) == getattr(g, k) for w, g in zip(wanted, got, strict=True)) / len(wanted)
+        for k in ATTRIBUTES
+    }
+    return out | {"all": sum(w == g for w, g in zip(wanted, got, strict=True)) / len(wanted)}
+
+
+def in_batches(work, n: int, size: int, what: str) -> list:
+    """work(i, j) on slices of range(n), with a progress bar; the results joined."""
+    results = []
+    for i in tqdm(range(0, n, size), desc=what, disable=None):
+        results += list(work(i, min(i + size, n)))
+    return results
+
+
+@torch.inference_mode()
+def validation_error(trained: Trained, pictures: Tensor, captions: list[str]) -> dict:
+    """Mean squared error of v (epsilon's error over alpha_bar) under the right and a permuted caption, by
+    timestep.
+    """
+    ids = [encode_text(trained, c, room=0) for c in captions]
+    device, dtype = trained.model.boi_head.device, trained.model.boi_head.dtype
+    latents = trained.codec.encode(pictures).to(device, dtype)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
+    out = {"t": list(TIMESTEPS), "right": [], "permuted": []}
+    for key, rows in (("right", ids), ("permuted", ids[1:] + ids[:1])):
+        batch = make_batch(
+            rows, latents, Recipe(caption_first=1, caption_drop=0), trained.model.config, random.Random(0)
+        )
+        for value in TIMESTEPS:
+            t = torch.full((len(noise),), value, device=device)
+            x_t = trained.diffusion.q_sample(latents, t, noise)
+            hidden = trained.model(batch.prefix.to(device), batch.rest.to(device), x_t, t)[1]
+            eps = trained.diffusion.eps_from_output(trained.model.unet_output(hidden), x_t, t)
+            out[key].append(trained.diffusion.loss(eps, noise, t, "v").item())
+    return out
+
+
+@torch.inference_mode()
+def perplexity(model, documents: list[list[int]]) -> float:
+    """exp of the mean cross-entropy of every token but the first of each document (token ids)."""
+    total, count = 0.0, 0
+    for ids in documents:
+        ids = torch.tensor([ids], device=model.boi_head.device)
+        logits = model.text_logits(ids)[0, :-1].float()
+        total += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    return math.exp(total / count)
+
+
+@torch.inference_mode()
+def text_report(trained: Trained, documents: list[str]) -> dict:
+    """Is the text what it was? Every text tensor and the logits compared bit by bit with the base's."""
+    base = load_qwen3(trained.info["base"], **{**trained.info["model"], "unet_channels": (4, 4)})
+    device, dtype = trained.model.boi_head.device, trained.model.boi_head.dtype
+    base.to(device=device, dtype=dtype)
+    ids = [encode_text(trained, d, room=0) + [base.config.eos_id] for d in documents]
+    ours, theirs = trained.model.text_parameters(), base.text_parameters()
+    changed = [n for n in theirs if not torch.equal(ours[n], theirs[n])]
+    equal = all(
+        torch.equal(trained.model.text_logits(x), base.text_logits(x))
+        for x in (torch.tensor([row], device=device) for row in ids[:20])
+    )
+    return {
+        "perplexity_base": perplexity(base, ids),
+        "perplexity_trained": perplexity(trained.model, ids),
+        "tensors": len(theirs),
+        "tensors_changed": changed,
+        "logits_bit_equal": equal,
+    }
+
+
+@torch.inference_mode()
+def answers(trained: Trained) -> dict[str, str]:
+    """A few greedy continuations by the frozen language model, to look at."""
+    out = {}
+    for text in (
+        "the sky is",
+        "a small red circle in the center on a blue background. what color is the circle?",
+    ):
+        ids = torch.tensor([encode_text(trained, text, room=24)], device=trained.model.boi_head.device)
+        hidden = trained.model.encode(Tokens.text(ids))
+        new = continue_text(trained.model, hidden.text[-1:], hidden.cache, max_tokens=4)
+        out[text] = trained.tokenizer.decode(new[0])
+    return out
+
+
+def evaluate(
+    trained: Trained, n: int, steps: int, cfg: float, sampler: str, seed: int, batch: int = 76
+) -> dict:
+    """All figures, over n held-out combinations; also returns the pictures, under "pictures"."""
+    held_out = all_scenes(held_out=True)
+    scenes = random.Random(seed).sample(held_out, n)
+    captions = [s.caption for s in scenes]
+    start = time.perf_counter()
+    seeds = [random.Random(f"{seed}-{i}").getrandbits(63) for i in range(n)]
+    pictures = torch.stack(
+        in_batches(
+            lambda i, j: generate_images(trained, captions[i:j], seeds[i:j], steps, cfg, sampler),
+            n,
+            batch,
+            "painting",
+        )
+    )
+    painted = time.perf_counter() - start
+    real = render(scenes, random.Random(seed))
+    described = in_batches(
+        lambda i, j: describe_images(trained, real[i:j], max_tokens=32), n, batch, "describing"
+    )
+    rng = random.Random(f"held-out text {seed}")
+    return {
+        "checkpoint": str(trained.folder),
+        "step": trained.info["step"],
+        "held_out_combinations": len(held_out),
+        "prompts": n,
+        "sampler": sampler,
+        "steps": steps,
+        "cfg": cfg,
+        "seed": seed,
+        "prompt_match": prompt_match(scenes, pictures),
+        "template_check": prompt_match(scenes, real)["all"],
+        "seconds_per_picture": round(painted / n, 4),
+        "captions_exact": sum(a == b for a, b in zip(captions, described, strict=True)) / n,
+        "caption_errors": [
+            {"right": a, "written": b} for a, b in zip(captions, described, strict=True) if a != b
+        ][:8],
+        "validation": validation_error(trained, real, captions),
+        "text": text_report(trained, [text_document(rng) for _ in range(200)]),
+        "answers": answers(trained),
+        "pictures": pictures,
+        "prompts_used": captions,
+    }
+
+
+def table(r: dict) -> str:
+    """The figures as Markdown."""
+    lines = [
+        f"{r['prompts']} held-out prompts, {r['sampler']} {r['steps']} steps, guidance {r['cfg']}, "
+        f"step {r['step']}:",
+        "",
+        "| what | right |",
+        "|---|---|",
+    ]
+    lines += [
+        f"| {k if k != 'all' else '**all five at once**'} | {100 * v:.1f}% |"
+        for k, v in r["prompt_match"].items()
+    ]
+    lines += [
+        f"| caption of a held-out picture, word for word | {100 * r['captions_exact']:.1f}% |",
+        f"| (template matching itself, on real pictures) | {100 * r['template_check']:.1f}% |",
+        "",
+        "| error of v at t = | " + " | ".join(map(str, r["validation"]["t"])) + " |",
+        "|---" * (len(TIMESTEPS) + 1) + "|",
+    ]
+    lines += [
+        f"| {k} caption | " + " | ".join(f"{v:.4f}" for v in r["validation"][k]) + " |"
+        for k in ("right", "permuted")
+    ]
+    text = r["text"]
+    changed = f"{len(text['tensors_changed'])} of {text['tensors']} tensors changed"
+    lines += [
+        "",
+        f"Text perplexity: base {text['perplexity_base']:.10f}, trained {text['perplexity_trained']:.10f}; "
+        f"{changed}; logits {'equal to the last bit' if text['logits_bit_equal'] else 'DIFFER'}",
+    ]
+    return "\n".join(lines)
+
+
+def parse(args: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(prog="evaluate.py", description="Figures of a model trained on the built-in shapes.")
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        metavar="DIR",
+        help="a run or a checkpoint; without it, the last run of --config small",
+    )
+    add("--base", help="where the base language model lies, if it was moved since training")
+    add(
+        "--n",
+        type=int,
+        default=len(all_scenes(held_out=True)),
+        help="held-out prompts; the default is all of them",
+    )
+    add("--steps", type=int, default=25, help="denoising steps")
+    add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm with 250 steps is the paper's")
+    add("--cfg", type=float, default=3.0, help="guidance scale; 1 is none")
+    add("--seed", type=int, default=0, help="of prompts' order and of all noise")
+    add("--json", metavar="FILE", help="write the figures here as well")
+    add("--sheet", metavar="FILE", help="write a sheet of the first 36 pictures here")
+    add("--device", default="cpu", help="cpu, cuda, ...")
+    args = parser.parse_args(args)
+    if not 1 <= args.n <= len(all_scenes(held_out=True)):
+        raise ValueError(f"--n is {args.n}; there are {len(all_scenes(held_out=True))} held-out combinations")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    torch.set_float32_matmul_precision("medium")
+    trained = load_trained(args.checkpoint, args.base, args.device)
+    if args.base:
+        trained.info["base"] = args.base
+    config, codec = trained.model.config, trained.codec
+    if config.latent_size * codec.patch != 32:
+        raise ValueError(
+            f"{trained.folder} paints {config.latent_size * codec.patch} pixels a side; the built-in "
+            "shapes, which this program reads, have 32"
+        )
+    report = evaluate(trained, args.n, args.steps, args.cfg, args.sampler, args.seed)
+    pictures, prompts = report.pop("pictures"), report.pop("prompts_used")
+    print(table(report))
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(args.json), json.dumps(report, indent=1) + "\n")
+    if args.sheet:
+        figures.save_image(figures.sheet(pictures[:36], prompts[:36]), args.sheet)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,117 @@
+"""Pictures for people: sheets of captioned samples, films of the denoising, and curves. Pillow only."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+INK, GREY, PAPER = (30, 30, 30), (150, 150, 150), (255, 255, 255)
+SERIES = ((31, 97, 180), (214, 92, 34), (46, 139, 87), (130, 70, 160), (120, 120, 120))
+
+
+def to_image(picture: Tensor, side: int | None = None) -> Image.Image:
+    """uint8 (3, S, S) -> a Pillow image; enlarged without smoothing to `side` pixels if given."""
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    return image if side is None else image.resize((side, side), Image.Resampling.NEAREST)
+
+
+def save_image(image: Image.Image, path: str | Path, **options) -> None:
+    """Write an image beside and rename it; the format follows the ending."""
+    path = Path(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path}: the ending {path.suffix!r} is not one of a picture; use .png")
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        beside.write_bytes(buffer.getvalue())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+    """Break text into at most `lines` lines of `width` pixels; what does not fit ends in an ellipsis."""
+    out = [""]
+    for word in text.split():
+        longer = f"{out[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            out[-1] = longer
+        else:
+            out.append(word)
+    if len(out) > lines:
+        out = out[:lines]
+        out[-1] += " ..."
+    return out
+
+
+def sheet(pictures: Tensor, captions: list[str], columns: int = 6, side: int = 128) -> Image.Image:
+    """Pictures (n, 3, S, S), uint8, in a grid with their captions below."""
+    font, gap, lines = ImageFont.load_default(11), 10, 4
+    height = side + 14 * lines + gap
+    rows = -(-len(captions) // columns)
+    page = Image.new("RGB", (columns * (side + gap) + gap, rows * height + gap), PAPER)
+    draw = ImageDraw.Draw(page)
+    for i, caption in enumerate(captions):
+        x, y = gap + i % columns * (side + gap), gap + i // columns * height
+        page.paste(to_image(pictures[i], side), (x, y))
+        draw.rectangle((x - 1, y - 1, x + side, y + side), outline=GREY)
+        for j, line in enumerate(wrap(caption, font, side, lines)):
+            draw.text((x, y + side + 3 + 14 * j), line, INK, font)
+    return page
+
+
+def grid(pictures: Tensor, side: int | None = None) -> Image.Image:
+    """Pictures (n, 3, S, S), uint8, side by side without captions, about as many rows as columns."""
+    columns = max(1, round(len(pictures) ** 0.5 + 0.49))
+    side = side or pictures.shape[-1]
+    page = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * side), PAPER)
+    for i, picture in enumerate(pictures):
+        page.paste(to_image(picture, side), (i % columns * side, i // columns * side))
+    return page
+
+
+def save_gif(frames: list[Image.Image], path: str | Path, milliseconds: int = 80) -> None:
+    """A film that holds its last frame for two seconds."""
+    times = [milliseconds] * (len(frames) - 1) + [2000]
+    save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=times, loop=0)
+
+
+def curves(
+    panels: list[tuple[str, dict[str, list[tuple[float, float]]]]], size: tuple[int, int] = (420, 280)
+) -> Image.Image:
+    """Line plots side by side. A panel is (title, {label: [(x, y), ...]}); y starts at 0, or below it if need
+    be.
+    """
+    (w, h), left, top, bottom, right = size, 52, 30, 26, 14
+    page = Image.new("RGB", (w * len(panels), h), PAPER)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+    for p, (title, lines) in enumerate(panels):
+        points = [q for series in lines.values() for q in series]
+        if not points:
+            continue
+        x1 = max(max(x for x, _ in points), 1e-9)
+        y0, y1 = min(0.0, min(y for _, y in points)), max(max(y for _, y in points), 1e-9)
+        x0 = p * w + left
+
+        def place(x: float, y: float, x0=x0, x1=x1, y0=y0, y1=y1) -> tuple[float, float]:
+            return (x0 + x / x1 * (w - left - right), h - bottom - (y - y0) / (y1 - y0) * (h - top - bottom))
+
+        draw.text((x0, 8), title, INK, font)
+        for i in range(5):
+            y = y0 + (y1 - y0) * i / 4
+            draw.line((*place(0, y), *place(x1, y)), fill=(228, 228, 228))
+            draw.text((x0 - 44, place(0, y)[1] - 6), f"{y:.3g}", GREY, font)
+            draw.text((place(x1 * i / 4, y0)[0] - 8, h - bottom + 6), f"{x1 * i / 4:.4g}", GREY, font)
+        for i, (label, series) in enumerate(lines.items()):
+            color = SERIES[i % len(SERIES)]
+            draw.line([place(x, y) for x, y in series], fill=color, width=2)
+            draw.text((p * w + w - 150, top + 4 + 14 * i), label, color, font)
+    return page

@@ -1,0 +1,254 @@
+"""A stock Hugging Face Qwen3 -> the text half of an LMFusion, its tokenizer, and image experts initialised
+from it.
+
+    model = load_qwen3("Qwen/Qwen3-0.6B")          # a hub id or a folder
+    tokenizer = load_tokenizer("Qwen/Qwen3-0.6B")
+
+A folder holds `config.json`, `tokenizer.json`, and the weights as `model.safetensors` or as shards listed in
+`model.safetensors.index.json`. Every tensor is accounted for by name and shape; anything else is a ValueError
+that names it. Names map by a prefix: `model.layers.3.mlp.up_proj.weight` is
+`layers.3.text.mlp.up_proj.weight` here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from model import LMFusion, ModelConfig, replace
+
+BOI, EOI = "<|vision_start|>", "<|vision_end|>"  # Qwen3's own; their frozen embedding rows serve as they are
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OPTIONAL = (
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+)
+
+
+def resolve(folder_or_hub_id: str | Path, weights: bool = True) -> Path:
+    """A local folder as it is; a hub id ("owner/name") downloaded, only the files needed. ValueError
+    otherwise.
+    """
+    folder = Path(folder_or_hub_id)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_hub_id)) or str(folder_or_hub_id).startswith("."):
+        raise ValueError(f"{folder_or_hub_id}: no such folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    patterns += ["*.safetensors", "model.safetensors.index.json"] if weights else []
+    try:
+        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=patterns))
+    except Exception as error:  # the hub raises many kinds; for the user they are one
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"{folder_or_hub_id}: no such folder, and it could not be downloaded from the hub: "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; ValueError if it is missing, not JSON, or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def read_config(folder: Path) -> dict:
+    """The language model's fields of ModelConfig from `config.json`; ValueError for what is not built, by
+    field.
+    """
+    path = folder / "config.json"
+    raw = read_json(path)
+
+    def refuse(field: str, wanted: str) -> None:
+        raise ValueError(f"{path}: {field} = {json.dumps(raw.get(field))} is not supported; {wanted}")
+
+    if raw.get("model_type") != "qwen3":
+        refuse("model_type", 'only dense "qwen3" is')
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", 'only "silu" is')
+    if raw.get("attention_bias"):
+        refuse("attention_bias", "only false is")
+    if raw.get("use_sliding_window"):
+        refuse("use_sliding_window", "only false is")
+    if raw.get("quantization_config"):
+        refuse("quantization_config", "only unquantised weights are")
+    layer_types = raw.get("layer_types")
+    if layer_types and set(layer_types) != {"full_attention"}:
+        refuse("layer_types", 'only "full_attention" is')
+    for field in ("num_experts", "num_local_experts"):
+        if raw.get(field):
+            refuse(field, "mixtures of experts are not built")
+    theta = raw.get("rope_theta")
+    for field in (
+        "rope_scaling",
+        "rope_parameters",
+    ):  # the second is transformers 5's place for theta as well
+        rope = raw.get(field)
+        if rope:
+            if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+                refuse(field, "only plain RoPE is")
+            theta = rope.get("rope_theta", theta)
+
+    missing = [f for f in SIZES if f not in raw]
+    if missing:
+        raise ValueError(f"{path}: missing {', '.join(missing)}")
+    fields = {f: raw[f] for f in SIZES + OPTIONAL if raw.get(f) is not None}
+    fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+    fields.setdefault("head_dim", 128)  # Qwen3's default; never hidden_size / heads
+    fields["rope_theta"] = float(10000.0 if theta is None else theta)
+    for name in SIZES + ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if name in fields and (type(fields[name]) is not int or fields[name] < 1):
+            raise ValueError(f"{path}: {name} = {json.dumps(fields[name])} is not a positive whole number")
+    fields["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
+    eos = raw.get("eos_token_id")
+    fields["eos_id"] = eos[0] if isinstance(eos, list) and eos else eos if isinstance(eos, int) else None
+    return fields
+
+
+def load_tokenizer(folder_or_hub_id: str | Path) -> Tokenizer:
+    """The folder's `tokenizer.json`, which must know BOI and EOI as special tokens; ValueError otherwise."""
+    path = resolve(folder_or_hub_id, weights=False) / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer file: {error}") from None
+    for token in (BOI, EOI):
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(f"{path}: has no special token {token}")
+    return tokenizer
+
+
+def shard_files(folder: Path) -> dict[str, Path]:
+    """Which file of the folder holds each tensor. ValueError for missing, corrupt or disagreeing files."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not single.is_file() and not index.is_file():
+        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+    files = [single]
+    if not single.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: has no weight_map")
+        bad = [str(n) for n in weight_map.values() if not isinstance(n, str) or Path(n).name != n]
+        if bad:
+            raise ValueError(f"{index}: {bad[0]!r} is not the name of a file beside it")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+    where = {}
+    for file in files:
+        with open_safetensors(file) as f:
+            for name in f.keys():
+                if name in where:
+                    raise ValueError(f"{file}: tensor {name} is also in {where[name].name}")
+                where[name] = file
+    if not single.is_file() and set(where) != set(weight_map):
+        name = sorted(set(where) ^ set(weight_map))[0]
+        raise ValueError(
+            f"{index}: tensor {name} is {'not in its file' if name in weight_map else 'not in the index'}"
+        )
+    return where
+
+
+def open_safetensors(path: Path):
+    """`safe_open` with errors a user can read."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def text_names(config: ModelConfig) -> dict[str, str]:
+    """Hugging Face's name -> ours, of every text tensor."""
+    experts = LMFusion.text_expert_names(config)
+    names = {"model.embed_tokens.weight": "embed_tokens.weight", "model.norm.weight": "norm_text.weight"}
+    for i in range(config.num_hidden_layers):
+        names |= {f"model.layers.{i}.{n}": f"layers.{i}.text.{n}" for n in experts}
+    if not config.tie_word_embeddings:
+        names["lm_head.weight"] = "lm_head.weight"
+    return names
+
+
+def load_qwen3(folder_or_hub_id: str | Path, dtype: torch.dtype = torch.float32, **overrides) -> LMFusion:
+    """An LMFusion ready to use: text from the checkpoint and frozen, image experts copied from it, a fresh
+    U-Net.
+
+    `overrides` change fields of ModelConfig (the image side, usually). Raises ValueError with the name of the
+    field, file or tensor for whatever does not fit.
+    """
+    folder = resolve(folder_or_hub_id)
+    fields = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    special = {"boi_id": tokenizer.token_to_id(BOI), "eoi_id": tokenizer.token_to_id(EOI)}
+    if fields["eos_id"] is None:
+        fields["eos_id"] = tokenizer.token_to_id("<|endoftext|>")
+    if fields["eos_id"] is None:
+        raise ValueError(f"{folder / 'config.json'}: no eos_token_id, and the tokenizer has no <|endoftext|>")
+    config = replace(ModelConfig(**fields, **special), **overrides)
+    if max(config.boi_id, config.eoi_id, config.eos_id) >= config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer's special tokens lie beyond vocab_size = {config.vocab_size}"
+        )
+
+    names, where = text_names(config), shard_files(folder)
+    where = {
+        n: f for n, f in where.items() if not n.endswith("rotary_emb.inv_freq")
+    }  # derived, in old exports
+    if config.tie_word_embeddings and "lm_head.weight" in where:  # some exports keep the tied copy
+        names["lm_head.weight"] = "embed_tokens.weight"
+    for name in sorted(set(names) ^ set(where)):
+        raise ValueError(
+            f"{folder}: tensor {name} is {'missing' if name in names else 'not one that Qwen3 has'}"
+        )
+
+    with torch.device("meta"):  # shapes only; text weights are then read in, the image side is made in place
+        model = LMFusion(config)
+    expected = {n: p.shape for n, p in model.state_dict(keep_vars=True).items()}
+    state: dict[str, Tensor] = {}
+    for file in sorted(set(where.values())):
+        with open_safetensors(file) as f:
+            for name in (n for n in f.keys() if where.get(n) == file):
+                shape, ours = tuple(f.get_slice(name).get_shape()), names[name]
+                if shape != tuple(expected[ours]):
+                    raise ValueError(f"{file}: tensor {name} is {shape}, not {tuple(expected[ours])}")
+                tensor = f.get_tensor(name)
+                if not tensor.is_floating_point():
+                    raise ValueError(f"{file}: tensor {name} is {tensor.dtype}, not a floating-point type")
+                tensor = tensor.to(dtype)
+                if ours in state and not torch.equal(state[ours], tensor):
+                    raise ValueError(
+                        f"{file}: {name} differs from model.embed_tokens.weight, but tie_word_embeddings "
+                        "is true"
+                    )
+                state[ours] = tensor
+    model.materialise(state, dtype)
+    return model
+
+
+def fingerprint(model: LMFusion) -> str:
+    """SHA-256 over names, shapes and bits of every text tensor: which base a checkpoint was trained on."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.text_parameters().items()):
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype}\n".encode())
+        digest.update(p.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()

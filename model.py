@@ -1,0 +1,555 @@
+"""LMFusion: a frozen language model and an image expert that share one attention (Section 3 of the paper).
+
+Every layer holds two experts with the same structure. Text tokens go through the text expert, image patches
+through the image expert, and the two meet only in one softmax attention under a hybrid mask:
+
+    text  --norm--> QKV_text --+                                +--> O_text --> FFN_text --> text
+                               +--> one attention, hybrid mask --+
+    image --norm--> QKV_img  --+                                +--> O_img  --> FFN_img  --> image
+
+Names inside an expert are those of Hugging Face's Qwen3, so that loading a checkpoint is a prefix swap and
+initialising an image expert is one `load_state_dict`.
+
+Shapes: B batch, N tokens of a sequence, S slots of the key/value cache, T tokens of one modality in the whole
+batch (the gathered form in which the experts work), D hidden, H query heads, K key/value heads, d head_dim,
+V vocabulary, M images in the batch, P patches of an image; C, h, w channels, height and width of a latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from unet import UNetDown, UNetUp
+
+IMAGE, PAD = -1, -2  # what stands in `Tokens.ids` where there is no text token
+SEPARATIONS = ("deep", "shallow", "none")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the model. The first block is a Qwen3 `config.json`, field by field; the second is the image
+    side.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int  # its own number: Qwen3-0.6B has 16 heads x 128 over a hidden size of 1024
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 40960
+
+    boi_id: int = 0  # <|vision_start|>; a text token, outside the image's block
+    eoi_id: int = 0  # <|vision_end|>; likewise
+    eos_id: int = 0  # ends a document
+    separation: str = "deep"  # Section 5.1: deep | shallow | none
+    latent_channels: int = 4
+    latent_size: int = 32  # height and width of the latent
+    unet_channels: tuple[int, int] = (320, 1024)  # at full and at half resolution
+    unet_attention: bool = True  # self-attention at the low resolution
+    patch_positions: bool = False  # Our choice: a learned vector for each patch; see unet.py
+
+    def __post_init__(self):
+        if self.separation not in SEPARATIONS:
+            raise ValueError(f"separation is {self.separation!r}; choose one of {', '.join(SEPARATIONS)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}"
+            )
+        if self.latent_size % 2:
+            raise ValueError(f"latent_size = {self.latent_size} is odd; the U-Net halves it once")
+
+    @property
+    def num_patches(self) -> int:
+        """P: the U-Net has one stride of 2 (Section 4.1: 32 x 32 latents become 256 patches)."""
+        return (self.latent_size // 2) ** 2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The Qwen3 layer, once per modality
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 whatever the dtype of x, as Qwen3 does."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+
+
+def rope_angles(position: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (..., 1, d/2), in float32, of the rotary embedding at integer positions (...)."""
+    exponent = (
+        torch.arange(0, config.head_dim, 2, device=position.device, dtype=torch.float32) / config.head_dim
+    )
+    angle = position.float()[..., None] * config.rope_theta**-exponent  # (..., d/2)
+    return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+
+
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate x (T, heads, d): component i turns together with i + d/2 (the half-split form of Qwen3)."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)  # (T, heads, d/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """The projections of one modality around the shared attention; QK-norm per head, before RoPE."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, d = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(D, config.num_attention_heads * d, bias=False)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * d, D, bias=False)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps)
+        self.k_norm = RMSNorm(d, config.rms_norm_eps)
+        self.head_dim = d
+
+    def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x (T, D) -> queries, keys and values side by side (T, H + 2K, d). Eq. (7) for text, Eq. (8) for
+        images.
+        """
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, d)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
+        return torch.cat((apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v), dim=1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Eq. (9, 10): one softmax over the keys of both modalities. q (B, H, N, d), k and v (B, K, S, d) -> (B,
+    H, N, d).
+
+    mask (B, 1, N, S) is True where M is 0 and False where it is -infinity; None if nothing is masked. Query
+    head i shares key/value head i // (H/K).
+    """
+    (B, H, N, d), (K, S) = q.shape, k.shape[1:3]
+    if q.device.type != "cpu" or N * S > 256 * 256:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K)
+    # Short sequences on a CPU: written out, two batched products are several times faster than torch's fused
+    # kernel.
+    q = q.unflatten(1, (K, H // K)).reshape(
+        B * K, H // K * N, d
+    )  # the query heads of a group one below the other
+    scores = torch.bmm(q, k.reshape(B * K, S, d).transpose(1, 2)) * d**-0.5  # (B * K, H/K * N, S)
+    if mask is not None:
+        scores = scores.view(B, H, N, S).masked_fill(~mask, -torch.inf).view(B * K, H // K * N, S)
+    return torch.bmm(scores.softmax(-1), v.reshape(B * K, S, d)).view(B, H, N, d)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward network."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Expert(nn.Module):
+    """One modality's half of a layer: everything of a Qwen3 layer except the softmax itself."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x (T, D) -> (T, H + 2K, d)."""
+        return self.self_attn.qkv(self.input_layernorm(x), rope)
+
+    def output(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x (T, D), attended (T, H * d) -> (T, D): O of Eq. (9, 10), then the FFN of Eq. (11, 12)."""
+        x = x + self.self_attn.o_proj(attended)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sequences, the hybrid mask and the key/value cache
+
+
+@dataclass
+class Tokens:
+    """A rectangle of slots for the transformer to process: B sequences, N slots each, padded on the right.
+
+    ids       (B, N)  id of a text token, IMAGE where a patch stands, PAD where nothing does
+    image     (B, N)  number of the image within its sequence, from 1, in order; 0 at text and padding
+    position  (B, N)  RoPE position; one a token, image patches in row-major order
+    document  (B, N)  tokens see only their own document; -1 at padding
+    """
+
+    ids: Tensor
+    image: Tensor
+    position: Tensor
+    document: Tensor
+
+    @staticmethod
+    def text(ids: Tensor, start: int = 0) -> Tokens:
+        """Plain text (B, N) without padding, from position `start` on."""
+        position = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
+        return Tokens(ids, torch.zeros_like(ids), position, torch.zeros_like(ids))
+
+    @staticmethod
+    def rows(
+        rows: list[list[int]],
+        num_patches: int,
+        start: list[int] | None = None,
+        images_before: list[int] | None = None,
+    ) -> Tokens:
+        """Sequences of ids in which each IMAGE stands for all P patches of one image; ragged, of any mixture.
+
+        `start` and `images_before` say for each row how many positions and images an earlier part already
+        took.
+        """
+        width = max(sum(num_patches if i == IMAGE else 1 for i in row) for row in rows)
+        ids, image, position, document = ([] for _ in range(4))
+        for r, row in enumerate(rows):
+            row_ids, row_image, count = [], [], images_before[r] if images_before else 0
+            for i in row:
+                if i == IMAGE:
+                    count += 1
+                    row_ids += [IMAGE] * num_patches
+                    row_image += [count] * num_patches
+                else:
+                    row_ids.append(i)
+                    row_image.append(0)
+            used, first = len(row_ids), start[r] if start else 0
+            padding = width - used
+            ids.append(row_ids + [PAD] * padding)
+            image.append(row_image + [0] * padding)
+            position.append(list(range(first, first + width)))
+            document.append([0] * used + [-1] * padding)
+        return Tokens(*(torch.tensor(x, dtype=torch.long) for x in (ids, image, position, document)))
+
+    def to(self, device: torch.device | str) -> Tokens:
+        return Tokens(
+            self.ids.to(device), self.image.to(device), self.position.to(device), self.document.to(device)
+        )
+
+
+def hybrid_mask(query: Tokens | Cache, key: Tokens | Cache) -> Tensor:
+    """M of Eq. (9, 10) as booleans (B, N, S): may slot i of `query` see slot j of `key`?
+
+    True iff both belong to one document, and j does not come after i or both are patches of one image.
+    Padding is a document of its own, so that no row of the softmax is empty and nothing else sees it.
+    """
+    same_document = query.document[:, :, None] == key.document[:, None, :]
+    causal = key.position[:, None, :] <= query.position[:, :, None]
+    same_image = (query.image[:, :, None] == key.image[:, None, :]) & (query.image[:, :, None] > 0)
+    return same_document & (causal | same_image)
+
+
+@dataclass
+class Cache:
+    """Keys and values (B, K, S, d) of each layer for S slots already read, and what the mask must know of
+    them.
+    """
+
+    k: list[Tensor]
+    v: list[Tensor]
+    image: Tensor  # (B, S)
+    position: Tensor  # (B, S)
+    document: Tensor  # (B, S)
+
+    def extend(self, new: Cache) -> Cache:
+        """A cache with the slots of `new` behind these; both stay as they are."""
+        join = [torch.cat(pair, dim=2) for pair in zip(self.k + self.v, new.k + new.v, strict=True)]
+        n = len(self.k)
+        return Cache(
+            join[:n],
+            join[n:],
+            *(
+                torch.cat((getattr(self, f), getattr(new, f)), dim=1)
+                for f in ("image", "position", "document")
+            ),
+        )
+
+    def rows(self, index: Tensor) -> Cache:
+        """The sequences `index`, in that order; one may come up several times."""
+        return Cache(
+            [k[index] for k in self.k],
+            [v[index] for v in self.v],
+            self.image[index],
+            self.position[index],
+            self.document[index],
+        )
+
+
+class Layout:
+    """Where the T tokens of each modality stand in the B x N slots: gathers, so that no token meets the
+    other's weights.
+    """
+
+    def __init__(self, tokens: Tokens, cache: Cache | None, config: ModelConfig):
+        self.shape = tokens.ids.shape
+        ids = tokens.ids.flatten()
+        self.text = (ids >= 0).nonzero().squeeze(1)  # (T_text,)
+        self.image = (ids == IMAGE).nonzero().squeeze(1)  # (T_image,)
+        n_text, n_image = len(self.text), len(self.image)
+        self.whole = max(n_text, n_image) == ids.numel()  # one modality and no padding: nothing to move
+        if not self.whole:
+            # row of cat(text, image, one row of zeros) that belongs in each slot
+            self.source = ids.new_full((ids.numel(),), n_text + n_image)
+            self.source[self.text] = torch.arange(n_text, device=ids.device)
+            self.source[self.image] = torch.arange(n_text, n_text + n_image, device=ids.device)
+        cos, sin = rope_angles(tokens.position.flatten(), config)  # (B * N, 1, d/2)
+        self.rope_text = cos[self.text], sin[self.text]
+        self.rope_image = cos[self.image], sin[self.image]
+        mask = hybrid_mask(tokens, tokens)
+        if cache is not None:
+            mask = torch.cat((hybrid_mask(tokens, cache), mask), dim=2)
+        self.mask = None if bool(mask.all()) else mask.unsqueeze(1)  # (B, 1, N, S + N)
+
+    def merge(self, text: Tensor | None, image: Tensor | None) -> Tensor:
+        """(T_text, A, d) and (T_image, A, d) -> (B, A, N, d); zeros at padding."""
+        parts = [x for x in (text, image) if x is not None]
+        x = parts[0]
+        if not self.whole:
+            x = torch.cat(parts + [x.new_zeros(1, *x.shape[1:])]).index_select(0, self.source)
+        return x.unflatten(0, self.shape).transpose(1, 2)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, A, N, d) -> (T_text, A * d), (T_image, A * d): the inverse of `merge`."""
+        x = x.transpose(1, 2).flatten(2).flatten(0, 1)  # (B * N, A * d)
+        if self.whole:
+            return (x, x[:0]) if len(self.text) else (x[:0], x)
+        return x.index_select(0, self.text), x.index_select(0, self.image)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Block(nn.Module):
+    """One layer: a text expert, an image expert, and the attention in which they meet."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.text = Expert(config)
+        if config.separation == "none":  # one dense model: the very same module
+            self.image = self.text
+        else:
+            self.image = Expert(config)
+        if config.separation == "shallow":  # separate FFNs and their norms only
+            self.image.input_layernorm = self.text.input_layernorm
+            self.image.self_attn = self.text.self_attn
+        self.heads = config.num_attention_heads, config.num_key_value_heads
+
+    def forward(
+        self, text: Tensor | None, image: Tensor | None, layout: Layout, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        """text (T_text, D) and image (T_image, D), or None; past keys and values (B, K, S, d), or None.
+
+        Returns both streams after the layer, and this call's own keys and values (B, K, N, d).
+        """
+        H, K = self.heads
+        qkv = layout.merge(  # (B, H + 2K, N, d)
+            None if text is None else self.text.qkv(text, layout.rope_text),
+            None if image is None else self.image.qkv(image, layout.rope_image),
+        )
+        q, k_new, v_new = qkv.split((H, K, K), dim=1)
+        k = k_new if past is None else torch.cat((past[0], k_new), dim=2)  # (B, K, S + N, d)
+        v = v_new if past is None else torch.cat((past[1], v_new), dim=2)
+        attended = attention(q, k, v, layout.mask)  # (B, H, N, d)
+        to_text, to_image = layout.split(attended)
+        text = None if text is None else self.text.output(text, to_text)
+        image = None if image is None else self.image.output(image, to_image)
+        return text, image, k_new, v_new
+
+
+@dataclass
+class Hidden:
+    """What the transformer made of a `Tokens`: features of each modality, and what goes into the cache."""
+
+    text: Tensor | None  # (T_text, D), after the text final norm, in the order of the slots
+    image: Tensor | None  # (T_image, D), after the image final norm
+    unet: tuple | None  # h_in and the skips, for UNet-Up
+    cache: Cache  # of these tokens alone
+
+
+class LMFusion(nn.Module):
+    """A frozen Qwen3, an image expert beside every layer, and a U-Net around the image stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # Proj_text of Eq. (5)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm_text = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # Our choice: the final norm is part of the last layer's output, so it is separate wherever anything
+        # is.
+        shared = config.separation == "none"
+        self.norm_image = self.norm_text if shared else RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(
+            config.hidden_size, config.vocab_size, bias=False
+        )  # LM-Head_text of Eq. (13)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        # Our choice: *when to draw* is one more row of the head, on frozen features; see `draw_logit`.
+        self.boi_head = nn.Parameter(torch.zeros(config.hidden_size))
+        self.unet_down = UNetDown(config)
+        self.unet_up = UNetUp(config)
+
+    # ---- parameters ----
+
+    def text_parameters(self) -> dict[str, nn.Parameter]:
+        """The language model: everything that a text-only Qwen3 has. Shared modules count here."""
+        own = ("embed_tokens.", "norm_text.", "lm_head.")
+        return {n: p for n, p in self.named_parameters() if n.startswith(own) or ".text." in n}
+
+    def image_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything else: image experts, image final norm, U-Net, and the row that decides when to draw."""
+        text = self.text_parameters()
+        return {n: p for n, p in self.named_parameters() if n not in text}
+
+    def freeze_text(self, frozen: bool = True) -> None:
+        """Freeze or thaw the language model. Its final norm stays frozen either way (it would break the
+        text).
+        """
+        for name, p in self.text_parameters().items():
+            p.requires_grad_(not frozen and name != "norm_text.weight")
+
+    @property
+    def text_is_frozen(self) -> bool:
+        return not any(p.requires_grad for p in self.text_parameters().values())
+
+    @staticmethod
+    def text_expert_names(config: ModelConfig) -> list[str]:
+        """Names of an expert's tensors, as in Hugging Face's Qwen3 behind `model.layers.N.`."""
+        with torch.device("meta"):
+            return list(Expert(config).state_dict())
+
+    def materialise(self, text: dict[str, Tensor], dtype: torch.dtype, device: str = "cpu") -> None:
+        """Turn a model built on the meta device into a real one: these text tensors, frozen, and a fresh
+        image side.
+        """
+        for name, module in self.named_modules():
+            for leaf, p in list(module.named_parameters(recurse=False)):
+                full = f"{name}.{leaf}" if name else leaf
+                if p.is_meta and not (full == "lm_head.weight" and self.config.tie_word_embeddings):
+                    value = text[full] if full in text else torch.zeros(p.shape, dtype=dtype, device=device)
+                    setattr(module, leaf, nn.Parameter(value))
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.init_image_from_text()
+        self.freeze_text()
+
+    @torch.no_grad()
+    def init_image_from_text(self) -> None:
+        """Section 3.1: the image experts start as copies of the text experts; the U-Net starts afresh."""
+        for block in self.layers:
+            if block.image is not block.text:
+                block.image.load_state_dict(block.text.state_dict())
+        if self.norm_image is not self.norm_text:
+            self.norm_image.load_state_dict(self.norm_text.state_dict())
+        # Our choice: patches enter the residual stream about as large as the words do, as the copied layers
+        # expect.
+        self.unet_down.init_weights(rms=self.embed_tokens.weight.float().pow(2).mean().sqrt().item())
+        self.unet_up.init_weights()
+
+    # ---- the transformer ----
+
+    def encode(
+        self,
+        tokens: Tokens,
+        latents: Tensor | None = None,
+        t: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Hidden:
+        """Run the transformer over `tokens`, attending to `cache` as well; the cache itself is not changed.
+
+        latents (M, C, h, w) and timesteps t (M,): the images of `tokens`, row by row, in order. A clean image
+        has t = 0.
+        """
+        layout = Layout(tokens, cache, self.config)
+        text = image = unet = None
+        if len(layout.text):
+            text = self.embed_tokens(tokens.ids.flatten()[layout.text])  # Eq. (5): (T_text, D)
+        if len(layout.image):
+            P = self.config.num_patches
+            assert latents is not None and t is not None and len(latents) * P == len(layout.image)
+            h_in, skips = self.unet_down(latents, t)  # Eq. (6): (M, P, D)
+            unet = (h_in, skips, t)
+            image = h_in.flatten(0, 1)  # (T_image, D)
+        keys, values = [], []
+        for i, block in enumerate(self.layers):
+            past = None if cache is None else (cache.k[i], cache.v[i])
+            text, image, k, v = block(text, image, layout, past)
+            keys.append(k)
+            values.append(v)
+        text = None if text is None else self.norm_text(text)
+        image = None if image is None else self.norm_image(image)
+        return Hidden(text, image, unet, Cache(keys, values, tokens.image, tokens.position, tokens.document))
+
+    def logits(self, text: Tensor) -> Tensor:
+        """Eq. (13): text features (..., D) -> logits over the vocabulary (..., V)."""
+        return self.lm_head(text)
+
+    def draw_logit(self, text: Tensor) -> Tensor:
+        """Log-odds (...) that an image starts next, from text features (..., D).
+
+        This is the extra head row for BOI: with logit_BOI = logsumexp(all other logits) + draw_logit, the
+        softmax over the vocabulary and BOI gives BOI the probability sigmoid(draw_logit). Written so, it is
+        trained without a projection to the vocabulary, and in text-only mode it is simply absent.
+        """
+        return text.detach() @ self.boi_head
+
+    def unet_output(self, hidden: Hidden) -> Tensor:
+        """Eq. (14): image features -> F (M, C, h, w), from which `diffusion.eps_from_output` makes the
+        noise.
+        """
+        h_in, skips, t = hidden.unet
+        return self.unet_up(hidden.image.view_as(h_in), t, h_in, skips)
+
+    def text_logits(self, ids: Tensor) -> Tensor:
+        """The frozen language model alone: ids (B, N) -> logits (B, N, V)."""
+        if ids.dim() != 2 or ids.shape[1] == 0:
+            raise ValueError(f"ids must be (B, N) with N >= 1, not {tuple(ids.shape)}")
+        return self.logits(self.encode(Tokens.text(ids)).text).unflatten(0, tuple(ids.shape))
+
+    def forward(
+        self, prefix: Tokens | None, rest: Tokens, latents: Tensor, t: Tensor
+    ) -> tuple[Hidden | None, Hidden]:
+        """Read a batch in two phases, and return the features of both.
+
+        *Prefill*: `prefix` holds the text that precedes every image of its sequence. With frozen text no
+        gradient can reach it, so it runs without a graph and leaves only keys and values. *Decode*: `rest`
+        holds everything from the first image on and attends to them. A caption behind an image sends its loss
+        through the frozen text layers to the image's keys and values: frozen is not detached.
+        """
+        before = None
+        if prefix is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_is_frozen):
+                before = self.encode(prefix)
+        return before, self.encode(rest, latents, t, before.cache if before else None)
+
+
+def replace(config: ModelConfig, **changes) -> ModelConfig:
+    """A configuration with some fields changed; an unknown name is an error that lists the choices."""
+    names = [f.name for f in dataclasses.fields(ModelConfig)]
+    unknown = sorted(set(changes) - set(names))
+    if unknown:
+        raise ValueError(f"no such field of the model: {', '.join(unknown)}; choose from {', '.join(names)}")
+    return dataclasses.replace(config, **changes)

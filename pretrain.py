@@ -1,0 +1,149 @@
+"""The tiny Qwen3 of the `small` configuration: a tokenizer and a language model, made once from the built-in
+text.
+
+The result is an ordinary Hugging Face folder (config.json, model.safetensors, tokenizer.json), which
+`load_qwen3` reads like any other. Nothing of LMFusion is in it: no image, no BOI, no U-Net.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from tqdm import tqdm
+
+from checkpoint import write_folder
+from data import next_tokens, text_document
+from load_qwen3 import BOI, EOI, text_names
+from model import LMFusion, ModelConfig, Tokens
+
+EOS = "<|endoftext|>"
+SPECIAL = (EOS, "<|im_start|>", "<|im_end|>", BOI, EOI)
+SIZES = dict(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    rope_theta=1e4,
+    tie_word_embeddings=True,
+    max_position_embeddings=1024,
+)
+STEPS, BATCH, LR, WARMUP = 600, 32, 2e-3, 50
+
+
+def train_tokenizer(rng: random.Random) -> Tokenizer:
+    """Byte-level BPE like Qwen3's, on the built-in text: every word of it is one token, anything else is
+    bytes.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=640,
+        special_tokens=list(SPECIAL),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator([text_document(rng) for _ in range(5000)], trainer)
+    return tokenizer
+
+
+def init_text(model: LMFusion) -> None:
+    """Scaled normal initialisation of the language model, in place."""
+    for name, p in model.text_parameters().items():
+        if name == "embed_tokens.weight":
+            nn.init.normal_(p, std=0.05)
+        elif p.dim() == 2:
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # residual branches start small
+                p.data /= math.sqrt(2 * model.config.num_hidden_layers)
+
+
+def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> None:
+    """Make the tokenizer, pretrain the language model for `steps` batches of documents, and write
+    `folder`.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = train_tokenizer(rng)
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
+    config = ModelConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        **{**SIZES, **sizes},
+        boi_id=ids[BOI],
+        eoi_id=ids[EOI],
+        eos_id=ids[EOS],
+        latent_size=2,
+        unet_channels=(4, 4),
+        unet_attention=False,
+    )
+    model = LMFusion(config)
+    init_text(model)
+    parameters = [p for n, p in model.text_parameters().items()]
+    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min(1.0, (i + 1) / WARMUP) * (0.03 + 0.97 * (1 + math.cos(math.pi * i / steps)) / 2),
+    )
+
+    bar = tqdm(range(steps), desc="pretraining the tiny language model", unit="step", disable=None)
+    batches: list[list[list[int]]] = []
+    for _ in bar:
+        if not batches:  # documents of like length together
+            pool = [tokenizer.encode(text_document(rng)).ids + [config.eos_id] for _ in range(16 * BATCH)]
+            pool.sort(key=len)
+            batches = [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
+            rng.shuffle(batches)
+        tokens = Tokens.rows(batches.pop(), num_patches=1)
+        targets, _ = next_tokens(tokens, config.boi_id)
+        loss = F.cross_entropy(model.logits(model.encode(tokens).text), targets, ignore_index=-100)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    save_base(model, tokenizer, folder)
+
+
+def save_base(model: LMFusion, tokenizer: Tokenizer, folder: Path) -> None:
+    """The text half of a model as a Hugging Face Qwen3 folder."""
+    config = model.config
+    fields = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "rope_theta",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+    )
+    raw = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "torch_dtype": "float32",
+        "eos_token_id": config.eos_id,
+    } | {f: getattr(config, f) for f in fields}
+    state = model.state_dict()
+    tensors = {theirs: state[ours] for theirs, ours in text_names(config).items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(
+        folder,
+        {"model.safetensors": tensors},
+        raw,
+        "config.json",
+        extra={"tokenizer.json": tokenizer.to_str(pretty=True)},
+    )

@@ -1,0 +1,671 @@
+"""Train the image side of an LMFusion (Sections 2.3 and 4.1 of the paper).
+
+    python train.py --config small                                   # built-in tiny Qwen3, built-in pictures
+    python train.py --config small --data "photos/train-*.tar" --val-data photos/val.tar --out runs/photos
+
+Every field of `TrainConfig` is a flag of the same name. A run's folder holds metrics.jsonl, sheets of fixed
+prompts, curves.png, and the last checkpoint (see checkpoint.py). All randomness of a step comes from the seed
+and the number of the step, so that a resumed run goes on exactly as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cli
+import figures
+from checkpoint import LAST_RUN, Trained, list_checkpoints, read_tensors, write_atomic, write_folder
+from cli import setting
+from data import Batch, PatchPCA, PictureSource, Recipe, Shapes, make_batch, next_tokens
+from diffusion import Diffusion
+from load_qwen3 import fingerprint, load_qwen3, load_tokenizer, read_json
+from model import SEPARATIONS, LMFusion
+from pictures import load_pictures
+from pretrain import pretrain_base
+from sample import generate_images
+
+VALIDATION_T = (100, 300, 500, 700, 900)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run. Defaults are the paper's recipe (Section 4.1) where it gives one; `CONFIGS` holds the named
+    ones.
+    """
+
+    # what to train on
+    base: str = setting("", "Hugging Face folder or hub id of a Qwen3; empty: pretrain the tiny one")
+    data: str = setting(
+        "shapes", "'shapes', a folder, a metadata.jsonl, or WebDataset tars (a path or a glob)"
+    )
+    val_data: str = setting("", "likewise, for validation; empty: every 20th picture of --data")
+    out: str = setting("runs/small", "folder of the run")
+    seed: int = setting(0, "of everything random")
+    device: str = setting("cpu", "cpu, cuda, ...")
+    dtype: str = setting("float32", "of the weights", ("float32", "bfloat16"))
+    # the image side of the model
+    separation: str = setting("deep", "Section 5.1", SEPARATIONS)
+    image_size: int = setting(256, "pixels a side, after centre crop and resize")
+    latent_patch: int = setting(8, "pixels a side of what becomes one latent position")
+    latent_channels: int = setting(4, "channels of the latent")
+    whiten: float = setting(0.5, "of the linear latents: 1 makes all components alike, 0 leaves them")
+    unet_channels: tuple[int, ...] = setting((320, 1024), "of the U-Net, at full and at half resolution")
+    unet_attention: bool = setting(True, "self-attention at the low resolution of the U-Net")
+    patch_positions: bool = setting(False, "a learned vector for each patch")
+    # diffusion and losses
+    prediction: str = setting("eps", "what UNet-Up's output is", ("eps", "v"))
+    loss_weighting: str = setting(
+        "none", "of the diffusion loss by timestep; v: divided by alpha_bar", ("none", "v")
+    )
+    schedule_shift: float = setting(
+        1.0, "divides the signal-to-noise ratio of the cosine schedule by its square"
+    )
+    lambda_ddpm: float = setting(5.0, "lambda of Eq. (4)")
+    caption_first: float = setting(0.8, "share of samples with the caption before the picture")
+    caption_drop: float = setting(0.1, "share of those whose caption is dropped, for guidance")
+    noise_limit: int = setting(500, "timesteps of a picture before its caption are below this")
+    # optimisation
+    steps: int = setting(250_000, "training steps")
+    batch_size: int = setting(64, "pictures a step")
+    optimizer: str = setting(
+        "adamw", "adamw, or muon for the experts' matrices and adamw for the rest", ("adamw", "muon")
+    )
+    lr: float = setting(1e-4, "peak learning rate of the image side")
+    lr_final: float = setting(1.5e-5, "learning rate at the end of the cosine")
+    muon_lr: float = setting(3e-3, "peak learning rate of the matrices under muon")
+    lr_text_ratio: float = setting(
+        0.0, "learning rate of the text side over that of the image side; 0 freezes it"
+    )
+    warmup: int = setting(4000, "steps of linear warm-up")
+    weight_decay: float = setting(0.1, "on matrices")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    ema: float = setting(0.0, "decay of a moving average of the trained weights; 0: none")
+    # what is written, and when
+    log_every: int = setting(20, "steps between lines of metrics.jsonl")
+    val_every: int = setting(500, "steps between validations")
+    sheet_every: int = setting(500, "steps between sheets of fixed prompts")
+    checkpoint_every: int = setting(500, "steps between checkpoints")
+
+    def __post_init__(self):
+        positive = (
+            "image_size",
+            "latent_patch",
+            "latent_channels",
+            "steps",
+            "batch_size",
+            "noise_limit",
+            "log_every",
+            "val_every",
+            "sheet_every",
+            "checkpoint_every",
+            "lr",
+            "schedule_shift",
+            "clip",
+            "muon_lr",
+        )
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
+        for name in ("lr_final", "lr_text_ratio", "warmup", "weight_decay", "lambda_ddpm", "whiten"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative"
+                )
+        for name in ("caption_first", "caption_drop", "ema"):
+            if not 0 <= getattr(self, name) <= 1 or self.ema == 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must lie between 0 and 1"
+                )
+        if len(self.unet_channels) != 2 or min(self.unet_channels) < 1:
+            raise ValueError(
+                f"--unet-channels is {self.unet_channels}; it takes two positive numbers, like 48,96"
+            )
+        if self.image_size % (2 * self.latent_patch):
+            raise ValueError(
+                f"--image-size {self.image_size} is not a multiple of twice --latent-patch "
+                f"{self.latent_patch}"
+            )
+        if self.latent_channels > 3 * self.latent_patch**2:
+            raise ValueError(
+                f"--latent-channels {self.latent_channels} is more than the {3 * self.latent_patch**2} "
+                "numbers of a patch"
+            )
+        if self.noise_limit > 1000:
+            raise ValueError(f"--noise-limit is {self.noise_limit}; there are 1000 timesteps")
+
+    @property
+    def model_overrides(self) -> dict:
+        """The fields of ModelConfig that this run sets."""
+        return dict(
+            separation=self.separation,
+            latent_channels=self.latent_channels,
+            latent_size=self.image_size // self.latent_patch,
+            unet_channels=tuple(self.unet_channels),
+            unet_attention=self.unet_attention,
+            patch_positions=self.patch_positions,
+        )
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.caption_first, self.caption_drop, self.noise_limit)
+
+
+CONFIGS = {
+    # A laptop CPU, minutes. What differs from the paper's recipe, and why, is a table in the README.
+    "small": TrainConfig(
+        image_size=32,
+        latent_patch=4,
+        latent_channels=16,
+        unet_channels=(48, 96),
+        unet_attention=False,
+        patch_positions=True,
+        prediction="v",
+        loss_weighting="v",
+        schedule_shift=2.0,
+        steps=3000,
+        batch_size=64,
+        optimizer="muon",
+        lr=1e-3,
+        lr_final=3e-5,
+        warmup=100,
+        weight_decay=0.01,
+    ),
+}
+FREE_ON_RESUME = {
+    "base",
+    "out",
+    "steps",
+    "device",
+    "log_every",
+    "val_every",
+    "sheet_every",
+    "checkpoint_every",
+    "data",
+    "val_data",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def losses(
+    model: LMFusion, diffusion: Diffusion, batch: Batch, config: TrainConfig, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """L = L_LM + lambda L_DDPM, Eq. (4), and its parts. One t a picture goes to the noising and to the U-Net.
+
+    "draw_loss" belongs to the BOI row alone: it is a logistic loss on detached features and shares no
+    parameter with the others.
+    """
+    x0, M = batch.latents, len(batch.latents)
+    t = (
+        (torch.rand(M, generator=generator) * batch.max_t).long().to(x0.device)
+    )  # uniform below each picture's limit
+    eps = torch.randn(x0.shape, generator=generator).to(x0)
+    x_t = diffusion.q_sample(x0, t, eps)  # Eq. (2)
+    before, hidden = model(batch.prefix, batch.rest, x_t, t)
+    eps_pred = diffusion.eps_from_output(model.unet_output(hidden), x_t, t)
+    out = {"ddpm_loss": diffusion.loss(eps_pred, eps, t, config.loss_weighting)}  # Eq. (3)
+
+    # Eq. (1): text behind an image. With frozen text, what stands before it carries no gradient: no logits
+    # there.
+    parts = [(hidden.text, *next_tokens(batch.rest, model.config.boi_id))] if hidden.text is not None else []
+    first = (before.text, *next_tokens(batch.prefix, model.config.boi_id))
+    learned = parts if model.text_is_frozen else parts + [first]
+    features = [h[word >= 0] for h, word, _ in learned]
+    if sum(map(len, features)):
+        words = torch.cat([word[word >= 0] for _, word, _ in learned])
+        out["lm_loss"] = F.cross_entropy(model.logits(torch.cat(features)).float(), words)
+    draw = torch.cat([d[d >= 0] for _, _, d in parts + [first]])
+    if len(draw):
+        logit = model.draw_logit(torch.cat([h[d >= 0] for h, _, d in parts + [first]]))
+        out["draw_loss"] = F.binary_cross_entropy_with_logits(logit.float(), draw.float())
+    out["loss"] = out.get("lm_loss", 0.0) + config.lambda_ddpm * out["ddpm_loss"]
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+def make_optimizers(model: LMFusion, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Decoupled learning rates (Section 3.1): text at `lr_text_ratio` times the image's; weight decay on
+    matrices.
+
+    A group's "peak" is its learning rate at the height of the schedule. At ratio 0 the text is in no group.
+    """
+    text = set(model.text_parameters())
+    muon, adamw = [], {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        ratio = config.lr_text_ratio if name in text else 1.0
+        if config.optimizer == "muon" and p.dim() == 2 and name.startswith("layers."):
+            muon.append({"params": [p], "peak": config.muon_lr * ratio})
+        else:
+            decay = config.weight_decay if p.dim() > 1 else 0.0
+            adamw.setdefault((ratio, decay), []).append(p)
+    groups = [
+        {"params": ps, "peak": config.lr * ratio, "weight_decay": decay}
+        for (ratio, decay), ps in adamw.items()
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    ]
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(
+                muon, lr=0.0, momentum=0.95, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return optimizers
+
+
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine from 1 to lr_final / lr over the rest of the run (Section 4.1)."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    low = min(1.0, config.lr_final / config.lr)
+    return low + (1 - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def optimizer_tensors(model: LMFusion, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state by parameter: {"exp_avg/unet_up.conv_out.bias": ...}."""
+    names = {p: n for n, p in model.named_parameters()}
+    return {
+        f"{key}/{names[p]}": value
+        for o in optimizers
+        for p, state in o.state.items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizers(
+    tensors: dict[str, Tensor], model: LMFusion, optimizers: list[torch.optim.Optimizer]
+) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    parameters = dict(model.named_parameters())
+    owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
+    for name, value in tensors.items():
+        key, parameter = name.split("/", 1)
+        if parameters.get(parameter) not in owner:
+            raise ValueError(f"optimizer.safetensors: {name} belongs to no trained parameter")
+        p = parameters[parameter]
+        owner[p].state[p][key] = value.to(p.device) if key != "step" else value
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run
+
+
+class Run:
+    """Everything that one run of training holds."""
+
+    def __init__(self, config: TrainConfig, name: str):
+        self.config, self.name, self.out = config, name, Path(config.out)
+        self.source = open_source(config)
+        base = config.base or ensure_base(config.seed)
+        self.model = load_qwen3(base, **config.model_overrides)
+        self.base, self.fingerprint = str(base), fingerprint(self.model)
+        self.model.to(device=config.device, dtype=getattr(torch, config.dtype))
+        self.model.freeze_text(config.lr_text_ratio == 0)
+        self.tokenizer: Tokenizer = load_tokenizer(base)
+        self.diffusion = Diffusion(config.schedule_shift, config.prediction)
+        pictures, _ = self.source.sample(4000, random.Random(config.seed))
+        self.codec = PatchPCA.fit(pictures, config.latent_channels, config.latent_patch, config.whiten)
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.average = {n: p.detach().clone() for n, p in self.trained.items()} if config.ema else None
+        self.optimizers = make_optimizers(self.model, config)
+        self.step = 0
+        self.ids: dict[str, list[int]] = {}  # captions already tokenised
+        self.validation = self.make_validation()
+
+    def tokenise(self, caption: str) -> list[int]:
+        """Token ids of a caption; one that leaves no room for the picture in the context is cut."""
+        if caption not in self.ids:
+            room = self.model.config.max_position_embeddings - self.model.config.num_patches - 3
+            self.tokenizer.encode_special_tokens = True
+            self.ids[caption] = self.tokenizer.encode(caption, add_special_tokens=False).ids[:room]
+        return self.ids[caption]
+
+    def latents(self, pictures: Tensor) -> Tensor:
+        return self.codec.encode(pictures).to(self.config.device, getattr(torch, self.config.dtype))
+
+    def make_batch(self, pictures: Tensor, captions: list[str], recipe: Recipe, rng: random.Random) -> Batch:
+        batch = make_batch(
+            [self.tokenise(c) for c in captions], self.latents(pictures), recipe, self.model.config, rng
+        )
+        device = self.config.device
+        return dataclasses.replace(batch, prefix=batch.prefix.to(device), rest=batch.rest.to(device))
+
+    def train_step(self) -> dict[str, float]:
+        """One step; all that is random in it follows from the seed and the step's number."""
+        config, rng = self.config, random.Random(f"{self.config.seed}-{self.step}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        batch = self.make_batch(*self.source.sample(config.batch_size, rng), config.recipe, rng)
+        out = losses(self.model, self.diffusion, batch, config, generator)
+        total = out["loss"] + out.get("draw_loss", 0.0)
+        if not math.isfinite(total.item()):
+            raise ValueError(
+                f"the loss is {total.item()} at step {self.step + 1}; the last checkpoint is untouched. "
+                f"A smaller --lr or --muon-lr usually helps"
+            )
+        total.backward()
+        nn.utils.clip_grad_norm_(self.trained.values(), config.clip)
+        factor = lr_factor(self.step, config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        if self.average is not None:
+            decay = min(config.ema, self.step / (self.step + 10))  # forgets the random start
+            torch._foreach_lerp_(
+                list(self.average.values()), [p.detach() for p in self.trained.values()], 1 - decay
+            )
+        return {k: v.item() for k, v in out.items()}
+
+    # ---- watching ----
+
+    def make_validation(self) -> dict:
+        """Fixed pictures, noise and captions, the captions also shifted by one: right against permuted."""
+        pictures, captions = self.source.validation(96)
+        latents = self.latents(pictures)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
+        return {"pictures": pictures, "captions": captions, "noise": noise}
+
+    @torch.no_grad()
+    def validate(self) -> dict:
+        """Epsilon's mean squared error, as weighted in training, under the right and under another caption,
+        by timestep.
+        """
+        captions, noise = self.validation["captions"], self.validation["noise"]
+        always = Recipe(caption_first=1.0, caption_drop=0.0)
+        out = {"t": list(VALIDATION_T), "right": [], "permuted": []}
+        for key, texts in (("right", captions), ("permuted", captions[1:] + captions[:1])):
+            batch = self.make_batch(self.validation["pictures"], texts, always, random.Random(0))
+            for value in VALIDATION_T:
+                t = torch.full((len(noise),), value, device=noise.device)
+                x_t = self.diffusion.q_sample(batch.latents, t, noise)
+                hidden = self.model(batch.prefix, batch.rest, x_t, t)[1]
+                eps = self.diffusion.eps_from_output(self.model.unet_output(hidden), x_t, t)
+                out[key].append(self.diffusion.loss(eps, noise, t, self.config.loss_weighting).item())
+        return out
+
+    def draw_sheet(self) -> None:
+        """OUT/sheet-STEP.png: fixed prompts from the validation set, painted with fixed noise."""
+        prompts = self.validation["captions"][:18]
+        trained = Trained(self.model, self.tokenizer, self.diffusion, self.codec, {}, self.out)
+        with self.averaged():
+            pictures = generate_images(trained, prompts, seeds=list(range(len(prompts))))
+        figures.save_image(figures.sheet(pictures, prompts), self.out / f"sheet-{self.step:06d}.png")
+
+    def averaged(self):
+        """A context in which the model has the averaged weights, if there are any."""
+        return Swapped(self.trained, self.average)
+
+    def draw_curves(self) -> None:
+        """OUT/curves.png from metrics.jsonl."""
+        lines = read_metrics(self.out / "metrics.jsonl")
+        val = [m for m in lines if "val" in m]
+        panels = [
+            (
+                "training loss by step",
+                {
+                    k: [(m["step"], m[k]) for m in lines if m.get(k) is not None]
+                    for k in ("ddpm_loss", "lm_loss")
+                },
+            )
+        ]
+        for key in (1, 4):
+            panels.append(
+                (
+                    f"validation error at t = {VALIDATION_T[key]} by step",
+                    {
+                        f"{which} caption": [(m["step"], m["val"][which][key]) for m in val]
+                        for which in ("right", "permuted")
+                    },
+                )
+            )
+        figures.save_image(figures.curves(panels), self.out / "curves.png")
+
+    # ---- checkpoints ----
+
+    def save(self) -> None:
+        """OUT/step-STEP, whole or not at all; the older one goes when the new one stands."""
+        tensors = {
+            "model.safetensors": self.trained,
+            "latents.safetensors": self.codec.tensors(),
+            "optimizer.safetensors": optimizer_tensors(self.model, self.optimizers),
+        }
+        if self.average is not None:
+            tensors["ema.safetensors"] = self.average
+        info = {
+            "step": self.step,
+            "name": self.name,
+            "base": str(Path(self.base).resolve()) if Path(self.base).is_dir() else self.base,
+            "fingerprint": self.fingerprint,
+            "model": self.config.model_overrides,
+            "diffusion": {"shift": self.config.schedule_shift, "prediction": self.config.prediction},
+            "ema": self.average is not None,
+            "trained": sorted(self.trained),
+            "config": dataclasses.asdict(self.config),
+        }
+        write_folder(self.out / f"step-{self.step:06d}", tensors, info, "checkpoint.json")
+        for old in list_checkpoints(self.out)[:-1]:
+            shutil.rmtree(old, ignore_errors=True)
+        if self.name == "small":
+            LAST_RUN.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(LAST_RUN, str(self.out) + "\n")
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint, exactly."""
+        info = read_json(folder / "checkpoint.json")
+        if info.get("fingerprint") != self.fingerprint:
+            raise ValueError(f"{self.base} is not the language model that {folder} was trained on")
+        tensors = read_tensors(folder / "model.safetensors", self.trained)
+        average = read_tensors(folder / "ema.safetensors", self.trained) if self.average is not None else {}
+        state = read_tensors(folder / "optimizer.safetensors")
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(tensors[name])
+            for name, value in average.items():
+                self.average[name].copy_(value)
+        restore_optimizers(state, self.model, self.optimizers)
+        self.step = info["step"]
+        metrics = self.out / "metrics.jsonl"  # lines of steps that the kill took with it
+        kept = [m for m in read_metrics(metrics) if m["step"] <= self.step]
+        write_atomic(metrics, "".join(json.dumps(m) + "\n" for m in kept))
+
+
+class Swapped:
+    """with Swapped(parameters, values): the parameters hold the values inside, and their own again
+    outside.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | None):
+        self.parameters, self.values = parameters, values
+
+    def swap(self) -> None:
+        for name, value in (self.values or {}).items():
+            self.parameters[name].data, self.values[name] = value, self.parameters[name].data
+
+    def __enter__(self) -> None:
+        self.swap()
+
+    def __exit__(self, *_) -> None:
+        self.swap()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def open_source(config: TrainConfig) -> Shapes | PictureSource:
+    """The pictures that --data and --val-data name."""
+    if config.data == "shapes":
+        if config.image_size != Shapes.size:
+            raise ValueError(
+                f"the built-in shapes are {Shapes.size} pixels a side; --image-size is {config.image_size}"
+            )
+        return Shapes()
+    val = load_pictures(config.val_data, config.image_size) if config.val_data else None
+    return PictureSource(load_pictures(config.data, config.image_size), val)
+
+
+def ensure_base(seed: int) -> Path:
+    """The tiny Qwen3, pretrained unless a former run has left it."""
+    import data as text_world
+    import pretrain
+
+    recipe = Path(text_world.__file__).read_bytes() + Path(pretrain.__file__).read_bytes()
+    folder = Path("runs") / f"base-small-{hashlib.sha256(recipe + str(seed).encode()).hexdigest()[:8]}"
+    if not folder.is_dir():
+        pretrain_base(folder, seed)
+    return folder
+
+
+def parse(args: list[str] | None = None) -> tuple[TrainConfig, str, bool]:
+    """The configuration, its name, and whether to resume."""
+    parser = cli.Parser(
+        prog="train.py",
+        description="Train the image side of an LMFusion. Flags that are not given "
+        "keep the value of the named configuration.",
+    )
+    parser.add_argument(
+        "--config", choices=tuple(CONFIGS), required=True, help="named configuration to start from"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
+    cli.add_fields(parser, TrainConfig)
+    given = {k: v for k, v in vars(parser.parse_args(args)).items() if v is not None}
+    name, resume = given.pop("config"), given.pop("resume")
+    config = CONFIGS[name]
+    if resume:
+        out = Path(given.get("out", config.out))
+        found = list_checkpoints(out)
+        if not found:
+            raise ValueError(f"--resume: {out} holds no checkpoint; leave --resume out to start there")
+        saved = read_json(found[-1] / "checkpoint.json").get("config", {})
+        saved["unet_channels"] = tuple(saved.get("unet_channels", ()))
+        unknown = set(saved) ^ {f.name for f in dataclasses.fields(TrainConfig)}
+        if unknown:
+            raise ValueError(
+                f"{found[-1] / 'checkpoint.json'}: field {sorted(unknown)[0]} is missing or unknown"
+            )
+        for field in sorted(set(given) - FREE_ON_RESUME):
+            if given[field] != saved[field]:
+                raise ValueError(
+                    f"--resume: {field} was {saved[field]} in this run and cannot become {given[field]}"
+                )
+        config = TrainConfig(**saved)
+    return dataclasses.replace(config, **given), name, resume
+
+
+def train(run: Run) -> None:
+    """The loop."""
+    config, start, first = run.config, time.perf_counter(), run.step
+    window: list[dict[str, float]] = []
+    window_start, waited = start, 0.0  # images per second count training alone, without sheets and validation
+    bar = tqdm(total=config.steps, initial=run.step, unit="step", desc="training", disable=None)
+    while run.step < config.steps:
+        window.append(run.train_step())
+        bar.update()
+        pause = time.perf_counter()
+        last = run.step == config.steps
+        line = {}
+        if last or run.step % config.val_every == 0:
+            line["val"] = run.validate()
+        if last or run.step % config.sheet_every == 0:
+            run.draw_sheet()
+        waited += time.perf_counter() - pause
+        if last or line or run.step % config.log_every == 0:
+            now = time.perf_counter()
+            mean = {
+                k: sum(w[k] for w in window if k in w) / n if (n := sum(k in w for w in window)) else None
+                for k in ("loss", "lm_loss", "ddpm_loss", "draw_loss")
+            }
+            rate = len(window) * config.batch_size / max(1e-9, now - window_start - waited)
+            line = {
+                "step": run.step,
+                **mean,
+                "lr": config.lr * lr_factor(run.step - 1, config),
+                "images_per_second": round(rate, 1),
+                "seconds": round(now - start, 2),
+                **line,
+            }
+            with open(run.out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+            bar.set_postfix(
+                ddpm=f"{mean['ddpm_loss']:.4f}", lm=f"{mean['lm_loss'] or math.nan:.3f}", ips=f"{rate:.0f}"
+            )
+            window, window_start, waited = [], now, 0.0
+        if last or run.step % config.checkpoint_every == 0:
+            run.save()
+            run.draw_curves()
+    bar.close()
+    seconds = time.perf_counter() - start
+    print(
+        f"{run.step - first} steps, {(run.step - first) * config.batch_size} pictures in {seconds:.0f} s; "
+        f"checkpoint and sheets in {run.out}"
+    )
+
+
+def main() -> None:
+    config, name, resume = parse()
+    out = Path(config.out)
+    found = list_checkpoints(out)
+    if found and not resume:
+        raise ValueError(
+            f"{out} already holds a run ({found[-1].name}); --resume continues it, another --out starts "
+            "elsewhere, and deleting the folder starts over"
+        )
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
+    torch.set_float32_matmul_precision("medium")  # on CPUs this only picks the faster library; see the README
+    torch.manual_seed(config.seed)
+    run = Run(config, name)
+    if resume:
+        run.resume(found[-1])
+        if run.step >= config.steps:
+            print(f"{found[-1]} is at step {run.step} already; nothing is left of {config.steps} steps")
+            return
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        write_atomic(out / "metrics.jsonl", "")
+    try:
+        train(run)
+    except KeyboardInterrupt:
+        last = list_checkpoints(out)
+        raise KeyboardInterrupt(
+            f"at step {run.step}; "
+            + (f"--resume goes on from {last[-1].name}" if last else "no checkpoint had been written yet")
+        ) from None
+
+
+if __name__ == "__main__":
+    cli.run(main)
