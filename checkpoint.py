@@ -92,9 +92,7 @@ def list_checkpoints(out: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: str | Path | None) -> Path:
-    """A checkpoint from a checkpoint's folder, a run's folder (its last one), or None: the last run of
-    `small`.
-    """
+    """A checkpoint's own folder; a run's last one; with None, the last run of `small`."""
     if folder is None:
         if not LAST_RUN.is_file():
             raise ValueError(
@@ -113,9 +111,7 @@ def find_checkpoint(folder: str | Path | None) -> Path:
 
 
 def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """All tensors of a file. With `expected`, names and shapes must be exactly those; ValueError names the
-    tensor.
-    """
+    """All tensors of a file; names and shapes must be those `expected`, or ValueError names the tensor."""
     with open_safetensors(path) as f:
         tensors = {name: f.get_tensor(name) for name in f.keys()}
     if expected is not None:
@@ -144,8 +140,7 @@ def load_trained(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Trained:
-    """The model of a checkpoint, on the base it was trained on; `base` says where that lies now, if it has
-    moved.
+    """The model of a checkpoint, on the base it was trained on (`base`: where that lies now, if moved).
 
     Takes the moving average of the weights where there is one. ValueError for a base with another fingerprint
     and for whatever is missing, cut short or of another shape.

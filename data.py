@@ -1,5 +1,4 @@
-"""What the model reads: built-in captioned shapes, built-in text, real pictures from folders and tars;
-batches.
+"""What the model reads: captioned shapes, text, and real pictures; latents; batches.
 
     shapes     "a small red circle in the top left on a blue background" and a 32 x 32 picture of it
     text       captions in several wordings, questions about them, and a little knowledge: what `train.py`
@@ -75,9 +74,7 @@ ATTRIBUTES = ("background", "color", "place", "shape", "size")
 
 @lru_cache
 def all_scenes(held_out: bool) -> tuple[Scene, ...]:
-    """Every combination whose colours differ: nine tenths for training, and one tenth that training never
-    shows.
-    """
+    """Every combination whose two colours differ: nine tenths to train on, one tenth held out."""
     scenes = [
         Scene(size, color, shape, place, background)
         for size in SIZES
@@ -92,9 +89,7 @@ def all_scenes(held_out: bool) -> tuple[Scene, ...]:
 
 @lru_cache
 def coverage() -> Tensor:
-    """How much of each pixel a shape covers: (shape, size, place, jitter row, jitter column, 32, 32), in 0 ..
-    1.
-    """
+    """Each shape's share of each pixel: (shape, size, place, jitter row, jitter column, 32, 32), 0 .. 1."""
     sub = 8  # sub-pixels a side, for smooth edges
     grid = (torch.arange(PIXELS * sub) + 0.5) / sub
     masks = []
@@ -179,9 +174,7 @@ FACTS = (
 
 
 def text_document(rng: random.Random) -> str:
-    """One document of the built-in text. A language model must remember what a caption said to go on with
-    it.
-    """
+    """One document of built-in text: to go on with it, a model must remember what a caption said."""
     if rng.random() < 0.1:
         return ". ".join(rng.sample(FACTS, 4)) + "."
     words = vars(rng.choice(all_scenes(held_out=False)))
@@ -291,8 +284,7 @@ class Recipe:
 def make_batch(
     captions: list[list[int]], latents: Tensor, recipe: Recipe, config: ModelConfig, rng: random.Random
 ) -> Batch:
-    """One sequence a caption (token ids) and latent (M, C, h, w). The order is drawn for each sample, not for
-    the batch.
+    """One sequence a caption (ids) and latent (M, C, h, w); the order is drawn for each sample.
 
     caption first:  caption BOI | patches                 (nothing behind the image would carry a loss)
     caption dropped:        BOI | patches
@@ -326,6 +318,10 @@ class Shapes:
         scenes = rng.sample(all_scenes(held_out=True), min(n, len(all_scenes(held_out=True))))
         return render(scenes, rng), [s.caption for s in scenes]
 
+    def prompts(self) -> list[str]:
+        """What the sheets of a run show: held-out combinations."""
+        return self.validation(18)[1]
+
 
 def pick(pictures: Pictures, index: Sequence[int]) -> Pictures:
     """Some of the pictures."""
@@ -338,9 +334,7 @@ def pick(pictures: Pictures, index: Sequence[int]) -> Pictures:
 
 
 class PictureSource:
-    """Real pictures as a data source; without pictures of their own for validation, every 20th is set
-    aside.
-    """
+    """Real pictures as a data source; without others for validation, every 20th is set aside."""
 
     def __init__(self, train: Pictures, val: Pictures | None):
         if val is None:
@@ -360,3 +354,8 @@ class PictureSource:
         """n validation pictures; the same ones whenever asked."""
         order = random.Random(0).sample(range(len(self.val.captions)), min(n, len(self.val.captions)))
         return self.val.pixels[order], [self.val.captions[i] for i in order]
+
+    def prompts(self) -> list[str]:
+        """What the sheets of a run show: captions of training pictures, then of validation pictures."""
+        seen = random.Random(0).sample(self.train.captions, min(9, len(self.train.captions)))
+        return seen + self.validation(9)[1]

@@ -41,8 +41,7 @@ def expand(level: Tensor, t: Tensor, like: Tensor) -> Tensor:
 
 
 class Diffusion:
-    """A schedule and what is done with it. `shift` as in `cosine_alpha_bar`; `prediction` says what UNet-Up's
-    output is.
+    """A noise schedule, and what is done with it; `shift` as in `cosine_alpha_bar`.
 
     prediction = "eps": F is the noise itself (Eq. 14).
     prediction = "v":   eps = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) F. Our choice, for small models: at
@@ -73,9 +72,7 @@ class Diffusion:
         return b * x_t + a * output
 
     def loss(self, eps_pred: Tensor, eps: Tensor, t: Tensor, weighting: str = "none") -> Tensor:
-        """Eq. (3), a mean over images and elements. weighting "v" divides it by alpha_bar_t: v-prediction's
-        loss.
-        """
+        """Eq. (3), a mean over images and elements; weighting "v" divides it by alpha_bar_t."""
         error = (eps - eps_pred).float().square().flatten(1).mean(1)  # (M,)
         if weighting == "v":
             error = error / self.alpha_bar.to(error.device)[t].float()
@@ -93,8 +90,7 @@ class Diffusion:
         bound: Tensor | float | None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """x at level t -> x at level t_next (None: no noise, the end). DDIM at eta = 0, DDPM ancestral at eta
-        = 1.
+        """x at level t -> at level t_next (None: noise-free). eta = 0 is DDIM, eta = 1 DDPM ancestral.
 
         `bound`: the estimate of x_0 is clamped to [-bound, bound] and eps made to agree. Without it an error
         of eps at t = 999 enters x_0 multiplied by 1 / sqrt(alpha_bar) = 20,000. Song et al. (2021), Eq. (12)

@@ -50,8 +50,7 @@ TIMESTEPS = (100, 300, 500, 700, 900)
 
 
 def read_scenes(pictures: Tensor) -> list[Scene]:
-    """Template matching: the scene whose rendering is nearest, in squared error, to each picture uint8 (n, 3,
-    32, 32).
+    """The scenes whose renderings are nearest, in squared error, to pictures uint8 (n, 3, 32, 32).
 
     A rendering is a c + (1 - a) b with coverage a, colour c and background b, over all shapes, sizes, places
     and shifts of the middle. Its distance to x is quadratic in c and b, so sums over pixels with weights a
@@ -103,12 +102,10 @@ def in_batches(work, n: int, size: int, what: str) -> list:
 
 @torch.inference_mode()
 def validation_error(trained: Trained, pictures: Tensor, captions: list[str]) -> dict:
-    """Mean squared error of v (epsilon's error over alpha_bar) under the right and a permuted caption, by
-    timestep.
-    """
+    """Mean squared error of v under the right and under a permuted caption, by timestep."""
     ids = [encode_text(trained, c, room=0) for c in captions]
-    device, dtype = trained.model.boi_head.device, trained.model.boi_head.dtype
-    latents = trained.codec.encode(pictures).to(device, dtype)
+    device = trained.model.boi_head.device
+    latents = trained.codec.encode(pictures).to(device)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
     out = {"t": list(TIMESTEPS), "right": [], "permuted": []}
     for key, rows in (("right", ids), ("permuted", ids[1:] + ids[:1])):

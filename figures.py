@@ -87,9 +87,7 @@ def save_gif(frames: list[Image.Image], path: str | Path, milliseconds: int = 80
 def curves(
     panels: list[tuple[str, dict[str, list[tuple[float, float]]]]], size: tuple[int, int] = (420, 280)
 ) -> Image.Image:
-    """Line plots side by side. A panel is (title, {label: [(x, y), ...]}); y starts at 0, or below it if need
-    be.
-    """
+    """Line plots side by side; a panel is (title, {label: [(x, y), ...]}), and its y axis holds 0."""
     (w, h), left, top, bottom, right = size, 52, 30, 26, 14
     page = Image.new("RGB", (w * len(panels), h), PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)

@@ -1,5 +1,4 @@
-"""A stock Hugging Face Qwen3 -> the text half of an LMFusion, its tokenizer, and image experts initialised
-from it.
+"""A stock Hugging Face Qwen3 -> an LMFusion with its text half filled, and the tokenizer.
 
     model = load_qwen3("Qwen/Qwen3-0.6B")          # a hub id or a folder
     tokenizer = load_tokenizer("Qwen/Qwen3-0.6B")
@@ -36,9 +35,7 @@ OPTIONAL = (
 
 
 def resolve(folder_or_hub_id: str | Path, weights: bool = True) -> Path:
-    """A local folder as it is; a hub id ("owner/name") downloaded, only the files needed. ValueError
-    otherwise.
-    """
+    """A folder as it is; a hub id ("owner/name") downloaded, only the files needed; or ValueError."""
     folder = Path(folder_or_hub_id)
     if folder.is_dir():
         return folder
@@ -72,9 +69,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path) -> dict:
-    """The language model's fields of ModelConfig from `config.json`; ValueError for what is not built, by
-    field.
-    """
+    """ModelConfig's language-model fields from `config.json`; ValueError names what is not built."""
     path = folder / "config.json"
     raw = read_json(path)
 
@@ -190,8 +185,7 @@ def text_names(config: ModelConfig) -> dict[str, str]:
 
 
 def load_qwen3(folder_or_hub_id: str | Path, dtype: torch.dtype = torch.float32, **overrides) -> LMFusion:
-    """An LMFusion ready to use: text from the checkpoint and frozen, image experts copied from it, a fresh
-    U-Net.
+    """An LMFusion ready to use: frozen text, image experts copied from it, a fresh U-Net.
 
     `overrides` change fields of ModelConfig (the image side, usually). Raises ValueError with the name of the
     field, file or tensor for whatever does not fit.

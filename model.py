@@ -33,9 +33,7 @@ SEPARATIONS = ("deep", "shallow", "none")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model. The first block is a Qwen3 `config.json`, field by field; the second is the image
-    side.
-    """
+    """Sizes of the model: first a Qwen3 `config.json`, field by field, then the image side."""
 
     vocab_size: int
     hidden_size: int
@@ -55,7 +53,7 @@ class ModelConfig:
     separation: str = "deep"  # Section 5.1: deep | shallow | none
     latent_channels: int = 4
     latent_size: int = 32  # height and width of the latent
-    unet_channels: tuple[int, int] = (320, 1024)  # at full and at half resolution
+    unet_channels: tuple[int, int] = (640, 1792)  # at full and half resolution: 0.27B at 8B (Section 4.1)
     unet_attention: bool = True  # self-attention at the low resolution
     patch_positions: bool = False  # Our choice: a learned vector for each patch; see unet.py
 
@@ -123,18 +121,16 @@ class Attention(nn.Module):
         self.head_dim = d
 
     def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x (T, D) -> queries, keys and values side by side (T, H + 2K, d). Eq. (7) for text, Eq. (8) for
-        images.
-        """
+        """x (T, D) -> queries, keys, values side by side (T, H + 2K, d): Eq. (7) for text, (8) for images."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, d)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
-        return torch.cat((apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v), dim=1)
+        qk = apply_rope(torch.cat((self.q_norm(q), self.k_norm(k)), dim=1), rope)  # (T, H + K, d)
+        return torch.cat((qk, v), dim=1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Eq. (9, 10): one softmax over the keys of both modalities. q (B, H, N, d), k and v (B, K, S, d) -> (B,
-    H, N, d).
+    """Eq. (9, 10): q (B, H, N, d), k and v (B, K, S, d) -> (B, H, N, d), one softmax for both modalities.
 
     mask (B, 1, N, S) is True where M is 0 and False where it is -infinity; None if nothing is masked. Query
     head i shares key/value head i // (H/K).
@@ -142,8 +138,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     (B, H, N, d), (K, S) = q.shape, k.shape[1:3]
     if q.device.type != "cpu" or N * S > 256 * 256:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K)
-    # Short sequences on a CPU: written out, two batched products are several times faster than torch's fused
-    # kernel.
+    # Short sequences on a CPU: two batched products, several times faster there than torch's fused kernel.
     q = q.unflatten(1, (K, H // K)).reshape(
         B * K, H // K * N, d
     )  # the query heads of a group one below the other
@@ -263,9 +258,7 @@ def hybrid_mask(query: Tokens | Cache, key: Tokens | Cache) -> Tensor:
 
 @dataclass
 class Cache:
-    """Keys and values (B, K, S, d) of each layer for S slots already read, and what the mask must know of
-    them.
-    """
+    """Keys and values (B, K, S, d) of each layer for S slots already read, and what the mask needs."""
 
     k: list[Tensor]
     v: list[Tensor]
@@ -298,9 +291,7 @@ class Cache:
 
 
 class Layout:
-    """Where the T tokens of each modality stand in the B x N slots: gathers, so that no token meets the
-    other's weights.
-    """
+    """Where each modality's T tokens stand in the B x N slots: gathers, not selections."""
 
     def __init__(self, tokens: Tokens, cache: Cache | None, config: ModelConfig):
         self.shape = tokens.ids.shape
@@ -398,8 +389,7 @@ class LMFusion(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # Proj_text of Eq. (5)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm_text = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # Our choice: the final norm is part of the last layer's output, so it is separate wherever anything
-        # is.
+        # Our choice: the final norm belongs to the last layer's output: separate wherever anything is.
         shared = config.separation == "none"
         self.norm_image = self.norm_text if shared else RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(
@@ -425,9 +415,7 @@ class LMFusion(nn.Module):
         return {n: p for n, p in self.named_parameters() if n not in text}
 
     def freeze_text(self, frozen: bool = True) -> None:
-        """Freeze or thaw the language model. Its final norm stays frozen either way (it would break the
-        text).
-        """
+        """Freeze or thaw the language model; its final norm stays frozen, for the text's sake."""
         for name, p in self.text_parameters().items():
             p.requires_grad_(not frozen and name != "norm_text.weight")
 
@@ -442,9 +430,7 @@ class LMFusion(nn.Module):
             return list(Expert(config).state_dict())
 
     def materialise(self, text: dict[str, Tensor], dtype: torch.dtype, device: str = "cpu") -> None:
-        """Turn a model built on the meta device into a real one: these text tensors, frozen, and a fresh
-        image side.
-        """
+        """Make a model of the meta device real: these text tensors, frozen, and a fresh image side."""
         for name, module in self.named_modules():
             for leaf, p in list(module.named_parameters(recurse=False)):
                 full = f"{name}.{leaf}" if name else leaf
@@ -464,8 +450,7 @@ class LMFusion(nn.Module):
                 block.image.load_state_dict(block.text.state_dict())
         if self.norm_image is not self.norm_text:
             self.norm_image.load_state_dict(self.norm_text.state_dict())
-        # Our choice: patches enter the residual stream about as large as the words do, as the copied layers
-        # expect.
+        # Our choice: patches enter the residual stream as large as words do, as the copied layers expect.
         self.unet_down.init_weights(rms=self.embed_tokens.weight.float().pow(2).mean().sqrt().item())
         self.unet_up.init_weights()
 
@@ -490,7 +475,7 @@ class LMFusion(nn.Module):
         if len(layout.image):
             P = self.config.num_patches
             assert latents is not None and t is not None and len(latents) * P == len(layout.image)
-            h_in, skips = self.unet_down(latents, t)  # Eq. (6): (M, P, D)
+            h_in, skips = self.unet_down(latents.to(self.boi_head.dtype), t)  # Eq. (6): (M, P, D)
             unet = (h_in, skips, t)
             image = h_in.flatten(0, 1)  # (T_image, D)
         keys, values = [], []
@@ -517,11 +502,9 @@ class LMFusion(nn.Module):
         return text.detach() @ self.boi_head
 
     def unet_output(self, hidden: Hidden) -> Tensor:
-        """Eq. (14): image features -> F (M, C, h, w), from which `diffusion.eps_from_output` makes the
-        noise.
-        """
+        """Eq. (14): image features -> F (M, C, h, w), float32; see `Diffusion.eps_from_output`."""
         h_in, skips, t = hidden.unet
-        return self.unet_up(hidden.image.view_as(h_in), t, h_in, skips)
+        return self.unet_up(hidden.image.view_as(h_in), t, h_in, skips).float()
 
     def text_logits(self, ids: Tensor) -> Tensor:
         """The frozen language model alone: ids (B, N) -> logits (B, N, V)."""

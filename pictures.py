@@ -56,13 +56,13 @@ class Span:
     start: int = 0
     size: int | None = None
 
-    def read(self, limit: int) -> bytes:
+    def read(self, what: str, limit: int) -> bytes:
         """The bytes; ValueError if there are more than `limit` or no such file."""
         if not self.path.is_file():
             raise ValueError("no such file")
         size = self.path.stat().st_size if self.size is None else self.size
         if size > limit:
-            raise ValueError(f"longer than {limit:,} bytes")
+            raise ValueError(f"{what} longer than {limit:,} bytes")
         with open(self.path, "rb") as f:
             f.seek(self.start)
             return f.read(size)
@@ -101,7 +101,7 @@ def load_pictures(source: str | list[str], size: int, max_memory: int = MAX_MEMO
     for sample in tqdm(samples, desc="pictures", unit="picture", disable=None):
         try:
             caption = read_caption(sample)  # first: it is the cheaper half
-            pixels[len(result.names)] = decode_picture(sample.picture.read(MAX_FILE), size)
+            pixels[len(result.names)] = decode_picture(sample.picture.read("file", MAX_FILE), size)
         except (ValueError, OSError) as e:
             result.skipped.append((sample.name, str(e)))
             continue
@@ -119,7 +119,7 @@ def load_pictures(source: str | list[str], size: int, max_memory: int = MAX_MEMO
 
 def listing(skipped: list[tuple[str, str]], most: int = 10) -> str:
     """The first names and reasons, on one line whatever characters they hold."""
-    text = ", ".join(f"{name} ({reason})" for name, reason in skipped[:most])
+    text = ", ".join(f"{name[:100]} ({reason[:200]})" for name, reason in skipped[:most])
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(skipped) <= most else f"{text} and {len(skipped) - most:,} more"
 
@@ -137,7 +137,7 @@ def read_caption(sample: Sample) -> str:
         if isinstance(sample.caption, str):  # JSON can spell half a surrogate pair, which no tokenizer takes
             text = sample.caption.encode().decode().strip()
         else:
-            text = sample.caption.read(limit=8 * MAX_CAPTION).decode("utf-8-sig").strip()
+            text = sample.caption.read("caption", 8 * MAX_CAPTION).decode("utf-8-sig").strip()
     except UnicodeError:
         raise ValueError("caption is not UTF-8") from None
     if not text:
@@ -150,11 +150,12 @@ def read_caption(sample: Sample) -> str:
 def decode_picture(data: bytes, size: int) -> Tensor:
     """A PNG, JPEG or WebP file -> (3, S, S) uint8; ValueError says what is wrong with it."""
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            warnings.simplefilter("ignore")
-            if image.width * image.height > MAX_PIXELS:  # so far, only the header has been read
-                raise Image.DecompressionBombError
-            return torch.from_numpy(np.array(square_rgb(image, size))).permute(2, 0, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a large picture, of odd metadata
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                return torch.from_numpy(np.array(square_rgb(image, size))).permute(2, 0, 1)
     except UnidentifiedImageError:
         raise ValueError("not a PNG, JPEG or WebP image") from None
     except Image.DecompressionBombError:

@@ -1,5 +1,4 @@
-"""The tiny Qwen3 of the `small` configuration: a tokenizer and a language model, made once from the built-in
-text.
+"""The tiny Qwen3 of `small`: a tokenizer and a language model made from the built-in text.
 
 The result is an ordinary Hugging Face folder (config.json, model.safetensors, tokenizer.json), which
 `load_qwen3` reads like any other. Nothing of LMFusion is in it: no image, no BOI, no U-Net.
@@ -39,9 +38,7 @@ STEPS, BATCH, LR, WARMUP = 600, 32, 2e-3, 50
 
 
 def train_tokenizer(rng: random.Random) -> Tokenizer:
-    """Byte-level BPE like Qwen3's, on the built-in text: every word of it is one token, anything else is
-    bytes.
-    """
+    """Byte-level BPE like Qwen3's: every word of the built-in text is a token, the rest is bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,9 +64,7 @@ def init_text(model: LMFusion) -> None:
 
 
 def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> None:
-    """Make the tokenizer, pretrain the language model for `steps` batches of documents, and write
-    `folder`.
-    """
+    """Make the tokenizer, pretrain the language model for `steps` batches, and write `folder`."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = train_tokenizer(rng)

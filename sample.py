@@ -30,9 +30,7 @@ from pictures import decode_picture
 
 
 def encode_text(trained: Trained, text: str, room: int) -> list[int]:
-    """Token ids of a user's text, special tokens in it read as plain text; ValueError if it leaves too little
-    `room`.
-    """
+    """Token ids of a user's text, special tokens in it as plain text; ValueError if it is too long."""
     tokenizer = trained.tokenizer
     tokenizer.encode_special_tokens = True  # "<|vision_start|>" typed by a user is text, not an image
     ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -58,8 +56,7 @@ def generate_images(
     sampler: str = "ddim",
     watch=None,
 ) -> Tensor:
-    """Paint one picture a prompt: uint8 (n, 3, S, S). `seeds` (n) give each picture's noise, whatever its
-    neighbours.
+    """Paint a picture a prompt, uint8 (n, 3, S, S), from the noise of its seed, whatever its neighbours.
 
     cfg: guidance scale; 1 is none. watch(x_t) is called after every step. ValueError for a prompt that does
     not fit.
@@ -76,8 +73,8 @@ def generate_images(
         """Predicted noise (n, C, h, w), guided."""
         copies = len(rows) // len(x)
         xx, tt = x.repeat(copies, 1, 1, 1), t.repeat(copies)
-        hidden = model.encode(patches, xx.to(model.boi_head.dtype), tt, cache)  # the cache stays as it is
-        eps = trained.diffusion.eps_from_output(model.unet_output(hidden).float(), xx, tt)
+        hidden = model.encode(patches, xx, tt, cache)  # the cache stays as it is
+        eps = trained.diffusion.eps_from_output(model.unet_output(hidden), xx, tt)
         return eps if copies == 1 else guide(*eps.chunk(2), cfg)
 
     generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -156,7 +153,7 @@ def describe_images(trained: Trained, pictures: Tensor, max_tokens: int = 64, **
     """Pictures uint8 (n, 3, S, S) -> captions. The clean image is read at t = 0 between BOI and EOI."""
     model, config = trained.model, trained.model.config
     device = model.boi_head.device
-    latents = trained.codec.encode(pictures).to(device, model.boi_head.dtype)
+    latents = trained.codec.encode(pictures).to(device)
     if latents.shape[1:] != (config.latent_channels, config.latent_size, config.latent_size):
         raise ValueError(
             f"pictures of {tuple(pictures.shape[2:])} pixels give latents of {tuple(latents.shape[1:])}"

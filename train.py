@@ -28,7 +28,15 @@ from tqdm import tqdm
 
 import cli
 import figures
-from checkpoint import LAST_RUN, Trained, list_checkpoints, read_tensors, write_atomic, write_folder
+from checkpoint import (
+    LAST_RUN,
+    Trained,
+    list_checkpoints,
+    load_codec,
+    read_tensors,
+    write_atomic,
+    write_folder,
+)
 from cli import setting
 from data import Batch, PatchPCA, PictureSource, Recipe, Shapes, make_batch, next_tokens
 from diffusion import Diffusion
@@ -43,9 +51,7 @@ VALIDATION_T = (100, 300, 500, 700, 900)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run. Defaults are the paper's recipe (Section 4.1) where it gives one; `CONFIGS` holds the named
-    ones.
-    """
+    """A run; defaults are the paper's recipe (Section 4.1), `CONFIGS` holds the named ones."""
 
     # what to train on
     base: str = setting("", "Hugging Face folder or hub id of a Qwen3; empty: pretrain the tiny one")
@@ -63,7 +69,7 @@ class TrainConfig:
     latent_patch: int = setting(8, "pixels a side of what becomes one latent position")
     latent_channels: int = setting(4, "channels of the latent")
     whiten: float = setting(0.5, "of the linear latents: 1 makes all components alike, 0 leaves them")
-    unet_channels: tuple[int, ...] = setting((320, 1024), "of the U-Net, at full and at half resolution")
+    unet_channels: tuple[int, ...] = setting((640, 1792), "of the U-Net, at full and at half resolution")
     unet_attention: bool = setting(True, "self-attention at the low resolution of the U-Net")
     patch_positions: bool = setting(False, "a learned vector for each patch")
     # diffusion and losses
@@ -212,17 +218,15 @@ def losses(
     parameter with the others.
     """
     x0, M = batch.latents, len(batch.latents)
-    t = (
-        (torch.rand(M, generator=generator) * batch.max_t).long().to(x0.device)
-    )  # uniform below each picture's limit
+    # uniform below each picture's limit
+    t = (torch.rand(M, generator=generator) * batch.max_t).long().to(x0.device)
     eps = torch.randn(x0.shape, generator=generator).to(x0)
     x_t = diffusion.q_sample(x0, t, eps)  # Eq. (2)
     before, hidden = model(batch.prefix, batch.rest, x_t, t)
     eps_pred = diffusion.eps_from_output(model.unet_output(hidden), x_t, t)
     out = {"ddpm_loss": diffusion.loss(eps_pred, eps, t, config.loss_weighting)}  # Eq. (3)
 
-    # Eq. (1): text behind an image. With frozen text, what stands before it carries no gradient: no logits
-    # there.
+    # Eq. (1): text behind an image. If the text is frozen, none before it carries a gradient: no logits.
     parts = [(hidden.text, *next_tokens(batch.rest, model.config.boi_id))] if hidden.text is not None else []
     first = (before.text, *next_tokens(batch.prefix, model.config.boi_id))
     learned = parts if model.text_is_frozen else parts + [first]
@@ -243,8 +247,7 @@ def losses(
 
 
 def make_optimizers(model: LMFusion, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Decoupled learning rates (Section 3.1): text at `lr_text_ratio` times the image's; weight decay on
-    matrices.
+    """Section 3.1: the text at `lr_text_ratio` times the image's rate; weight decay on matrices.
 
     A group's "peak" is its learning rate at the height of the schedule. At ratio 0 the text is in no group.
     """
@@ -344,7 +347,7 @@ class Run:
         return self.ids[caption]
 
     def latents(self, pictures: Tensor) -> Tensor:
-        return self.codec.encode(pictures).to(self.config.device, getattr(torch, self.config.dtype))
+        return self.codec.encode(pictures).to(self.config.device)
 
     def make_batch(self, pictures: Tensor, captions: list[str], recipe: Recipe, rng: random.Random) -> Batch:
         batch = make_batch(
@@ -392,9 +395,7 @@ class Run:
 
     @torch.no_grad()
     def validate(self) -> dict:
-        """Epsilon's mean squared error, as weighted in training, under the right and under another caption,
-        by timestep.
-        """
+        """The training error of fixed pictures under the right and under another caption, by timestep."""
         captions, noise = self.validation["captions"], self.validation["noise"]
         always = Recipe(caption_first=1.0, caption_drop=0.0)
         out = {"t": list(VALIDATION_T), "right": [], "permuted": []}
@@ -409,8 +410,8 @@ class Run:
         return out
 
     def draw_sheet(self) -> None:
-        """OUT/sheet-STEP.png: fixed prompts from the validation set, painted with fixed noise."""
-        prompts = self.validation["captions"][:18]
+        """OUT/sheet-STEP.png: fixed prompts, painted with fixed noise."""
+        prompts = self.source.prompts()
         trained = Trained(self.model, self.tokenizer, self.diffusion, self.codec, {}, self.out)
         with self.averaged():
             pictures = generate_images(trained, prompts, seeds=list(range(len(prompts))))
@@ -488,6 +489,7 @@ class Run:
             for name, value in average.items():
                 self.average[name].copy_(value)
         restore_optimizers(state, self.model, self.optimizers)
+        self.codec = load_codec(folder / "latents.safetensors")
         self.step = info["step"]
         metrics = self.out / "metrics.jsonl"  # lines of steps that the kill took with it
         kept = [m for m in read_metrics(metrics) if m["step"] <= self.step]
@@ -495,9 +497,7 @@ class Run:
 
 
 class Swapped:
-    """with Swapped(parameters, values): the parameters hold the values inside, and their own again
-    outside.
-    """
+    """with Swapped(parameters, values): inside, the parameters hold the values."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | None):
         self.parameters, self.values = parameters, values

@@ -23,9 +23,7 @@ from torch import Tensor
 
 
 def timestep_embedding(t: Tensor, size: int) -> Tensor:
-    """Sines and cosines (M, size), in float32, of timesteps t (M,) at geometric frequencies from 1 to
-    1/10000.
-    """
+    """Cosines and sines (M, size), float32, of t (M,) at geometric frequencies from 1 to 1/10000."""
     frequency = torch.exp(-math.log(10000) * torch.arange(size // 2, device=t.device) / (size // 2))
     angle = t.float()[:, None] * frequency  # (M, size/2)
     return torch.cat((angle.cos(), angle.sin()), dim=1)
