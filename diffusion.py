@@ -37,7 +37,7 @@ def cosine_alpha_bar(steps: int = T, s: float = 0.008, max_beta: float = 0.999, 
 
 def expand(level: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """level[t] as (M, 1, 1, 1), in the dtype and on the device of `like`."""
-    return level.to(like.device)[t].to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+    return level.to(like.dtype).to(like.device)[t].view(-1, *[1] * (like.dim() - 1))
 
 
 class Diffusion:
@@ -75,7 +75,7 @@ class Diffusion:
         """Eq. (3), a mean over images and elements; weighting "v" divides it by alpha_bar_t."""
         error = (eps - eps_pred).float().square().flatten(1).mean(1)  # (M,)
         if weighting == "v":
-            error = error / self.alpha_bar.to(error.device)[t].float()
+            error = error / self.alpha_bar.float().to(error.device)[t]
         return error.mean()
 
     # ---- sampling ----
@@ -111,14 +111,14 @@ class Diffusion:
 
 
 def timesteps(steps: int) -> list[int]:
-    """`steps` timesteps from noisy to clean: the middles of equal parts of 0 .. T-1.
+    """`steps` timesteps from noisy to clean: the middles of equal parts of the levels 1/T .. 1.
 
     Our choice: starting at t = 999, where alpha_bar is 2.4e-9, the first of 250 steps multiplies an error of
-    eps by hundreds; from the middle of the first interval, it is 3.
+    eps by 122; from the middle of the first interval, by 2. (Index t has the level (t + 1) / T.)
     """
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be from 1 to {T}, not {steps}")
-    return [int((i + 0.5) * T / steps) for i in reversed(range(steps))]
+    return [math.ceil((i + 0.5) * T / steps) - 1 for i in reversed(range(steps))]
 
 
 def guide(eps_cond: Tensor, eps_uncond: Tensor, scale: float) -> Tensor:
@@ -139,10 +139,12 @@ def sample(
     """Denoise `noise` (M, C, h, w) in `steps` steps with predict(x_t, t) -> eps; returns x_0.
 
     sampler: "ddpm" (ancestral; one generator an image draws its noise) or "ddim" (deterministic).
-    watch(x_0 estimate or x_t): called after every step, for progress bars and films.
+    watch(x_t): called after every step, for progress bars and films.
     """
     if sampler not in ("ddpm", "ddim"):
         raise ValueError(f"sampler is {sampler!r}; choose ddpm or ddim")
+    if sampler == "ddpm" and (generators is None or len(generators) != len(noise)):
+        raise ValueError(f"ddpm needs one generator for each of the {len(noise)} images")
     x, times = noise, timesteps(steps)
     for i, t in enumerate(times):
         eps = predict(x, torch.full((len(x),), t, device=x.device))

@@ -87,7 +87,7 @@ def read_config(folder: Path) -> dict:
     if raw.get("quantization_config"):
         refuse("quantization_config", "only unquantised weights are")
     layer_types = raw.get("layer_types")
-    if layer_types and set(layer_types) != {"full_attention"}:
+    if layer_types and (not isinstance(layer_types, list) or any(x != "full_attention" for x in layer_types)):
         refuse("layer_types", 'only "full_attention" is')
     for field in ("num_experts", "num_local_experts"):
         if raw.get(field):
@@ -101,21 +101,34 @@ def read_config(folder: Path) -> dict:
         if rope:
             if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
                 refuse(field, "only plain RoPE is")
+            if any(isinstance(value, dict) for value in rope.values()):
+                refuse(field, "only one RoPE for all layers is")
             theta = rope.get("rope_theta", theta)
 
-    missing = [f for f in SIZES if f not in raw]
+    missing = [f for f in SIZES if raw.get(f) is None]
     if missing:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
     fields = {f: raw[f] for f in SIZES + OPTIONAL if raw.get(f) is not None}
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("head_dim", 128)  # Qwen3's default; never hidden_size / heads
-    fields["rope_theta"] = float(10000.0 if theta is None else theta)
+    fields["rope_theta"] = 10000.0 if theta is None else theta
     for name in SIZES + ("num_key_value_heads", "head_dim", "max_position_embeddings"):
         if name in fields and (type(fields[name]) is not int or fields[name] < 1):
             raise ValueError(f"{path}: {name} = {json.dumps(fields[name])} is not a positive whole number")
-    fields["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
+    for name in ("rms_norm_eps", "rope_theta"):
+        if name in fields and (type(fields[name]) not in (int, float) or not fields[name] > 0):
+            raise ValueError(f"{path}: {name} = {json.dumps(fields[name])} is not a positive number")
+    if fields["head_dim"] % 2:
+        raise ValueError(f"{path}: head_dim = {fields['head_dim']} is odd; RoPE turns pairs")
+    fields["rope_theta"] = float(fields["rope_theta"])
+    tied = fields.setdefault("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ValueError(f"{path}: tie_word_embeddings = {json.dumps(tied)} is neither true nor false")
     eos = raw.get("eos_token_id")
-    fields["eos_id"] = eos[0] if isinstance(eos, list) and eos else eos if isinstance(eos, int) else None
+    eos = next(iter(eos), None) if isinstance(eos, list) else eos
+    if eos is not None and (type(eos) is not int or eos < 0):
+        raise ValueError(f"{path}: eos_token_id = {json.dumps(eos)} is not a token's id")
+    fields["eos_id"] = eos
     return fields
 
 
@@ -231,8 +244,8 @@ def load_qwen3(folder_or_hub_id: str | Path, dtype: torch.dtype = torch.float32,
                 tensor = tensor.to(dtype)
                 if ours in state and not torch.equal(state[ours], tensor):
                     raise ValueError(
-                        f"{file}: {name} differs from model.embed_tokens.weight, but tie_word_embeddings "
-                        "is true"
+                        f"{file}: lm_head.weight differs from model.embed_tokens.weight, but "
+                        "tie_word_embeddings is true"
                     )
                 state[ours] = tensor
     model.materialise(state, dtype)

@@ -67,6 +67,13 @@ class ModelConfig:
             )
         if self.latent_size % 2:
             raise ValueError(f"latent_size = {self.latent_size} is odd; the U-Net halves it once")
+        c1, c2 = self.unet_channels
+        if min(c1, c2) < 4 or c1 % 4 or c2 % 4 or (self.unet_attention and c2 % max(1, c2 // 64)):
+            raise ValueError(
+                f"unet_channels = {self.unet_channels}: multiples of 4, with attention the second one of 64"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} is odd; RoPE turns pairs of components")
 
     @property
     def num_patches(self) -> int:
@@ -510,6 +517,9 @@ class LMFusion(nn.Module):
         """The frozen language model alone: ids (B, N) -> logits (B, N, V)."""
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be (B, N) with N >= 1, not {tuple(ids.shape)}")
+        bad = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if len(bad):
+            raise ValueError(f"ids hold {bad[0].item()}; the vocabulary is 0 .. {self.config.vocab_size - 1}")
         return self.logits(self.encode(Tokens.text(ids)).text).unflatten(0, tuple(ids.shape))
 
     def forward(
@@ -523,7 +533,7 @@ class LMFusion(nn.Module):
         through the frozen text layers to the image's keys and values: frozen is not detached.
         """
         before = None
-        if prefix is not None:
+        if prefix is not None and prefix.ids.shape[1]:  # no column where every sequence begins with its image
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_is_frozen):
                 before = self.encode(prefix)
         return before, self.encode(rest, latents, t, before.cache if before else None)

@@ -41,7 +41,7 @@ from cli import setting
 from data import Batch, PatchPCA, PictureSource, Recipe, Shapes, make_batch, next_tokens
 from diffusion import Diffusion
 from load_qwen3 import fingerprint, load_qwen3, load_tokenizer, read_json
-from model import SEPARATIONS, LMFusion
+from model import SEPARATIONS, Hidden, LMFusion, Tokens
 from pictures import load_pictures
 from pretrain import pretrain_base
 from sample import generate_images
@@ -92,7 +92,7 @@ class TrainConfig:
     )
     lr: float = setting(1e-4, "peak learning rate of the image side")
     lr_final: float = setting(1.5e-5, "learning rate at the end of the cosine")
-    muon_lr: float = setting(3e-3, "peak learning rate of the matrices under muon")
+    muon_lr: float = setting(8e-3, "peak learning rate of the matrices under muon")
     lr_text_ratio: float = setting(
         0.0, "learning rate of the text side over that of the image side; 0 freezes it"
     )
@@ -176,15 +176,18 @@ CONFIGS = {
         image_size=32,
         latent_patch=4,
         latent_channels=16,
+        whiten=0.8,
         unet_channels=(48, 96),
         unet_attention=False,
         patch_positions=True,
         prediction="v",
         loss_weighting="v",
         schedule_shift=2.0,
-        steps=3000,
+        noise_limit=200,
+        steps=4500,
         batch_size=64,
         optimizer="muon",
+        muon_lr=8e-3,
         lr=1e-3,
         lr_final=3e-5,
         warmup=100,
@@ -226,18 +229,25 @@ def losses(
     eps_pred = diffusion.eps_from_output(model.unet_output(hidden), x_t, t)
     out = {"ddpm_loss": diffusion.loss(eps_pred, eps, t, config.loss_weighting)}  # Eq. (3)
 
+    def targets(part: Hidden | None, tokens: Tokens) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Features (T, D), next words (T,), and whether an image comes next (T,), if there is text."""
+        if part is None or part.text is None:
+            return []
+        return [(part.text, *next_tokens(tokens, model.config.boi_id))]
+
     # Eq. (1): text behind an image. If the text is frozen, none before it carries a gradient: no logits.
-    parts = [(hidden.text, *next_tokens(batch.rest, model.config.boi_id))] if hidden.text is not None else []
-    first = (before.text, *next_tokens(batch.prefix, model.config.boi_id))
-    learned = parts if model.text_is_frozen else parts + [first]
-    features = [h[word >= 0] for h, word, _ in learned]
-    if sum(map(len, features)):
-        words = torch.cat([word[word >= 0] for _, word, _ in learned])
-        out["lm_loss"] = F.cross_entropy(model.logits(torch.cat(features)).float(), words)
-    draw = torch.cat([d[d >= 0] for _, _, d in parts + [first]])
-    if len(draw):
-        logit = model.draw_logit(torch.cat([h[d >= 0] for h, _, d in parts + [first]]))
-        out["draw_loss"] = F.binary_cross_entropy_with_logits(logit.float(), draw.float())
+    behind = targets(hidden, batch.rest)
+    everywhere = behind + targets(before, batch.prefix)
+    learned = [(h[w >= 0], w[w >= 0]) for h, w, _ in (behind if model.text_is_frozen else everywhere)]
+    if sum(len(w) for _, w in learned):
+        features, words = map(torch.cat, zip(*learned, strict=True))
+        out["lm_loss"] = F.cross_entropy(model.logits(features).float(), words)
+    drawing = [(h[d >= 0], d[d >= 0]) for h, _, d in everywhere]
+    if sum(len(d) for _, d in drawing):
+        features, draw = map(torch.cat, zip(*drawing, strict=True))
+        out["draw_loss"] = F.binary_cross_entropy_with_logits(
+            model.draw_logit(features).float(), draw.float()
+        )
     out["loss"] = out.get("lm_loss", 0.0) + config.lambda_ddpm * out["ddpm_loss"]
     return out
 

@@ -30,7 +30,7 @@ def timestep_embedding(t: Tensor, size: int) -> Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as in the literature, fewer where that would leave less than 4 channels a group."""
+    """As many groups as divide both 32 (the literature's number) and a quarter of the channels."""
     return nn.GroupNorm(math.gcd(32, max(1, channels // 4)), channels)
 
 

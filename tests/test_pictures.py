@@ -1,0 +1,616 @@
+"""pictures.py: every kind of source, every kind of bad sample, and what happens to the pixels.
+
+All files are written by the tests themselves.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import struct
+import tarfile
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pictures
+from pictures import decode_picture, load_pictures
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def plain(color: tuple[int, ...] = RED, size: tuple[int, int] = (8, 8), form: str = "PNG") -> bytes:
+    """A picture of one color, in a form without loss."""
+    return encode(Image.new("RGB", size, color), form, **({"lossless": True} if form == "WEBP" else {}))
+
+
+def noise(form: str = "PNG") -> bytes:
+    """A picture that does not compress, so that half of its file is not all of it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return encode(Image.fromarray(pixels), form)
+
+
+def header(width: int, height: int) -> bytes:
+    """The beginning of a PNG of that size."""
+    size = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + size + struct.pack(">I", zlib.crc32(size))
+    return start + struct.pack(">I", 99999) + b"IDAT" + bytes(10)
+
+
+def write_folder(folder: Path, files: dict[str, bytes | str]) -> str:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return str(folder)
+
+
+def write_tar(path: Path, files: dict[str, bytes | str] | list[tuple[str, bytes | str]], **options) -> str:
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in files.items() if isinstance(files, dict) else files:
+            data = data if isinstance(data, bytes) else data.encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def write_jsonl(folder: Path, rows: list, files: dict[str, bytes]) -> str:
+    """rows: dictionaries, or whole lines as bytes."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    write_folder(folder, {**files, "metadata.jsonl": b"\n".join(lines)})
+    return str(folder)
+
+
+def colors(pixels: torch.Tensor) -> list[tuple[int, ...]]:
+    """Pictures of one color each -> those colors."""
+    assert (pixels == pixels[:, :, :1, :1]).all()
+    return [tuple(p[:, 0, 0].tolist()) for p in pixels]
+
+
+SAMPLES = {"b.png": plain(RED), "b.txt": "red", "a.png": plain(GREEN), "a.txt": " a green one\n"}
+
+
+# ---- sources ----
+
+
+def test_folder_pairs_pictures_with_captions_by_name_sorted(tmp_path):
+    found = load_pictures(write_folder(tmp_path, SAMPLES), 4)
+    assert found.pixels.shape == (2, 3, 4, 4) and found.pixels.dtype == torch.uint8
+    assert found.names == ["a.png", "b.png"] and found.captions == ["a green one", "red"]
+    assert colors(found.pixels) == [GREEN, RED] and found.skipped == []
+
+
+def test_folder_takes_every_extension_in_either_case_and_dots_in_names(tmp_path):
+    forms = {
+        "a.png": "PNG",
+        "b.jpg": "JPEG",
+        "c.jpeg": "JPEG",
+        "d.webp": "WEBP",
+        "E.JPG": "JPEG",
+        "f.v2.png": "PNG",
+    }
+    files = {name: plain((128, 128, 128), form=form) for name, form in forms.items()}
+    captions = {name.rpartition(".")[0] + ".txt": f"caption of {name}" for name in forms}
+    found = load_pictures(write_folder(tmp_path, {**files, **captions}), 4)
+    assert found.names == sorted(forms) and found.captions == [f"caption of {name}" for name in sorted(forms)]
+
+
+def test_folder_ignores_other_files_hidden_files_and_folders(tmp_path, capsys):
+    others = {
+        "notes.md": "x",
+        "._a.png": b"x",
+        ".DS_Store": b"x",
+        "a.gif": b"x",
+        "sub/z.png": plain(),
+        "x.png/y": "x",
+    }
+    found = load_pictures(write_folder(tmp_path, {**SAMPLES, **others}), 4)
+    assert found.names == ["a.png", "b.png"] and found.skipped == [] and capsys.readouterr().err == ""
+
+
+def test_metadata_jsonl_by_its_folder_or_its_own_path_in_the_order_of_its_lines(tmp_path):
+    rows = [{"file_name": "two/b.png", "text": "red"}, {"file_name": "a.png", "text": "grün ", "more": 1}]
+    files = {"two/b.png": plain(RED), "a.png": plain(GREEN), "a.txt": b"not this one", "c.png": plain(BLUE)}
+    folder = write_jsonl(tmp_path, rows, files)
+    for source in (folder, f"{folder}/metadata.jsonl"):
+        found = load_pictures(source, 4)
+        assert found.names == ["two/b.png", "a.png"] and found.captions == ["red", "grün"]
+        assert colors(found.pixels) == [RED, GREEN] and found.skipped == []
+
+
+def test_metadata_jsonl_may_have_blank_lines_windows_line_ends_and_a_mark_at_the_start(tmp_path):
+    line = json.dumps({"file_name": "a.png", "text": "green"}).encode()
+    found = load_pictures(
+        write_jsonl(tmp_path, [b"\xef\xbb\xbf" + line + b"\r", b"", b"  ", line + b"\r"], SAMPLES), 4
+    )
+    assert found.captions == ["green", "green"] and found.skipped == []
+
+
+def test_metadata_jsonl_may_go_up_inside_its_folder(tmp_path):
+    rows = [{"file_name": "two/../a.png", "text": "x"}, {"file_name": "./b.png", "text": "y"}]
+    assert colors(load_pictures(write_jsonl(tmp_path, rows, SAMPLES), 4).pixels) == [GREEN, RED]
+
+
+def test_tar_samples_share_the_path_up_to_the_first_dot_of_the_file_name_in_the_order_of_members(tmp_path):
+    files = {
+        "v1.0/b.txt": "red",
+        "v1.0/b.PNG": plain(RED),
+        "v1.0/b.mask.png": plain(BLUE),
+        "b.png": plain(GREEN),
+        "b.json": "{}",
+        "__index__": "x",
+        "._b.png": "x",
+        "b.txt": "green",
+    }
+    found = load_pictures(write_tar(tmp_path / "t.tar", files), 4)
+    assert found.captions == ["red", "green"] and found.names == ["t.tar/v1.0/b.PNG", "t.tar/b.png"]
+    assert colors(found.pixels) == [RED, GREEN] and found.skipped == []
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_formats_and_long_and_foreign_names(tmp_path, form):
+    name = "verzeichnis/" * 12 + "ä" if form != tarfile.USTAR_FORMAT else "verzeichnis/" * 8 + "b"
+    path = write_tar(tmp_path / "t.tar", {f"{name}.png": plain(RED), f"{name}.txt": "red"}, format=form)
+    assert load_pictures(path, 4).names == [f"t.tar/{name}.png"]
+
+
+def test_glob_takes_tars_sorted_whatever_the_order_in_which_they_were_written(tmp_path):
+    for i in (2, 0, 1):
+        write_tar(
+            tmp_path / f"train-{i}.tar",
+            {"z.png": plain(), "z.txt": f"z{i}", "a.png": plain(), "a.txt": f"a{i}"},
+        )
+    write_tar(tmp_path / "val-0.tar", {"a.png": plain(), "a.txt": "val"})
+    assert load_pictures(f"{tmp_path}/train-*.tar", 4).captions == ["z0", "a0", "z1", "a1", "z2", "a2"]
+
+
+def test_list_of_sources_is_read_in_its_order_each_path_once(tmp_path):
+    tars = [write_tar(tmp_path / f"{i}.tar", {"a.png": plain(), "a.txt": f"tar {i}"}) for i in range(3)]
+    folder = write_folder(tmp_path / "folder", SAMPLES)
+    found = load_pictures([tars[2], folder, f"{tmp_path}/*.tar"], 4)
+    assert found.captions == ["tar 2", "a green one", "red", "tar 0", "tar 1"]
+
+
+def test_home_folder_and_literal_brackets_are_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_tar(tmp_path / "train[1].tar", {"a.png": plain(), "a.txt": "x"})
+    assert load_pictures("~/train[1].tar", 4).captions == load_pictures("~/*.tar", 4).captions == ["x"]
+
+
+def test_twice_the_same_source_gives_twice_the_same(tmp_path):
+    files = {f"{i}.png": noise() for i in range(5)} | {f"{i}.txt": str(i) for i in range(5)} | {"9.txt": "x"}
+    a, b = (load_pictures(write_folder(tmp_path, files), 7) for _ in range(2))
+    assert torch.equal(a.pixels, b.pixels) and vars(a) | {"pixels": 0} == vars(b) | {"pixels": 0}
+
+
+# ---- bad samples ----
+
+BAD = {  # what stands beside a good sample, and why it is left out
+    "truncated png": ({"x.png": noise()[:2000], "x.txt": "x"}, "x.png", "truncated image"),
+    "truncated jpeg": ({"x.jpg": noise("JPEG")[:-300], "x.txt": "x"}, "x.jpg", "truncated image"),
+    "truncated webp": ({"x.webp": noise("WEBP")[:-300], "x.txt": "x"}, "x.webp", "image"),
+    "damaged png": (
+        {"x.png": noise()[:200] + bytes(60) + noise()[260:], "x.txt": "x"},
+        "x.png",
+        "damaged image",
+    ),
+    "empty picture": ({"x.png": b"", "x.txt": "x"}, "x.png", "not a PNG, JPEG or WebP image"),
+    "not an image": ({"x.png": b"<html>404</html>", "x.txt": "x"}, "x.png", "not a PNG, JPEG or WebP image"),
+    "other format": ({"x.png": encode(Image.new("RGB", (8, 8)), "BMP"), "x.txt": "x"}, "x.png", "not a PNG"),
+    "no pixels": ({"x.png": header(0, 8), "x.txt": "x"}, "x.png", "image"),
+    "huge": ({"x.png": header(8001, 8001), "x.txt": "x"}, "x.png", "over 64 megapixels"),
+    "of a size that Pillow warns of": (
+        {"x.png": header(10_000, 10_000), "x.txt": "x"},
+        "x.png",
+        "over 64 meg",
+    ),
+    "of a size that Pillow refuses": (
+        {"x.png": header(200_000, 200_000), "x.txt": "x"},
+        "x.png",
+        "over 64 megapixels",
+    ),
+    "no caption": ({"x.png": plain()}, "x.png", "no caption"),
+    "no picture": ({"x.txt": "x"}, "x.txt", "no picture"),
+    "empty caption": ({"x.png": plain(), "x.txt": ""}, "x.png", "empty caption"),
+    "blank caption": ({"x.png": plain(), "x.txt": " \n\t"}, "x.png", "empty caption"),
+    "latin-1 caption": (
+        {"x.png": plain(), "x.txt": "grün".encode("latin-1")},
+        "x.png",
+        "caption is not UTF-8",
+    ),
+    "long caption": (
+        {"x.png": plain(), "x.txt": "x" * 10_001},
+        "x.png",
+        "caption longer than 10,000 characters",
+    ),
+    "endless caption": (
+        {"x.png": plain(), "x.txt": "x" * 80_001},
+        "x.png",
+        "caption longer than 80,000 bytes",
+    ),
+    "two pictures": ({"x.jpg": plain(), "x.png": plain(), "x.txt": "x"}, "x.png", "a second picture"),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_sample_is_left_out_alone_and_named_once(tmp_path, capfd, kind, case):
+    bad, name, reason = BAD[case]
+    files = {**bad, "y.png": plain(GREEN), "y.txt": "green"}
+    source = write_folder(tmp_path, files) if kind == "folder" else write_tar(tmp_path / "t.tar", files)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load_pictures(source, 4)
+    name = f"t.tar/{name}" if kind == "tar" else name
+    assert found.captions == ["green"] and colors(found.pixels) == [GREEN]
+    assert len(found.skipped) == 1
+    assert found.skipped[0][0] == name and reason in found.skipped[0][1]
+    out, err = capfd.readouterr()
+    assert out == "" and err == f"skipped 1 of 2 samples: {name} ({found.skipped[0][1]})\n"
+
+
+def test_a_caption_may_begin_with_a_byte_order_mark(tmp_path):
+    found = load_pictures(write_folder(tmp_path, {"x.png": plain(), "x.txt": b"\xef\xbb\xbfgr\xc3\xbcn"}), 4)
+    assert found.captions == ["grün"]
+
+
+def test_a_caption_of_just_ten_thousand_characters_is_kept(tmp_path):
+    found = load_pictures(write_folder(tmp_path, {"x.png": plain(), "x.txt": "語" * 10_000}), 4)
+    assert len(found.captions[0]) == 10_000
+
+
+def test_a_huge_file_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_FILE", 500)
+    found = load_pictures(write_folder(tmp_path, {**SAMPLES, "x.png": noise(), "x.txt": "x"}), 4)
+    assert found.skipped == [("x.png", "file longer than 500 bytes")]
+
+
+BAD_LINES = [
+    (b"[1, 2]", "metadata.jsonl:2", "not {"),
+    (b"{'file_name': 'a.png', 'text': 'x'}", "metadata.jsonl:2", "not {"),
+    (b'{"file_name": "a.png"', "metadata.jsonl:2", "not {"),
+    (b"[" * 100_000, "metadata.jsonl:2", "not {"),
+    (b'{"file_name": "a.png", "text": "gr\xfcn"}', "metadata.jsonl:2", "not {"),
+    ({"file_name": "a.png"}, "metadata.jsonl:2", "not {"),
+    ({"text": "x"}, "metadata.jsonl:2", "not {"),
+    ({"file_name": "a.png", "text": 7}, "metadata.jsonl:2", "not {"),
+    ({"file_name": None, "text": "x"}, "metadata.jsonl:2", "not {"),
+    ({"file_name": "a.png", "text": ""}, "a.png", "empty caption"),
+    ({"file_name": "a.png", "text": "\ud800"}, "a.png", "caption is not UTF-8"),
+    ({"file_name": "a.png", "text": "x" * 10_001}, "a.png", "caption longer than"),
+    ({"file_name": "nowhere.png", "text": "x"}, "nowhere.png", "no such file"),
+    ({"file_name": "a\0.png", "text": "x"}, "a\0.png", "no such file"),
+    ({"file_name": "", "text": "x"}, "", "no such file"),
+    ({"file_name": "../secret.png", "text": "x"}, "../secret.png", "not inside"),
+    ({"file_name": "two/../../secret.png", "text": "x"}, "two/../../secret.png", "not inside"),
+    ({"file_name": "..", "text": "x"}, "..", "not inside"),
+]
+
+
+@pytest.mark.parametrize("line, name, reason", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_bad_line_of_metadata_jsonl_is_left_out_alone(tmp_path, capfd, line, name, reason):
+    write_folder(tmp_path, {"secret.png": plain(BLUE)})
+    good = {"file_name": "b.png", "text": "red"}
+    found = load_pictures(write_jsonl(tmp_path / "data", [good, line, good], SAMPLES), 4)
+    assert found.captions == ["red", "red"] and colors(found.pixels) == [RED, RED]
+    assert len(found.skipped) == 1 and found.skipped[0][0] == name and reason in found.skipped[0][1]
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_an_absolute_path_in_metadata_jsonl_is_left_out_even_if_it_exists(tmp_path):
+    folder = tmp_path / "data"
+    rows = [{"file_name": "b.png", "text": "red"}, {"file_name": str(folder / "a.png"), "text": "green"}]
+    found = load_pictures(write_jsonl(folder, rows, SAMPLES), 4)
+    assert found.captions == ["red"] and "not inside" in found.skipped[0][1]
+
+
+def test_the_log_line_names_ten_and_counts_the_rest(tmp_path, capfd):
+    files = {f"{i:02}.png": plain() for i in range(13)} | SAMPLES
+    found = load_pictures(write_folder(tmp_path, files), 4)
+    err = capfd.readouterr().err
+    assert len(found.skipped) == 13 and err.startswith(
+        "skipped 13 of 15 samples: 00.png (no caption), 01.png"
+    )
+    assert err.count("no caption") == 10 and err.endswith("09.png (no caption) and 3 more\n")
+
+
+def test_the_log_line_is_one_line_whatever_the_names_hold(tmp_path, capfd):
+    files = [*SAMPLES.items(), ("bad\n\x1b[31mname.png", plain()), ("\udcff.png", plain())]
+    load_pictures(write_tar(tmp_path / "t.tar", files), 4)
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "\x1b" not in err and "bad??[31mname.png" in err
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    """Reading one may wait for ever (not here: the test holds the other end)."""
+    os.mkfifo(tmp_path / "x.png")
+    other_end = os.open(tmp_path / "x.png", os.O_RDWR)
+    write_folder(tmp_path, SAMPLES | {"x.txt": "x"})
+    assert load_pictures(str(tmp_path), 4).skipped == [("x.txt", "no picture")]
+    write_jsonl(tmp_path, [{"file_name": n, "text": "x"} for n in ("a.png", "x.png")], {})
+    assert load_pictures(str(tmp_path), 4).skipped == [("x.png", "no such file")]
+    os.close(other_end)
+
+
+# ---- tars: links, damage ----
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE]
+)
+@pytest.mark.parametrize("target", ["secret.png", "a.png"])
+def test_only_regular_members_count_and_no_link_is_followed(tmp_path, monkeypatch, kind, target):
+    write_folder(tmp_path, {"secret.png": plain(BLUE)})
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name, data in {"a.png": plain(RED), "a.txt": b"red", "x.txt": b"a link"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        link = tarfile.TarInfo("x.png")
+        link.type, link.linkname = kind, target
+        tar.addfile(link)
+    found = load_pictures("t.tar", 4)
+    assert found.captions == ["red"] and found.skipped == [("t.tar/x.txt", "no picture")]
+
+
+def test_nothing_is_written_to_disk_whatever_the_names_of_members(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    path = write_tar(tmp_path / "t.tar", {n: d for a in ("../up", "/tmp/abs", "in") for n, d in
+                                          ((f"{a}.png", plain()), (f"{a}.txt", a))})  # fmt: skip
+    monkeypatch.chdir(tmp_path / "deep")
+    before = sorted(tmp_path.rglob("*"))
+    assert load_pictures(path, 4).captions == ["../up", "/tmp/abs", "in"]
+    assert sorted(tmp_path.rglob("*")) == before and not os.path.exists("/tmp/abs.png")
+
+
+def three_in_a_tar(path: Path) -> tuple[bytes, list[int]]:
+    """A tar of three samples, and where the header of each of its six members begins."""
+    files = [
+        (f"{i}.{kind}", noise() if kind == "png" else f"caption {i}")
+        for i in range(3)
+        for kind in ("png", "txt")
+    ]
+    write_tar(path, files, format=tarfile.USTAR_FORMAT)
+    with tarfile.open(path) as tar:
+        return path.read_bytes(), [member.offset for member in tar]
+
+
+@pytest.mark.parametrize("member", range(1, 6))
+@pytest.mark.parametrize(
+    "where", ["at its header", "in its header", "behind its header", "in its data", "garbled header"]
+)
+def test_a_tar_that_breaks_off_yields_the_samples_that_are_whole_and_one_bad_entry(
+    tmp_path, capfd, member, where
+):
+    data, offsets = three_in_a_tar(tmp_path / "t.tar")
+    at = offsets[member]
+    data = {
+        "at its header": data[:at],
+        "in its header": data[: at + 100],
+        "behind its header": data[: at + 512],
+        "in its data": data[: at + 512 + 5],
+        "garbled header": data[:at] + b"\xff" * 512 + data[at + 512 :],
+    }[where]
+    (tmp_path / "t.tar").write_bytes(data)
+    write_tar(tmp_path / "u.tar", {"a.png": plain(), "a.txt": "another tar"})
+    found = load_pictures([f"{tmp_path}/t.tar", f"{tmp_path}/u.tar"], 4)
+    assert found.captions == [f"caption {i}" for i in range(member // 2)] + ["another tar"]
+    assert [name for name, _ in found.skipped] == ["t.tar"] and "truncated or damaged" in found.skipped[0][1]
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_a_tar_without_its_closing_zeros_loses_no_sample(tmp_path):
+    data, _ = three_in_a_tar(tmp_path / "t.tar")
+    (tmp_path / "t.tar").write_bytes(data.rstrip(b"\0"))
+    assert load_pictures(str(tmp_path / "t.tar"), 4).captions == ["caption 0", "caption 1", "caption 2"]
+
+
+@pytest.mark.parametrize("content", ["garbage", "empty", "gzip", "picture", "first header"])
+def test_what_is_no_tar_is_an_error_that_names_it(tmp_path, content):
+    data, _ = three_in_a_tar(tmp_path / "t.tar")
+    broken = {"garbage": b"\xff" * 9999, "empty": b"", "gzip": gzip.compress(data), "picture": noise(),
+              "first header": data[:300]}  # fmt: skip
+    (tmp_path / "broken.tar").write_bytes(broken[content])
+    with pytest.raises(ValueError, match=r"broken\.tar: not an uncompressed tar") as e:
+        load_pictures(f"{tmp_path}/*.tar", 4)
+    assert "\n" not in str(e.value)
+
+
+# ---- errors ----
+
+
+def test_missing_paths_and_globs_without_a_match_are_errors_that_name_them(tmp_path):
+    for source in (f"{tmp_path}/nowhere", f"{tmp_path}/train-*.tar", f"{tmp_path}/metadata.jsonl"):
+        for form in (source, [write_folder(tmp_path / "good", SAMPLES), source]):
+            with pytest.raises(ValueError, match="no such file or folder") as e:
+                load_pictures(form, 4)
+            assert source in str(e.value)
+
+
+def test_a_source_without_one_good_sample_is_an_error_that_lists_the_reasons(tmp_path):
+    folder = write_folder(tmp_path, {"a.png": plain(), "b.png": b"?", "b.txt": "b", "c.txt": "c"})
+    with pytest.raises(
+        ValueError, match=r"skipped 3 of 3 samples: a.png \(no caption\), b.png \(not a .* c.txt"
+    ) as e:
+        load_pictures(folder, 4)
+    assert folder in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_source_without_any_sample_is_an_error_that_says_what_is_expected(tmp_path):
+    write_tar(tmp_path / "t.tar", {})
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "jsonl", [], {})
+    for source in ("t.tar", "folder", "jsonl"):
+        with pytest.raises(
+            ValueError, match=f"{source}: no captioned pictures .*name.txt, metadata.jsonl, or tars"
+        ):
+            load_pictures(str(tmp_path / source), 4)
+
+
+def test_more_memory_than_allowed_is_an_error_that_says_how_much_before_anything_is_decoded(
+    tmp_path, monkeypatch
+):
+    folder = write_folder(tmp_path, SAMPLES)
+    assert len(load_pictures(folder, 16, max_memory=2 * 3 * 16 * 16).names) == 2
+    monkeypatch.setattr(pictures, "decode_picture", None)
+    with pytest.raises(ValueError, match="2 pictures of 16 x 16 pixels .* make it fewer or smaller"):
+        load_pictures(folder, 16, max_memory=2 * 3 * 16 * 16 - 1)
+    with pytest.raises(ValueError, match="pixels take 24.00 GiB, and 8.00 are allowed"):
+        load_pictures(folder, 65536)
+
+
+def test_a_size_of_nothing_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="size is 0"):
+        load_pictures(write_folder(tmp_path, SAMPLES), 0)
+
+
+# ---- pixels ----
+
+
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("size", [4, 32, 50])
+def test_the_square_in_the_middle_is_kept(across, size):
+    """Three bands, of which the middle one is a square: nothing of the outer ones bleeds in."""
+    bands = np.zeros((32, 32 + 2 * 41, 3), dtype=np.uint8)
+    bands[:, :41], bands[:, 41:73], bands[:, 73:] = RED, GREEN, BLUE
+    picture = Image.fromarray(bands if across else bands.transpose(1, 0, 2))
+    assert colors(decode_picture(encode(picture), size)[None]) == [GREEN]
+
+
+def test_an_odd_remainder_is_cropped_to_within_a_pixel_of_the_middle():
+    row = np.arange(9, dtype=np.uint8)[None, :, None].repeat(4, 0).repeat(3, 2) * 20
+    kept = decode_picture(encode(Image.fromarray(row)), 4)[0, 0].tolist()
+    assert kept in ([40, 60, 80, 100], [60, 80, 100, 120])
+
+
+def test_a_picture_of_the_right_size_is_kept_bit_by_bit():
+    pixels = np.asarray(Image.open(io.BytesIO(noise())))
+    for form in ("PNG", "WEBP"):
+        data = encode(Image.fromarray(pixels), form, **({"lossless": True} if form == "WEBP" else {}))
+        assert torch.equal(decode_picture(data, 32), torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+
+
+def test_making_smaller_averages_and_does_not_alias():
+    checks = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    assert (decode_picture(encode(Image.fromarray(checks)), 16).int() - 127).abs().max() <= 2
+    stripes = np.zeros((64, 64), dtype=np.uint8)
+    stripes[:, ::8] = 255  # one column in eight: nearest-neighbour keeps all or nothing of it
+    assert decode_picture(encode(Image.fromarray(stripes)), 8).float().mean() == pytest.approx(255 / 8, abs=2)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_resizing_keeps_a_slope_in_its_place(form):
+    """Left to right 0 to 255, red; top to bottom, green: orientation, channels and geometry in one."""
+    slope = np.linspace(0, 255, 256).round()
+    picture = np.stack(np.broadcast_arrays(slope[None, :], slope[:, None], np.float64(7)), -1).astype(
+        np.uint8
+    )
+    for size in (8, 64):
+        small = decode_picture(
+            encode(Image.fromarray(picture), form, **({"quality": 95} if form == "JPEG" else {})), size
+        )
+        middles = (torch.arange(size) + 0.5) * 256 / size - 0.5
+        edge = slice(1, -1)  # a filter of four taps bends the ends of a slope
+        assert (small[0] - middles)[:, edge].abs().max() < 6 and (small[1] - middles[:, None])[
+            edge
+        ].abs().max() < 6
+        assert (small[2].int() - 7).abs().max() < 8
+
+
+def test_a_large_jpeg_keeps_its_detail():
+    """It may be decoded at a fraction of its size, but the result is that of decoding all of it."""
+    detail = np.random.default_rng(0).integers(64, 192, (128, 128), dtype=np.uint8)
+    large = Image.fromarray(detail.repeat(4, 0).repeat(4, 1))
+    jpeg, png = decode_picture(encode(large, "JPEG", quality=95), 128), decode_picture(encode(large), 128)
+    assert (jpeg.float() - png.float()).abs().mean() < 3
+
+
+def test_a_small_picture_is_made_larger():
+    assert colors(decode_picture(plain(BLUE, (1, 1)), 16)[None]) == [BLUE]
+    assert colors(decode_picture(plain(BLUE, (1, 500)), 16)[None]) == [BLUE]
+
+
+def test_transparency_is_put_on_white():
+    pixels = np.zeros((8, 8, 4), dtype=np.uint8)
+    pixels[:, :2] = (255, 0, 0, 0)  # red, but invisible
+    pixels[:, 2:4] = (255, 0, 0, 255)
+    pixels[:, 4:6] = (0, 0, 0, 128)
+    pixels[:, 6:] = (0, 0, 0, 255)
+    for form in ("PNG", "WEBP"):
+        options = {"lossless": True, "exact": True} if form == "WEBP" else {}
+        row = decode_picture(encode(Image.fromarray(pixels), form, **options), 8)[:, 3].T.tolist()
+        assert row[0] == [255, 255, 255] and row[2] == [255, 0, 0] and row[7] == [0, 0, 0]
+        assert row[4] == [127, 127, 127]
+
+
+def test_transparency_does_not_bleed_when_resized():
+    """Invisible black beside white: white all over, at every size."""
+    pixels = np.full((64, 64, 4), 255, dtype=np.uint8)
+    pixels[:, :32] = 0
+    assert colors(decode_picture(encode(Image.fromarray(pixels)), 6)[None]) == [(255, 255, 255)]
+
+
+def test_other_kinds_of_transparency_are_put_on_white():
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert colors(decode_picture(encode(palette), 4)[None]) == [(10, 20, 30)]
+    assert colors(decode_picture(encode(palette, transparency=1), 4)[None]) == [(255, 255, 255)]
+    grey = Image.new("LA", (8, 8), (100, 0))
+    assert colors(decode_picture(encode(grey), 4)[None]) == [(255, 255, 255)]
+    assert colors(decode_picture(encode(Image.new("RGB", (8, 8), RED), transparency=RED), 4)[None]) == [
+        (255, 255, 255)
+    ]
+
+
+def test_grey_one_bit_and_cmyk_become_rgb():
+    assert colors(decode_picture(encode(Image.new("L", (8, 8), 77)), 4)[None]) == [(77, 77, 77)]
+    assert colors(decode_picture(encode(Image.new("1", (8, 8), 1)), 4)[None]) == [(255, 255, 255)]
+    cmyk = encode(Image.new("RGB", (16, 16), (200, 30, 30)).convert("CMYK"), "JPEG", quality=100)
+    found = decode_picture(cmyk, 4).float().mean((1, 2))
+    assert (found - torch.tensor([200.0, 30.0, 30.0])).abs().max() < 4
+
+
+def test_sixteen_bits_a_channel_keep_their_brightness():
+    ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    found = decode_picture(encode(Image.fromarray(ramp)), 16)
+    expected = torch.arange(256).view(16, 16).expand(3, 16, 16)
+    assert (found.int() - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_exif_orientation_is_undone(orientation, form):
+    """An upright picture, stored as a camera would for this orientation, comes back upright."""
+    upright = np.zeros((64, 64, 3), dtype=np.uint8)
+    upright[:32, :32], upright[:32, 32:], upright[32:, :32] = RED, GREEN, BLUE
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),  # the camera's top is the scene's right
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"lossless": True}}[form]
+    data = encode(Image.fromarray(np.ascontiguousarray(stored)), form, exif=exif, **options)
+    found = decode_picture(data, 64).permute(1, 2, 0).numpy().astype(int)
+    corners = np.abs(found - upright)[[8, 8, 56, 56], [8, 56, 8, 56]]
+    assert corners.max() < 12

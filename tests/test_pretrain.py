@@ -1,0 +1,131 @@
+"""pretrain.py: the base is an ordinary Qwen3 folder, the same for a seed, and knows the words of captions."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+import small
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+import pretrain
+from data import COLORS, Shapes, all_scenes, text_document
+from load_qwen3 import load_qwen3, load_tokenizer
+from pretrain import SPECIAL, init_text, pretrain_base, save_base
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder made by pretrain_base, and the model it was saved from."""
+    kept, folder = {}, tmp_path_factory.mktemp("pretrain") / "base"
+    with pytest.MonkeyPatch.context() as patch, small.inside(folder.parent):
+        patch.setattr(
+            pretrain, "save_base", lambda m, t, f: kept.update(model=m, tokenizer=t) or save_base(m, t, f)
+        )
+        pretrain_base(folder, steps=2, **small.SIZES)
+    return folder, kept["model"], kept["tokenizer"]
+
+
+def test_the_folder_holds_what_a_hugging_face_folder_holds(saved):
+    folder, model, _ = saved
+    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "qwen3" and config["architectures"] == ["Qwen3ForCausalLM"]
+    assert all(config[k] == v for k, v in small.SIZES.items())
+    assert config["tie_word_embeddings"] is True and config["rope_theta"] == 1e4
+    with safe_open(folder / "model.safetensors", "pt") as f:
+        names = set(f.keys())
+    assert "model.layers.1.self_attn.q_norm.weight" in names and len(names) == 2 + 2 * 11
+    assert not any("image" in n or "unet" in n or "boi" in n for n in names)
+
+
+@torch.no_grad()
+def test_the_loaded_model_has_the_logits_of_the_one_it_was_saved_from(saved):
+    folder, model, _ = saved
+    loaded = load_qwen3(folder, latent_size=2, unet_channels=(4, 4))
+    ids = torch.randint(loaded.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded.text_logits(ids), model.text_logits(ids))
+    assert loaded.text_logits(ids).std() > 0.05
+    assert loaded.text_is_frozen
+
+
+def test_the_loaded_special_tokens_are_those_of_the_tokenizer(saved):
+    folder, _, tokenizer = saved
+    config, ids = load_qwen3(folder, latent_size=2, unet_channels=(4, 4)).config, tokenizer.token_to_id
+    assert (config.boi_id, config.eoi_id) == (ids("<|vision_start|>"), ids("<|vision_end|>"))
+    assert config.eos_id == ids("<|endoftext|>")
+    assert len({ids(t) for t in SPECIAL}) == 5 and config.vocab_size == tokenizer.get_vocab_size()
+
+
+def test_the_base_is_the_same_for_a_seed_and_another_for_another(saved, tmp_path):
+    with small.inside(tmp_path):
+        torch.manual_seed(99)  # the global generators have no say in it
+        random.seed(99)
+        pretrain_base(tmp_path / "again", steps=2, **small.SIZES)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (saved[0] / name).read_bytes(), name
+    assert (small.other_base() / "model.safetensors").read_bytes() != (
+        saved[0] / "model.safetensors"
+    ).read_bytes()
+
+
+def test_every_word_of_a_caption_is_one_token(saved):
+    tokenizer = load_tokenizer(saved[0])
+    for scene in all_scenes(held_out=True) + all_scenes(held_out=False)[::7]:
+        assert len(tokenizer.encode(scene.caption).ids) == len(scene.caption.split()), scene.caption
+    assert {len(tokenizer.encode(f" {color}").ids) for color in COLORS} == {1}
+
+
+@pytest.mark.parametrize(
+    "text", ("grass is green.", "Ünïcödé 漢字 🎈", "  two  blanks\n\ttab", "<|vision_start|> a")
+)
+def test_any_text_comes_back_from_its_tokens(saved, text):
+    tokenizer = load_tokenizer(saved[0])
+    tokenizer.encode_special_tokens = True
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_documents_fit_the_context_of_the_real_base(saved):
+    tokenizer, rng = load_tokenizer(saved[0]), random.Random(0)
+    lengths = [len(tokenizer.encode(text_document(rng)).ids) for _ in range(500)]
+    assert max(lengths) < pretrain.SIZES["max_position_embeddings"]
+    captions = [len(tokenizer.encode(c).ids) for c in Shapes().validation(100)[1]]
+    assert max(captions) < 20
+
+
+def test_training_starts_near_the_entropy_of_a_guess_and_gets_better(tmp_path):
+    """The loss is a real one: about log V at first, clearly below after some steps."""
+    losses = []
+    real = F.cross_entropy
+    with pytest.MonkeyPatch.context() as patch, small.inside(tmp_path):
+        patch.setattr(pretrain.F, "cross_entropy", lambda *a, **k: losses.append(real(*a, **k)) or losses[-1])
+        patch.setattr(pretrain, "WARMUP", 2)
+        pretrain_base(tmp_path / "base", steps=30, **small.SIZES)
+    assert abs(losses[0].item() - math.log(load_tokenizer(tmp_path / "base").get_vocab_size())) < 1
+    assert losses[-1] < losses[0] - 1
+
+
+def test_initialisation_reaches_every_matrix_and_leaves_norms_at_one(saved):
+    folder, model, _ = saved
+    fresh = type(model)(model.config)
+    before = {n: p.detach().clone() for n, p in fresh.text_parameters().items()}
+    with torch.random.fork_rng(devices=[]):
+        init_text(fresh)
+    for name, p in fresh.text_parameters().items():
+        assert torch.equal(p, before[name]) == (p.dim() == 1), name
+        if p.dim() == 1:
+            assert (p == 1).all()
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_nothing_stays(saved, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("checkpoint.save_file", full)
+    with pytest.raises(OSError, match="base could not be written.*No space left"):
+        save_base(saved[1], saved[2], tmp_path / "base")
+    assert list(tmp_path.iterdir()) == []
