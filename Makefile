@@ -11,7 +11,7 @@ PY := .venv/bin/python
 
 demo: .venv/ready
 	$(PY) train.py --config small $(if $(wildcard runs/small/step-*/checkpoint.json),--resume)
-	$(PY) sample.py --prompts prompts.txt --captions --out runs/demo.png --gif runs/demo.gif
+	$(PY) sample.py --prompts prompts.txt --labels --out runs/demo.png --gif runs/demo.gif
 	@echo "open runs/demo.png; then try: $(PY) sample.py --prompt \"a big red circle in the center on a blue background\""
 
 test: .venv/ready

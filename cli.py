@@ -9,11 +9,18 @@ import sys
 import typing
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that states a default where there is one to state."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, "", []) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations; an unknown flag is answered with the nearest ones, or with all."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)
@@ -56,14 +63,16 @@ def add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         kind = {bool: boolean, int: int, float: float, str: str}.get(hint, integers)
+        choices, default = field.metadata.get("choices"), field.default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
             dest=field.name,
             type=kind,
             default=None,
-            choices=field.metadata.get("choices"),
-            help=field.metadata.get("help"),
-            metavar=None if field.metadata.get("choices") else field.name.upper(),
+            choices=choices,
+            help=field.metadata["help"] + (f" [{shown}]" if shown != "" else ""),
+            metavar=None if choices else field.name.upper(),
         )
 
 

@@ -34,7 +34,7 @@ SIZES = dict(
     tie_word_embeddings=True,
     max_position_embeddings=1024,
 )
-STEPS, BATCH, LR, WARMUP = 600, 32, 2e-3, 50
+STEPS, BATCH, LR, WARMUP = 800, 32, 2e-3, 50
 
 
 def train_tokenizer(rng: random.Random) -> Tokenizer:

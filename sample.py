@@ -209,8 +209,8 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm is the paper's, with 250 steps")
     add("--cfg", type=float, default=3.0, help="guidance scale; 1 is none")
     add("--seed", type=int, default=0, help="same seed and arguments: same file")
-    add("--captions", action="store_true", help="write each prompt below its picture")
-    add("--scale", type=int, default=0, help="pixels a side in the grid (0: as generated)")
+    add("--labels", action="store_true", help="write each prompt below its picture")
+    add("--scale", type=int, help="pixels a side; 0: as generated (default: 256, or 128 with --labels)")
     add("--gif", metavar="FILE", help="also write a film of the denoising")
     add("--max-tokens", type=int, default=64, help="longest text to write")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -241,12 +241,14 @@ def check(args: argparse.Namespace) -> None:
     if any(not p.strip() for p in args.prompt):
         raise ValueError("--prompt is empty")
     args.steps = args.steps if args.steps is not None else {"ddim": 25, "ddpm": 250}[args.sampler]
+    if args.scale is None:
+        args.scale = 128 if args.labels else 256
     limits = {
+        "scale": (0, 4096),
         "n": (1, 10000),
         "steps": (1, T),
         "max_tokens": (1, 10**6),
         "top_k": (0, 10**9),
-        "scale": (0, 4096),
         "cfg": (-100, 100),
         "temperature": (0, 100),
         "top_p": (1e-9, 1),
@@ -291,17 +293,17 @@ def paint(trained: Trained, args: argparse.Namespace, batch: int = 64) -> None:
         films.append(frames)
     bar.close()
     everything = torch.cat(pictures)
-    if args.captions:
-        page = figures.sheet(everything, prompts, columns=min(6, len(prompts)), side=args.scale or 128)
+    native = everything.shape[-1]
+    if args.labels:
+        page = figures.sheet(everything, prompts, columns=min(6, len(prompts)), side=args.scale or native)
     else:
-        page = figures.grid(everything, args.scale or None)
+        page = figures.grid(everything, args.scale or native)
     figures.save_image(page, args.out)
     print(
         f"{args.out}: {len(prompts)} picture{'s' * (len(prompts) > 1)}, {page.width} x {page.height} pixels"
     )
     if args.gif:
-        side = args.scale or max(128, everything.shape[-1])
-        frames = [figures.grid(torch.cat(step), side) for step in zip(*films, strict=True)]
+        frames = [figures.grid(torch.cat(step), args.scale or native) for step in zip(*films, strict=True)]
         figures.save_gif(frames, args.gif)
         print(f"{args.gif}: {len(frames)} frames")
 

@@ -184,7 +184,7 @@ CONFIGS = {
         loss_weighting="v",
         schedule_shift=2.0,
         noise_limit=200,
-        steps=4500,
+        steps=5000,
         batch_size=64,
         optimizer="muon",
         muon_lr=8e-3,
@@ -563,7 +563,7 @@ def parse(args: list[str] | None = None) -> tuple[TrainConfig, str, bool]:
     parser = cli.Parser(
         prog="train.py",
         description="Train the image side of an LMFusion. Flags that are not given "
-        "keep the value of the named configuration.",
+        "keep the value of the named configuration; the paper's recipe stands in brackets.",
     )
     parser.add_argument(
         "--config", choices=tuple(CONFIGS), required=True, help="named configuration to start from"

@@ -28,6 +28,12 @@ from train import Run
 FILES = ("model.safetensors", "optimizer.safetensors", "latents.safetensors", "checkpoint.json")
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Runs leave their name in runs/last-small: below the test's folder, not in the user's."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def whole(tmp_path) -> Path:
     """A checkpoint of one's own to break, with a moving average."""

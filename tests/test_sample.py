@@ -15,6 +15,7 @@ from PIL import Image
 import sample
 from checkpoint import Trained
 from data import Recipe, Shapes, make_batch
+from diffusion import timesteps
 from model import IMAGE, Cache, Tokens
 from sample import choose, continue_text, describe_images, encode_text, generate_images, generate_text
 
@@ -87,7 +88,7 @@ def test_the_prompt_is_encoded_once_and_a_step_computes_patches_alone(trained, m
         assert len(latents) == 2 * n and t.shape == (2 * n,)
         assert torch.equal(latents[:n], latents[n:])  # with and without the prompt, the same noisy latent
         assert cache is rest[0][3]
-    assert [call[2][0].item() for call in rest] == [875, 625, 375, 125]
+    assert [call[2][0].item() for call in rest] == timesteps(4)
 
 
 def test_without_guidance_a_step_is_a_single_batch(trained, monkeypatch):
@@ -362,7 +363,19 @@ def test_the_same_seed_and_arguments_write_the_same_file_byte_for_byte(tmp_path,
 
 
 def test_several_pictures_become_a_grid_each_with_its_own_noise(tmp_path):
-    out = run("--prompt", PROMPTS[0], "--n", 4, "--steps", 2, "--out", "deep/er/grid.png", folder=tmp_path)
+    out = run(
+        "--prompt",
+        PROMPTS[0],
+        "--n",
+        4,
+        "--steps",
+        2,
+        "--scale",
+        0,
+        "--out",
+        "deep/er/grid.png",
+        folder=tmp_path,
+    )
     assert "deep/er/grid.png: 4 pictures, 64 x 64 pixels" in out
     with Image.open(tmp_path / "deep/er/grid.png") as image:
         assert image.format == "PNG" and image.size == (64, 64)
@@ -378,9 +391,9 @@ def test_scale_enlarges_without_smoothing(tmp_path):
         assert a.resize((64, 64), Image.Resampling.NEAREST).tobytes() == b.tobytes()
 
 
-def test_captions_are_written_below_their_pictures(tmp_path):
+def test_labels_are_written_below_their_pictures(tmp_path):
     flags = ("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--steps", 1)
-    run(*flags, "--captions", "--out", "with.png", folder=tmp_path)
+    run(*flags, "--labels", "--out", "with.png", folder=tmp_path)
     with Image.open(tmp_path / "with.png") as page:
         assert page.width == 2 * 138 + 10 and page.height > 128 + 20
         below = page.crop((10, 10 + 128 + 2, page.width, page.height)).convert("L")

@@ -36,6 +36,12 @@ class Killed(BaseException):
     """Stands in for kill -9: nothing in the code under test may catch it."""
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Runs leave their name in runs/last-small: below the test's folder, not in the user's."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def make_run(tmp_path):
     """make_run(*flags) -> a Run on the tiny photos, all parameters perturbed unless told otherwise."""
@@ -529,7 +535,7 @@ def kill_at_a_random_moment(folder: Path, rng: random.Random) -> None:
             time.sleep(0.01)
         time.sleep(rng.random() * 0.1)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()  # SIGKILL; nothing if it has ended already
         error = process.communicate()[1].decode()
     assert process.returncode in (-signal.SIGKILL, 0), error
 
