@@ -42,14 +42,26 @@ class Trained:
     folder: Path
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a small file beside and rename it."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a small file beside and rename it; OSError with the name of the file if that cannot be done."""
     beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error.strerror}") from None
+
+
+def check_device(name: str) -> None:
+    """ValueError for a device that is not there or does not compute."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def write_folder(
@@ -80,8 +92,10 @@ def write_folder(
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
         os.rename(beside, folder)
-    except Exception as error:  # safetensors has an error type of its own for input and output
+    except BaseException as error:  # safetensors has an error type of its own for input and output
         shutil.rmtree(beside, ignore_errors=True)
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise
         raise OSError(f"{folder} could not be written: {error}") from None
 
 
@@ -125,13 +139,15 @@ def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[
     return tensors
 
 
-def load_codec(path: Path) -> PatchPCA:
-    """The linear latents of a checkpoint."""
-    tensors = read_tensors(path)
-    for name in ("mean", "basis", "scale", "bound"):
-        if name not in tensors:
-            raise ValueError(f"{path}: tensor {name} is missing")
-    return PatchPCA(**{n: tensors[n] for n in ("mean", "basis", "scale", "bound")})
+def load_codec(path: Path, channels: int, patch: int) -> PatchPCA:
+    """The linear latents of a checkpoint: `channels` numbers for `patch` x `patch` pixels."""
+    shapes = {
+        "mean": (3 * patch**2,),
+        "basis": (3 * patch**2, channels),
+        "scale": (channels,),
+        "bound": (channels, 1, 1),
+    }
+    return PatchPCA(**read_tensors(path, {n: torch.empty(s, device="meta") for n, s in shapes.items()}))
 
 
 def load_trained(
@@ -151,6 +167,7 @@ def load_trained(
         base, overrides = base or info["base"], dict(info["model"])
         diffusion, wanted, trained = Diffusion(**info["diffusion"]), info["fingerprint"], info["trained"]
         overrides["unet_channels"] = tuple(overrides["unet_channels"])
+        patch = info["config"]["latent_patch"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'checkpoint.json'}: not a checkpoint of this program: {error}") from None
     model = load_qwen3(base, **overrides)
@@ -166,5 +183,5 @@ def load_trained(
     file = folder / ("ema.safetensors" if info.get("ema") else "model.safetensors")
     model.load_state_dict(read_tensors(file, {n: own[n] for n in trained}), strict=False)
     model.requires_grad_(False).to(device=device, dtype=dtype).eval()
-    codec = load_codec(folder / "latents.safetensors")
+    codec = load_codec(folder / "latents.safetensors", model.config.latent_channels, patch)
     return Trained(model, load_tokenizer(base), diffusion, codec, info, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 import typing
 
@@ -90,5 +91,11 @@ def run(main) -> typing.NoReturn:
         sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0]
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", reason):
+            raise  # a bug of ours: the traceback is wanted
+        print(f"error: not enough memory for this ({reason or 'MemoryError'})", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import cli
 import figures
-from checkpoint import Trained, load_trained, write_atomic
+from checkpoint import Trained, check_device, load_trained, write_atomic
 from data import (
     ATTRIBUTES,
     COLORS,
@@ -42,6 +42,7 @@ from data import (
     render,
     text_document,
 )
+from diffusion import T
 from load_qwen3 import load_qwen3
 from model import Tokens
 from sample import continue_text, describe_images, encode_text, generate_images
@@ -276,6 +277,15 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(args)
     if not 1 <= args.n <= len(all_scenes(held_out=True)):
         raise ValueError(f"--n is {args.n}; there are {len(all_scenes(held_out=True))} held-out combinations")
+    if not 1 <= args.steps <= T:
+        raise ValueError(f"--steps is {args.steps}; it must be from 1 to {T}")
+    if not -100 <= args.cfg <= 100:
+        raise ValueError(f"--cfg is {args.cfg}; it must be from -100 to 100")
+    check_device(args.device)
+    if args.json:
+        figures.check_place(args.json)
+    if args.sheet:
+        figures.check_place(args.sheet, figures.FORMATS)
     return args
 
 
@@ -295,7 +305,6 @@ def main() -> None:
     pictures, prompts = report.pop("pictures"), report.pop("prompts_used")
     print(table(report))
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(args.json), json.dumps(report, indent=1) + "\n")
     if args.sheet:
         figures.save_image(figures.sheet(pictures[:36], prompts[:36]), args.sheet)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from checkpoint import write_atomic
+
 INK, GREY, PAPER = (30, 30, 30), (150, 150, 150), (255, 255, 255)
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
+FILMS = {k: v for k, v in FORMATS.items() if v != "JPEG"}
 SERIES = ((31, 97, 180), (214, 92, 34), (46, 139, 87), (130, 70, 160), (120, 120, 120))
 
 
@@ -19,22 +22,29 @@ def to_image(picture: Tensor, side: int | None = None) -> Image.Image:
     return image if side is None else image.resize((side, side), Image.Resampling.NEAREST)
 
 
-def save_image(image: Image.Image, path: str | Path, **options) -> None:
-    """Write an image beside and rename it; the format follows the ending."""
+def check_place(path: str | Path, kinds: dict[str, str] | None = None) -> None:
+    """Make the folder of a file to be written later, so that a bad place is an error before the work.
+
+    ValueError for an ending that is not in `kinds`, OSError for a place where no file can be.
+    """
     path = Path(path)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"{path}: the ending {path.suffix!r} is not one of a picture; use .png")
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, **options)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
+    if kinds is not None and path.suffix.lower() not in kinds:
+        raise ValueError(f"{path}: the ending {path.suffix!r} is not one of {' '.join(kinds)}")
     try:
-        beside.write_bytes(buffer.getvalue())
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.filename}: {error.strerror}") from None
+    if path.is_dir():
+        raise OSError(f"{path} cannot be written: it is a folder")
+
+
+def save_image(image: Image.Image, path: str | Path, **options) -> None:
+    """Write an image beside and rename it; the format follows the ending. Errors as in `check_place`."""
+    path = Path(path)
+    check_place(path, FORMATS)
+    buffer = io.BytesIO()
+    image.save(buffer, format=FORMATS[path.suffix.lower()], **options)
+    write_atomic(path, buffer.getvalue())
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:

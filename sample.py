@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import cli
 import figures
-from checkpoint import Trained, load_trained
+from checkpoint import Trained, check_device, load_trained
 from diffusion import T, guide, sample
 from model import IMAGE, Cache, LMFusion, Tokens
 from pictures import decode_picture
@@ -96,7 +96,8 @@ def choose(
     """Next ids (B,) from logits (B, V). temperature 0 is greedy; top_k 0 and top_p 1 keep everything."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0: no overflow upwards
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
@@ -152,7 +153,9 @@ def generate_text(trained: Trained, prompt: str, max_tokens: int = 64, **how) ->
 def describe_images(trained: Trained, pictures: Tensor, max_tokens: int = 64, **how) -> list[str]:
     """Pictures uint8 (n, 3, S, S) -> captions. The clean image is read at t = 0 between BOI and EOI."""
     model, config = trained.model, trained.model.config
-    device = model.boi_head.device
+    device, limit = model.boi_head.device, config.max_position_embeddings - config.num_patches - 2
+    if max_tokens > limit:
+        raise ValueError(f"behind a picture the context has room for {limit} tokens, not {max_tokens}")
     latents = trained.codec.encode(pictures).to(device)
     if latents.shape[1:] != (config.latent_channels, config.latent_size, config.latent_size):
         raise ValueError(
@@ -230,7 +233,7 @@ def check(args: argparse.Namespace) -> None:
     """ValueError for values that argparse lets through."""
     if args.prompts:
         try:
-            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+            lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--prompts {args.prompts}: {error}") from None
         args.prompt = args.prompt + [line.strip() for line in lines if line.strip()]
@@ -259,10 +262,11 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be from {low} to {high}"
             )
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    check_device(args.device)
+    if args.prompt:
+        figures.check_place(args.out, figures.FORMATS)
+        if args.gif:
+            figures.check_place(args.gif, figures.FILMS)
 
 
 def paint(trained: Trained, args: argparse.Namespace, batch: int = 64) -> None:

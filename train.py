@@ -31,6 +31,7 @@ import figures
 from checkpoint import (
     LAST_RUN,
     Trained,
+    check_device,
     list_checkpoints,
     load_codec,
     read_tensors,
@@ -132,10 +133,11 @@ class TrainConfig:
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative"
                 )
         for name in ("caption_first", "caption_drop", "ema"):
-            if not 0 <= getattr(self, name) <= 1 or self.ema == 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must lie between 0 and 1"
-                )
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (name == "ema" and value == 1):
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie between 0 and 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed is {self.seed}; it must be from 0 to 2^63 - 1")
         if len(self.unet_channels) != 2 or min(self.unet_channels) < 1:
             raise ValueError(
                 f"--unet-channels is {self.unet_channels}; it takes two positive numbers, like 48,96"
@@ -309,17 +311,22 @@ def optimizer_tensors(model: LMFusion, optimizers: list[torch.optim.Optimizer]) 
 
 
 def restore_optimizers(
-    tensors: dict[str, Tensor], model: LMFusion, optimizers: list[torch.optim.Optimizer]
+    file: Path, names: list[str], model: LMFusion, optimizers: list[torch.optim.Optimizer]
 ) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Put back what `optimizer_tensors` gave; `file` must hold exactly `names`, or ValueError names one."""
     parameters = dict(model.named_parameters())
     owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
-    for name, value in tensors.items():
-        key, parameter = name.split("/", 1)
-        if parameters.get(parameter) not in owner:
-            raise ValueError(f"optimizer.safetensors: {name} belongs to no trained parameter")
+    expected = {}
+    for name in names:
+        key, _, parameter = name.partition("/")
+        p = parameters.get(parameter)
+        if p not in owner:
+            raise ValueError(f"{file}: tensor {name} belongs to no trained parameter")
+        expected[name] = torch.empty((), device="meta") if key == "step" else p
+    for name, value in read_tensors(file, expected).items():
+        key, _, parameter = name.partition("/")
         p = parameters[parameter]
-        owner[p].state[p][key] = value.to(p.device) if key != "step" else value
+        owner[p].state[p][key] = value.to(p.device)  # of a fused optimizer, the step as well
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -338,13 +345,19 @@ class Run:
         self.model.to(device=config.device, dtype=getattr(torch, config.dtype))
         self.model.freeze_text(config.lr_text_ratio == 0)
         self.tokenizer: Tokenizer = load_tokenizer(base)
+        context, P = self.model.config.max_position_embeddings, self.model.config.num_patches
+        if context < P + 4:
+            raise ValueError(
+                f"{base}: max_position_embeddings = {context} leaves no room for a caption beside the {P} "
+                "patches of a picture"
+            )
         self.diffusion = Diffusion(config.schedule_shift, config.prediction)
         pictures, _ = self.source.sample(4000, random.Random(config.seed))
         self.codec = PatchPCA.fit(pictures, config.latent_channels, config.latent_patch, config.whiten)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.average = {n: p.detach().clone() for n, p in self.trained.items()} if config.ema else None
         self.optimizers = make_optimizers(self.model, config)
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
         self.ids: dict[str, list[int]] = {}  # captions already tokenised
         self.validation = self.make_validation()
 
@@ -355,6 +368,11 @@ class Run:
             self.tokenizer.encode_special_tokens = True
             self.ids[caption] = self.tokenizer.encode(caption, add_special_tokens=False).ids[:room]
         return self.ids[caption]
+
+    def fits(self, caption: str) -> bool:
+        """Whether `tokenise` leaves a caption whole."""
+        cut = self.tokenise(caption)
+        return len(cut) == len(self.tokenizer.encode(caption, add_special_tokens=False).ids)
 
     def latents(self, pictures: Tensor) -> Tensor:
         return self.codec.encode(pictures).to(self.config.device)
@@ -373,13 +391,14 @@ class Run:
         batch = self.make_batch(*self.source.sample(config.batch_size, rng), config.recipe, rng)
         out = losses(self.model, self.diffusion, batch, config, generator)
         total = out["loss"] + out.get("draw_loss", 0.0)
-        if not math.isfinite(total.item()):
-            raise ValueError(
-                f"the loss is {total.item()} at step {self.step + 1}; the last checkpoint is untouched. "
-                f"A smaller --lr or --muon-lr usually helps"
-            )
         total.backward()
-        nn.utils.clip_grad_norm_(self.trained.values(), config.clip)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), config.clip)
+        for what, value in (("loss", total.item()), ("norm of the gradient", norm.item())):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the {what} is {value} at step {self.step + 1}; the last checkpoint is untouched. "
+                    f"A smaller --lr or --muon-lr usually helps"
+                )
         factor = lr_factor(self.step, config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -421,7 +440,10 @@ class Run:
 
     def draw_sheet(self) -> None:
         """OUT/sheet-STEP.png: fixed prompts, painted with fixed noise."""
-        prompts = self.source.prompts()
+        # a caption that training cuts would be an error in sampling
+        prompts = [p for p in self.source.prompts() if self.fits(p)]
+        if not prompts:
+            return
         trained = Trained(self.model, self.tokenizer, self.diffusion, self.codec, {}, self.out)
         with self.averaged():
             pictures = generate_images(trained, prompts, seeds=list(range(len(prompts))))
@@ -476,6 +498,7 @@ class Run:
             "diffusion": {"shift": self.config.schedule_shift, "prediction": self.config.prediction},
             "ema": self.average is not None,
             "trained": sorted(self.trained),
+            "optimizer": sorted(tensors["optimizer.safetensors"]),
             "config": dataclasses.asdict(self.config),
         }
         write_folder(self.out / f"step-{self.step:06d}", tensors, info, "checkpoint.json")
@@ -488,22 +511,27 @@ class Run:
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint, exactly."""
         info = read_json(folder / "checkpoint.json")
+        for name, kind in {"step": int, "optimizer": list}.items():
+            if not isinstance(info.get(name), kind):
+                raise ValueError(f"{folder / 'checkpoint.json'}: {name} is missing or no {kind.__name__}")
         if info.get("fingerprint") != self.fingerprint:
             raise ValueError(f"{self.base} is not the language model that {folder} was trained on")
         tensors = read_tensors(folder / "model.safetensors", self.trained)
         average = read_tensors(folder / "ema.safetensors", self.trained) if self.average is not None else {}
-        state = read_tensors(folder / "optimizer.safetensors")
         with torch.no_grad():
             for name, p in self.trained.items():
                 p.copy_(tensors[name])
             for name, value in average.items():
                 self.average[name].copy_(value)
-        restore_optimizers(state, self.model, self.optimizers)
-        self.codec = load_codec(folder / "latents.safetensors")
+        self.codec = load_codec(
+            folder / "latents.safetensors", self.config.latent_channels, self.config.latent_patch
+        )
+        restore_optimizers(folder / "optimizer.safetensors", info["optimizer"], self.model, self.optimizers)
         self.step = info["step"]
         metrics = self.out / "metrics.jsonl"  # lines of steps that the kill took with it
         kept = [m for m in read_metrics(metrics) if m["step"] <= self.step]
         write_atomic(metrics, "".join(json.dumps(m) + "\n" for m in kept))
+        self.seconds = kept[-1]["seconds"] if kept else 0.0
 
 
 class Swapped:
@@ -523,6 +551,15 @@ class Swapped:
         self.swap()
 
 
+def append(path: Path, text: str) -> None:
+    """Write at the end of a file; OSError with its name if that cannot be done."""
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror}") from None
+
+
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
     lines = []
@@ -537,6 +574,10 @@ def read_metrics(path: Path) -> list[dict]:
 def open_source(config: TrainConfig) -> Shapes | PictureSource:
     """The pictures that --data and --val-data name."""
     if config.data == "shapes":
+        if config.val_data:
+            raise ValueError(
+                f"--val-data {config.val_data} goes with --data only; the built-in shapes hold out their own"
+            )
         if config.image_size != Shapes.size:
             raise ValueError(
                 f"the built-in shapes are {Shapes.size} pixels a side; --image-size is {config.image_size}"
@@ -554,8 +595,23 @@ def ensure_base(seed: int) -> Path:
     recipe = Path(text_world.__file__).read_bytes() + Path(pretrain.__file__).read_bytes()
     folder = Path("runs") / f"base-small-{hashlib.sha256(recipe + str(seed).encode()).hexdigest()[:8]}"
     if not folder.is_dir():
+        print(f"pretraining a tiny Qwen3 on built-in text, once, into {folder}", flush=True)
         pretrain_base(folder, seed)
     return folder
+
+
+def saved_config(path: Path) -> dict:
+    """The fields of TrainConfig in a checkpoint.json; ValueError names one that does not fit."""
+    saved, default = read_json(path).get("config"), dataclasses.asdict(TrainConfig())
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: config is missing or not a JSON object")
+    for name in sorted(set(saved) ^ set(default)):
+        raise ValueError(f"{path}: field {name} of config is missing or unknown")
+    for name, value in default.items():
+        kind = {tuple: list, float: (int, float)}.get(type(value), type(value))
+        if not isinstance(saved[name], kind):
+            raise ValueError(f"{path}: field {name} of config is {saved[name]!r}")
+    return saved | {"unet_channels": tuple(saved["unet_channels"])}
 
 
 def parse(args: list[str] | None = None) -> tuple[TrainConfig, str, bool]:
@@ -578,13 +634,7 @@ def parse(args: list[str] | None = None) -> tuple[TrainConfig, str, bool]:
         found = list_checkpoints(out)
         if not found:
             raise ValueError(f"--resume: {out} holds no checkpoint; leave --resume out to start there")
-        saved = read_json(found[-1] / "checkpoint.json").get("config", {})
-        saved["unet_channels"] = tuple(saved.get("unet_channels", ()))
-        unknown = set(saved) ^ {f.name for f in dataclasses.fields(TrainConfig)}
-        if unknown:
-            raise ValueError(
-                f"{found[-1] / 'checkpoint.json'}: field {sorted(unknown)[0]} is missing or unknown"
-            )
+        saved = saved_config(found[-1] / "checkpoint.json")
         for field in sorted(set(given) - FREE_ON_RESUME):
             if given[field] != saved[field]:
                 raise ValueError(
@@ -623,11 +673,18 @@ def train(run: Run) -> None:
                 **mean,
                 "lr": config.lr * lr_factor(run.step - 1, config),
                 "images_per_second": round(rate, 1),
-                "seconds": round(now - start, 2),
+                "seconds": round(run.seconds + now - start, 2),
                 **line,
             }
-            with open(run.out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
+            append(run.out / "metrics.jsonl", json.dumps(line) + "\n")
+            if "val" in line:
+                middle = len(VALIDATION_T) // 2
+                right, permuted = line["val"]["right"][middle], line["val"]["permuted"][middle]
+                bar.write(
+                    f"step {run.step}: ddpm {mean['ddpm_loss']:.4f}, lm {mean['lm_loss'] or math.nan:.4f}; "
+                    f"validation at t = {VALIDATION_T[middle]}: {right:.4f} under the right caption, "
+                    f"{permuted:.4f} under another; {rate:.0f} pictures/s"
+                )
             bar.set_postfix(
                 ddpm=f"{mean['ddpm_loss']:.4f}", lm=f"{mean['lm_loss'] or math.nan:.3f}", ips=f"{rate:.0f}"
             )
@@ -652,10 +709,7 @@ def main() -> None:
             f"{out} already holds a run ({found[-1].name}); --resume continues it, another --out starts "
             "elsewhere, and deleting the folder starts over"
         )
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
+    check_device(config.device)
     torch.set_float32_matmul_precision("medium")  # on CPUs this only picks the faster library; see the README
     torch.manual_seed(config.seed)
     run = Run(config, name)

@@ -39,8 +39,6 @@ class Case:
     args: str
     says: tuple[str, ...]
     prepare: Callable[[Path], object] = lambda here: None
-    known: str = ""  # a bug that is known: the reason for xfail
-    marks: tuple = ()
 
 
 def expand(args: str) -> list[str]:
@@ -49,11 +47,6 @@ def expand(args: str) -> list[str]:
     folders |= {"@run": small.photo_run, "@shapes": small.shapes_run}
     words = [str(folders[w]()) if w in folders else w for w in args.split()]
     return ["" if w == "''" else w.replace("~", " ") for w in words]
-
-
-def fails(case: Case) -> list:
-    marks = [pytest.mark.xfail(strict=True, reason=case.known)] if case.known else []
-    return [*marks, *case.marks]
 
 
 def one_line(result: small.Result) -> str:
@@ -486,33 +479,11 @@ EVALUATE = {
     ),
     "a sheet with an unknown ending": ("--checkpoint @shapes --n 1 --steps 1 --sheet s.xyz", ("s.xyz",)),
 }
-KNOWN = {
-    ("train", "an average that never moves"): "the message names --caption-first",
-    ("train", "a width that is odd"): "RuntimeError of mismatched shapes",
-    ("train", "a width that no group divides"): "torch's message about num_groups",
-    ("train", "a width that no head divides"): "RuntimeError of mismatched shapes",
-    ("train", "a device that computes nothing"): "NotImplementedError",
-    ("train", "a seed beyond 64 bits"): "torch's message about long long",
-    ("train", "a context too short for a picture"): "noticed at the first sheet, and then as a long caption",
-    ("train", "validation data for the built-in shapes"): "--val-data is ignored",
-    ("train", "a configuration that is none on resuming"): "AttributeError",
-    ("train", "a number that is a word on resuming"): "TypeError",
-    ("train", "a step that is no number on resuming"): "TypeError",
-    ("sample", "a device that computes nothing"): "NotImplementedError",
-    ("sample", "an ending that can only be read"): "KeyError",
-    ("sample", "a film without motion"): "a JPEG of the first frame",
-    ("sample", "a folder for a picture"): "noticed behind the work",
-    ("sample", "a caption longer than the context"): "goes on beyond it",
-    ("evaluate", "no steps"): "the message does not say --steps",
-    ("evaluate", "an unknown device"): "RuntimeError",
-    ("evaluate", "a device that is not there"): "AssertionError",
-    ("evaluate", "guidance that is no number"): "garbage is reported as a result",
-}
 CASES = [
     pytest.param(
-        case := Case(module, *row, known=KNOWN.get((module.__name__, name), "")),
+        Case(module, *row),
         id=f"{module.__name__}: {name}",
-        marks=fails(case) + ([NO_CUDA] if name == "a device that is not there" else []),
+        marks=[NO_CUDA] if name == "a device that is not there" else [],
     )
     for module, table in ((train, TRAIN), (sample, SAMPLE), (evaluate, EVALUATE))
     for name, row in table.items()
@@ -618,7 +589,6 @@ def test_a_disk_full_at_a_checkpoint_ends_in_one_line_and_keeps_the_last_one(
     assert small.call(train, *flags, folder=tmp_path).status == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the message does not say which file")
 def test_a_disk_full_at_a_sheet_or_a_line_of_metrics_is_named(tmp_path, small_disk):
     assert start(tmp_path, "--steps", 2).status == 0
     for limit, name in ((5_000, "sheet-000004.png"), (200, "metrics.jsonl")):
@@ -629,7 +599,6 @@ def test_a_disk_full_at_a_sheet_or_a_line_of_metrics_is_named(tmp_path, small_di
         assert not list((tmp_path / "run").glob(".*"))
 
 
-@pytest.mark.xfail(strict=True, reason="the message does not say which file")
 def test_a_disk_full_at_a_picture_names_it_and_keeps_the_old_one(tmp_path, small_disk):
     flags = ("--checkpoint", small.shapes_run(), "--prompt", "red", "--steps", 1, "--out", "p.png")
     small.good(sample, *flags, folder=tmp_path)
@@ -640,7 +609,6 @@ def test_a_disk_full_at_a_picture_names_it_and_keeps_the_old_one(tmp_path, small
     assert small.files(tmp_path) == before
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="endings and places are looked at behind the work")
 @pytest.mark.parametrize(
     "flags", (("--out", "p.xyz"), ("--out", "taken/p.png"), ("--gif", "f.xyz"), ("--gif", "taken/f.gif"))
 )
@@ -664,7 +632,6 @@ def test_a_good_picture_stays_when_the_film_beside_it_cannot_be_written(tmp_path
     assert small.files(tmp_path) == before
 
 
-@pytest.mark.xfail(strict=True, reason="OutOfMemoryError ends in a traceback")
 @pytest.mark.parametrize(
     "error",
     (
@@ -693,7 +660,6 @@ def test_a_bug_of_ours_is_not_disguised_as_a_mistake(tmp_path, monkeypatch):
         start(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="the mark becomes part of the first prompt")
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
     (tmp_path / "p.txt").write_bytes("red\n".encode("utf-8-sig"))
     args = sample.parse(["--prompts", str(tmp_path / "p.txt")])
