@@ -9,12 +9,15 @@ import re
 import sys
 import typing
 
+import torch
+
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help that states a default where there is one to state."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, "", []) else super()._get_help_string(action)
+        silent = action.default in (None, False, "", [])
+        return action.help if silent else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,6 +83,17 @@ def add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
 def setting(default, help: str, choices: tuple | None = None):
     """A dataclass field that explains itself on the command line."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def tune_cpu() -> None:
+    """Two settings that make small models on CPUs about three times as fast; on GPUs the first means TF32.
+
+    "medium" hands float32 products to oneDNN, which is twice as fast as MKL on AMD processors and as exact
+    there; on processors with AMX it may round their inputs to bfloat16. Gradients that fade out become
+    denormal numbers, with which arithmetic is slow; they are flushed to zero.
+    """
+    torch.set_float32_matmul_precision("medium")
+    torch.set_flush_denormal(True)
 
 
 def run(main) -> typing.NoReturn:

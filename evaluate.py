@@ -291,7 +291,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    torch.set_float32_matmul_precision("medium")
+    cli.tune_cpu()
     trained = load_trained(args.checkpoint, args.base, args.device)
     if args.base:
         trained.info["base"] = args.base

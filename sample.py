@@ -94,10 +94,9 @@ def choose(
     logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
 ) -> Tensor:
     """Next ids (B,) from logits (B, V). temperature 0 is greedy; top_k 0 and top_p 1 keep everything."""
-    if temperature == 0:
+    if temperature < 1e-5:  # nothing but the largest would be left
         return logits.argmax(-1)
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0: no overflow upwards
+    logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
@@ -315,7 +314,7 @@ def paint(trained: Trained, args: argparse.Namespace, batch: int = 64) -> None:
 def main() -> None:
     args = parse()
     check(args)
-    torch.set_float32_matmul_precision("medium")  # on CPUs this only picks the faster library; see the README
+    cli.tune_cpu()
     trained = load_trained(args.checkpoint, args.base, args.device, getattr(torch, args.dtype))
     how = dict(
         temperature=args.temperature,

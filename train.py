@@ -186,7 +186,7 @@ CONFIGS = {
         loss_weighting="v",
         schedule_shift=2.0,
         noise_limit=200,
-        steps=5000,
+        steps=4500,
         batch_size=64,
         optimizer="muon",
         muon_lr=8e-3,
@@ -710,7 +710,7 @@ def main() -> None:
             "elsewhere, and deleting the folder starts over"
         )
     check_device(config.device)
-    torch.set_float32_matmul_precision("medium")  # on CPUs this only picks the faster library; see the README
+    cli.tune_cpu()
     torch.manual_seed(config.seed)
     run = Run(config, name)
     if resume:

@@ -52,7 +52,7 @@ class Result(NamedTuple):
 
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
-    """Work in `folder`; the random state and torch's matmul setting are afterwards what they were."""
+    """Work in `folder`; the random state and torch's CPU settings are afterwards what they were."""
     before, precision = os.getcwd(), torch.get_float32_matmul_precision()
     os.chdir(folder)
     try:
@@ -61,6 +61,7 @@ def inside(folder: Path) -> Iterator[None]:
     finally:
         os.chdir(before)
         torch.set_float32_matmul_precision(precision)
+        torch.set_flush_denormal(False)
 
 
 def call(module: ModuleType, *args: str | Path, folder: Path) -> Result:
