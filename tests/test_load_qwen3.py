@@ -7,6 +7,7 @@ folder that is broken in one place; `test_an_unbroken_folder_loads` keeps those 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -549,3 +550,18 @@ def test_a_failed_download_is_one_line_that_names_the_id(tmp_path, monkeypatch, 
     with pytest.raises(ValueError) as error:
         load_qwen3("Qwen/Qwen9")
     assert "Qwen/Qwen9" in str(error.value) and "\n" not in str(error.value) and len(fake.calls) == 1
+
+
+@pytest.mark.skipif("QWEN3_FOLDER" not in os.environ, reason="QWEN3_FOLDER names no folder of a real Qwen3")
+def test_the_real_tokenizer_gives_text_and_its_special_tokens_back():
+    tokenizer = load_tokenizer(os.environ["QWEN3_FOLDER"])
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+    assert [tokenizer.token_to_id(s) for s in special] == [151643, 151644, 151645, 151652, 151653]
+    for text in (
+        "Hello, wörld! 你好 \U0001f3a8\t x",
+        "  blanks around  ",
+        "".join(special) + "a red circle\n",
+    ):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer.encode("".join(special)).ids == [151643, 151644, 151645, 151652, 151653]
