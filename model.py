@@ -140,7 +140,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Eq. (9, 10): q (B, H, N, d), k and v (B, K, S, d) -> (B, H, N, d), one softmax for both modalities.
 
     mask (B, 1, N, S) is True where M is 0 and False where it is -infinity; None if nothing is masked. Query
-    head i shares key/value head i // (H/K).
+    head i shares key/value head i // (H/K). The paper writes M inside the division by sqrt(d), which makes no
+    difference to 0 and -infinity.
     """
     (B, H, N, d), (K, S) = q.shape, k.shape[1:3]
     if q.device.type != "cpu" or N * S > 256 * 256:
@@ -399,9 +400,8 @@ class LMFusion(nn.Module):
         # Our choice: the final norm belongs to the last layer's output: separate wherever anything is.
         shared = config.separation == "none"
         self.norm_image = self.norm_text if shared else RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(
-            config.hidden_size, config.vocab_size, bias=False
-        )  # LM-Head_text of Eq. (13)
+        # LM-Head_text of Eq. (13)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         # Our choice: *when to draw* is one more row of the head, on frozen features; see `draw_logit`.
