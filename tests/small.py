@@ -12,6 +12,8 @@ import functools
 import hashlib
 import io
 import os
+import resource
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -62,6 +64,22 @@ def inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
         torch.set_float32_matmul_precision(precision)
         torch.set_flush_denormal(False)
+
+
+@contextlib.contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """Inside, no file may grow beyond `size` bytes, as on a full disk.
+
+    The limit is the whole process's: nothing may be printed inside, for standard output may be a file.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def call(module: ModuleType, *args: str | Path, folder: Path) -> Result:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -561,50 +559,37 @@ def test_a_loss_that_is_no_number_ends_in_one_line_and_keeps_the_last_checkpoint
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-000002"]
 
 
-@pytest.fixture
-def small_disk():
-    """small_disk(bytes): from now on no file may grow longer, as on a full disk; undone after the test."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_a_disk_full_at_a_checkpoint_ends_in_one_line_and_keeps_the_last_one(
-    tmp_path, small_disk, monkeypatch
-):
+def test_a_disk_full_at_a_checkpoint_ends_in_one_line_and_keeps_the_last_one(tmp_path, monkeypatch):
     assert start(tmp_path, "--steps", 2).status == 0
     before = small.files(tmp_path / "run" / "step-000002")
     monkeypatch.setattr(Run, "draw_sheet", lambda run: None)
-    small_disk(50_000)
-    result = small.call(train, *small.photo_flags(Path("run"), "--resume", "--steps", 4), folder=tmp_path)
+    with small.small_disk(50_000):
+        result = small.call(train, *small.photo_flags(Path("run"), "--resume", "--steps", 4), folder=tmp_path)
     line = one_line(result)
     assert result.status == 2 and "run/step-000004 could not be written" in line and "too large" in line
     assert small.files(tmp_path / "run" / "step-000002") == before
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-000002"]
     assert not list((tmp_path / "run").glob(".*"))
-    small_disk(10_000_000)
     flags = small.photo_flags(Path("run"), "--resume", "--steps", 4)
     assert small.call(train, *flags, folder=tmp_path).status == 0
 
 
-def test_a_disk_full_at_a_sheet_or_a_line_of_metrics_is_named(tmp_path, small_disk):
+def test_a_disk_full_at_a_sheet_or_a_line_of_metrics_is_named(tmp_path):
     assert start(tmp_path, "--steps", 2).status == 0
     for limit, name in ((5_000, "sheet-000004.png"), (200, "metrics.jsonl")):
-        small_disk(limit)
         flags = small.photo_flags(Path("run"), "--resume", "--steps", 4)
-        result = small.call(train, *flags, folder=tmp_path)
+        with small.small_disk(limit):
+            result = small.call(train, *flags, folder=tmp_path)
         assert result.status == 2 and name in one_line(result)
         assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_a_disk_full_at_a_picture_names_it_and_keeps_the_old_one(tmp_path, small_disk):
+def test_a_disk_full_at_a_picture_names_it_and_keeps_the_old_one(tmp_path):
     flags = ("--checkpoint", small.shapes_run(), "--prompt", "red", "--steps", 1, "--out", "p.png")
     small.good(sample, *flags, folder=tmp_path)
     before = small.files(tmp_path)
-    small_disk(1000)
-    result = small.call(sample, *flags, "--seed", 1, folder=tmp_path)
+    with small.small_disk(1000):
+        result = small.call(sample, *flags, "--seed", 1, folder=tmp_path)
     assert result.status == 2 and "p.png" in one_line(result)
     assert small.files(tmp_path) == before
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -282,33 +280,21 @@ def test_read_tensors_takes_exactly_what_is_expected(tmp_path):
 # ---- disks that are full ----
 
 
-@pytest.fixture
-def small_disk():
-    """small_disk(bytes): from now on no file may grow longer, as on a full disk; undone after the test."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_a_disk_that_runs_full_leaves_nothing_half_written(tmp_path, small_disk):
+def test_a_disk_that_runs_full_leaves_nothing_half_written(tmp_path):
     folder, tensors = tmp_path / "step-000001", {"model.safetensors": {"x": torch.zeros(50_000)}}
-    small_disk(100_000)
-    with pytest.raises(OSError) as error:
+    with small.small_disk(100_000), pytest.raises(OSError) as error:
         write_folder(folder, tensors, {"step": 1}, "checkpoint.json")
     assert str(folder) in str(error.value) and "could not be written" in str(error.value)
     assert list(tmp_path.iterdir()) == []
-    small_disk(1_000_000)
-    write_folder(folder, tensors, {"step": 1}, "checkpoint.json")
+    with small.small_disk(1_000_000):
+        write_folder(folder, tensors, {"step": 1}, "checkpoint.json")
     assert {p.name for p in folder.iterdir()} == {"model.safetensors", "checkpoint.json"}
 
 
-def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path, small_disk):
+def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_atomic(path, "old\n")
-    small_disk(100)
-    with pytest.raises(OSError, match="File too large"):
+    with small.small_disk(100), pytest.raises(OSError, match="File too large"):
         write_atomic(path, "new\n" * 1000)
     assert path.read_text() == "old\n"
     write_atomic(path, "new\n")
