@@ -6,6 +6,7 @@ The result is an ordinary Hugging Face folder (config.json, model.safetensors, t
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -135,10 +136,10 @@ def save_base(model: LMFusion, tokenizer: Tokenizer, folder: Path) -> None:
     state = model.state_dict()
     tensors = {theirs: state[ours] for theirs, ours in text_names(config).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_folder(
-        folder,
-        {"model.safetensors": tensors},
-        raw,
-        "config.json",
-        extra={"tokenizer.json": tokenizer.to_str(pretty=True)},
-    )
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": EOS}
+    about |= {"model_max_length": config.max_position_embeddings}
+    texts = {
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(about, indent=1),
+    }
+    write_folder(folder, {"model.safetensors": tensors}, raw, "config.json", extra=texts)

@@ -32,7 +32,8 @@ def saved(tmp_path_factory):
 
 def test_the_folder_holds_what_a_hugging_face_folder_holds(saved):
     folder, model, _ = saved
-    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {p.name for p in folder.iterdir()} == names
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "qwen3" and config["architectures"] == ["Qwen3ForCausalLM"]
     assert all(config[k] == v for k, v in small.SIZES.items())
