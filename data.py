@@ -246,6 +246,9 @@ class Batch:
     latents: Tensor  # (M, C, h, w), clean
     max_t: Tensor  # (M,) exclusive upper end of the training timesteps
 
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.prefix.to(device), self.rest.to(device), self.latents.to(device), self.max_t)
+
 
 def split_phases(sequences: list[list[int]], num_patches: int) -> tuple[Tokens, Tokens]:
     """Sequences of ids and IMAGE, each with at least one IMAGE -> prefix and rest (see LMFusion.forward)."""
@@ -286,7 +289,7 @@ def make_batch(
 ) -> Batch:
     """One sequence a caption (ids) and latent (M, C, h, w); the order is drawn for each sample.
 
-    caption first:  caption BOI | patches                 (nothing behind the image would carry a loss)
+    caption first:  caption BOI | patches          Our choice: no EOI, for nothing behind the image has a loss
     caption dropped:        BOI | patches
     image first:            BOI | patches EOI caption EOS
     """

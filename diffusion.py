@@ -92,9 +92,9 @@ class Diffusion:
     ) -> Tensor:
         """x at level t -> at level t_next (None: noise-free). eta = 0 is DDIM, eta = 1 DDPM ancestral.
 
-        `bound`: the estimate of x_0 is clamped to [-bound, bound] and eps made to agree. Without it an error
-        of eps at t = 999 enters x_0 multiplied by 1 / sqrt(alpha_bar) = 20,000. Song et al. (2021), Eq. (12)
-        and (16).
+        `bound` (our choice): the estimate of x_0 is clamped to [-bound, bound] and eps made to agree. Without
+        it an error of eps at t = 999 enters x_0 multiplied by 1 / sqrt(alpha_bar) = 20,000. Song et al. (2021),
+        Eq. (12) and (16).
         """
         a_t = self.alpha_bar[t].item()
         a_next = 1.0 if t_next is None else self.alpha_bar[t_next].item()
@@ -103,9 +103,8 @@ class Diffusion:
             bound = torch.as_tensor(bound, dtype=x_t.dtype, device=x_t.device)
             x0 = x0.clamp(-bound, bound)
             eps = (x_t - math.sqrt(a_t) * x0) / math.sqrt(1 - a_t)
-        sigma = eta * math.sqrt(
-            (1 - a_next) / (1 - a_t) * (1 - a_t / a_next)
-        )  # 0 at the last step: no noise there
+        # 0 at the last step: no noise there
+        sigma = eta * math.sqrt((1 - a_next) / (1 - a_t) * (1 - a_t / a_next))
         x = math.sqrt(a_next) * x0 + math.sqrt(max(1 - a_next - sigma**2, 0.0)) * eps
         return x if sigma == 0.0 else x + sigma * noise
 

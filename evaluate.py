@@ -34,6 +34,7 @@ from data import (
     PLACES,
     SHAPES,
     SIZES,
+    Batch,
     Recipe,
     Scene,
     all_scenes,
@@ -42,9 +43,9 @@ from data import (
     render,
     text_document,
 )
-from diffusion import T
+from diffusion import Diffusion, T
 from load_qwen3 import load_qwen3
-from model import Tokens
+from model import LMFusion, Tokens
 from sample import continue_text, describe_images, encode_text, generate_images
 
 TIMESTEPS = (100, 300, 500, 700, 900)
@@ -101,24 +102,33 @@ def in_batches(work, n: int, size: int, what: str) -> list:
     return results
 
 
-@torch.inference_mode()
+@torch.no_grad()
+def errors_by_timestep(
+    model: LMFusion, diffusion: Diffusion, batch: Batch, noise: Tensor, weighting: str
+) -> list[float]:
+    """The diffusion loss of a batch at each of TIMESTEPS, all its images under this `noise` (M, C, h, w)."""
+    errors = []
+    for value in TIMESTEPS:
+        t = torch.full((len(noise),), value, device=noise.device)
+        x_t = diffusion.q_sample(batch.latents, t, noise)
+        hidden = model(batch.prefix, batch.rest, x_t, t)[1]
+        eps = diffusion.eps_from_output(model.unet_output(hidden), x_t, t)
+        errors.append(diffusion.loss(eps, noise, t, weighting).item())
+    return errors
+
+
 def validation_error(trained: Trained, pictures: Tensor, captions: list[str]) -> dict:
     """Mean squared error of v under the right and under a permuted caption, by timestep."""
     ids = [encode_text(trained, c, room=0) for c in captions]
     device = trained.model.boi_head.device
     latents = trained.codec.encode(pictures).to(device)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
-    out = {"t": list(TIMESTEPS), "right": [], "permuted": []}
+    out: dict[str, list] = {"t": list(TIMESTEPS)}
     for key, rows in (("right", ids), ("permuted", ids[1:] + ids[:1])):
         batch = make_batch(
             rows, latents, Recipe(caption_first=1, caption_drop=0), trained.model.config, random.Random(0)
         )
-        for value in TIMESTEPS:
-            t = torch.full((len(noise),), value, device=device)
-            x_t = trained.diffusion.q_sample(latents, t, noise)
-            hidden = trained.model(batch.prefix.to(device), batch.rest.to(device), x_t, t)[1]
-            eps = trained.diffusion.eps_from_output(trained.model.unet_output(hidden), x_t, t)
-            out[key].append(trained.diffusion.loss(eps, noise, t, "v").item())
+        out[key] = errors_by_timestep(trained.model, trained.diffusion, batch.to(device), noise, "v")
     return out
 
 

@@ -41,13 +41,12 @@ from checkpoint import (
 from cli import setting
 from data import Batch, PatchPCA, PictureSource, Recipe, Shapes, make_batch, next_tokens
 from diffusion import Diffusion
+from evaluate import TIMESTEPS, errors_by_timestep
 from load_qwen3 import fingerprint, load_qwen3, load_tokenizer, read_json
 from model import SEPARATIONS, Hidden, LMFusion, Tokens
 from pictures import load_pictures
 from pretrain import pretrain_base
 from sample import generate_images
-
-VALIDATION_T = (100, 300, 500, 700, 900)
 
 
 @dataclass(frozen=True)
@@ -381,8 +380,7 @@ class Run:
         batch = make_batch(
             [self.tokenise(c) for c in captions], self.latents(pictures), recipe, self.model.config, rng
         )
-        device = self.config.device
-        return dataclasses.replace(batch, prefix=batch.prefix.to(device), rest=batch.rest.to(device))
+        return batch.to(self.config.device)
 
     def train_step(self) -> dict[str, float]:
         """One step; all that is random in it follows from the seed and the step's number."""
@@ -422,20 +420,15 @@ class Run:
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
         return {"pictures": pictures, "captions": captions, "noise": noise}
 
-    @torch.no_grad()
     def validate(self) -> dict:
         """The training error of fixed pictures under the right and under another caption, by timestep."""
         captions, noise = self.validation["captions"], self.validation["noise"]
         always = Recipe(caption_first=1.0, caption_drop=0.0)
-        out = {"t": list(VALIDATION_T), "right": [], "permuted": []}
+        out: dict[str, list] = {"t": list(TIMESTEPS)}
         for key, texts in (("right", captions), ("permuted", captions[1:] + captions[:1])):
             batch = self.make_batch(self.validation["pictures"], texts, always, random.Random(0))
-            for value in VALIDATION_T:
-                t = torch.full((len(noise),), value, device=noise.device)
-                x_t = self.diffusion.q_sample(batch.latents, t, noise)
-                hidden = self.model(batch.prefix, batch.rest, x_t, t)[1]
-                eps = self.diffusion.eps_from_output(self.model.unet_output(hidden), x_t, t)
-                out[key].append(self.diffusion.loss(eps, noise, t, self.config.loss_weighting).item())
+            weighting = self.config.loss_weighting
+            out[key] = errors_by_timestep(self.model, self.diffusion, batch, noise, weighting)
         return out
 
     def draw_sheet(self) -> None:
@@ -469,7 +462,7 @@ class Run:
         for key in (1, 4):
             panels.append(
                 (
-                    f"validation error at t = {VALIDATION_T[key]} by step",
+                    f"validation error at t = {TIMESTEPS[key]} by step",
                     {
                         f"{which} caption": [(m["step"], m["val"][which][key]) for m in val]
                         for which in ("right", "permuted")
@@ -678,11 +671,11 @@ def train(run: Run) -> None:
             }
             append(run.out / "metrics.jsonl", json.dumps(line) + "\n")
             if "val" in line:
-                middle = len(VALIDATION_T) // 2
+                middle = len(TIMESTEPS) // 2
                 right, permuted = line["val"]["right"][middle], line["val"]["permuted"][middle]
                 bar.write(
                     f"step {run.step}: ddpm {mean['ddpm_loss']:.4f}, lm {mean['lm_loss'] or math.nan:.4f}; "
-                    f"validation at t = {VALIDATION_T[middle]}: {right:.4f} under the right caption, "
+                    f"validation at t = {TIMESTEPS[middle]}: {right:.4f} under the right caption, "
                     f"{permuted:.4f} under another; {rate:.0f} pictures/s"
                 )
             bar.set_postfix(
