@@ -93,8 +93,8 @@ class Diffusion:
         """x at level t -> at level t_next (None: noise-free). eta = 0 is DDIM, eta = 1 DDPM ancestral.
 
         `bound` (our choice): the estimate of x_0 is clamped to [-bound, bound] and eps made to agree. Without
-        it an error of eps at t = 999 enters x_0 multiplied by 1 / sqrt(alpha_bar) = 20,000. Song et al. (2021),
-        Eq. (12) and (16).
+        it an error of eps at t = 999 enters x_0 multiplied by 1 / sqrt(alpha_bar) = 20,000.
+        Song et al. (2021), Eq. (12) and (16).
         """
         a_t = self.alpha_bar[t].item()
         a_next = 1.0 if t_next is None else self.alpha_bar[t_next].item()
