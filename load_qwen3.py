@@ -3,6 +3,8 @@
     model = load_qwen3("Qwen/Qwen3-0.6B")          # a hub id or a folder
     tokenizer = load_tokenizer("Qwen/Qwen3-0.6B")
 
+Llama (the paper's base) and Qwen2 folders load as well: three switches of the same layer, see `MODEL_TYPES`.
+
 A folder holds `config.json`, `tokenizer.json`, and the weights as `model.safetensors` or as shards listed in
 `model.safetensors.index.json`. Every tensor is accounted for by name and shape; anything else is a ValueError
 that names it. Names map by a prefix: `model.layers.3.mlp.up_proj.weight` is
@@ -24,7 +26,20 @@ from torch import Tensor
 from model import LMFusion, ModelConfig, replace
 
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"  # Qwen3's own; their frozen embedding rows serve as they are
+# Our choice, for other bases: special tokens that their text does not use. The first pair that is there.
+PAIRS = (
+    (BOI, EOI),  # Qwen3, Qwen2.5
+    ("<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),  # Llama 3
+    ("<issue_start>", "<issue_closed>"),  # SmolLM2 (a Llama)
+)
+# What a `model_type` of Hugging Face means here: switches of the layer, and defaults its config.json may omit.
+MODEL_TYPES = {
+    "qwen3": dict(qk_norm=True, attention_bias=False, head_dim=128),  # head_dim: never hidden_size / heads
+    "qwen2": dict(qk_norm=False, attention_bias=True),
+    "llama": dict(qk_norm=False, attention_bias=False),
+}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 OPTIONAL = (
     "num_key_value_heads",
     "head_dim",
@@ -76,12 +91,15 @@ def read_config(folder: Path) -> dict:
     def refuse(field: str, wanted: str) -> None:
         raise ValueError(f"{path}: {field} = {json.dumps(raw.get(field))} is not supported; {wanted}")
 
-    if raw.get("model_type") != "qwen3":
-        refuse("model_type", 'only dense "qwen3" is')
+    kind = MODEL_TYPES.get(raw.get("model_type"))
+    if kind is None:
+        refuse("model_type", f"only dense {', '.join(map(json.dumps, MODEL_TYPES))} are")
     if raw.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", 'only "silu" is')
-    if raw.get("attention_bias"):
-        refuse("attention_bias", "only false is")
+    # Qwen2 has its biases whatever the file says; the others would have one on O as well, which is not built
+    for field in ("mlp_bias",) if kind["attention_bias"] else ("mlp_bias", "attention_bias"):
+        if raw.get(field):
+            refuse(field, "only false is")
     if raw.get("use_sliding_window"):
         refuse("use_sliding_window", "only false is")
     if raw.get("quantization_config"):
@@ -92,29 +110,38 @@ def read_config(folder: Path) -> dict:
     for field in ("num_experts", "num_local_experts"):
         if raw.get(field):
             refuse(field, "mixtures of experts are not built")
-    theta = raw.get("rope_theta")
-    for field in (
-        "rope_scaling",
-        "rope_parameters",
-    ):  # the second is transformers 5's place for theta as well
+    theta, scaling = raw.get("rope_theta"), None
+    # the second is transformers 5's place for theta as well
+    for field in ("rope_scaling", "rope_parameters"):
         rope = raw.get(field)
-        if rope:
-            if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-                refuse(field, "only plain RoPE is")
-            if any(isinstance(value, dict) for value in rope.values()):
-                refuse(field, "only one RoPE for all layers is")
-            theta = rope.get("rope_theta", theta)
+        if not rope:
+            continue
+        form = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+        if form not in ("default", "llama3"):
+            refuse(field, "only plain RoPE and llama3's are")
+        if any(isinstance(value, dict) for value in rope.values()):
+            refuse(field, "only one RoPE for all layers is")
+        theta = rope.get("rope_theta", theta)
+        if form == "llama3":
+            scaling = tuple(rope.get(name) for name in LLAMA3_ROPE)
+            if any(type(x) not in (int, float) or not x > 0 for x in scaling) or scaling[1] >= scaling[2]:
+                refuse(
+                    field, f"llama3's takes positive numbers {', '.join(LLAMA3_ROPE)}, the second the smaller"
+                )
 
     missing = [f for f in SIZES if raw.get(f) is None]
     if missing:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
     fields = {f: raw[f] for f in SIZES + OPTIONAL if raw.get(f) is not None}
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
-    fields.setdefault("head_dim", 128)  # Qwen3's default; never hidden_size / heads
+    fields |= {"qk_norm": kind["qk_norm"], "attention_bias": kind["attention_bias"], "rope_scaling": scaling}
+    if "head_dim" not in fields and "head_dim" in kind:
+        fields["head_dim"] = kind["head_dim"]
     fields["rope_theta"] = 10000.0 if theta is None else theta
     for name in SIZES + ("num_key_value_heads", "head_dim", "max_position_embeddings"):
         if name in fields and (type(fields[name]) is not int or fields[name] < 1):
             raise ValueError(f"{path}: {name} = {json.dumps(fields[name])} is not a positive whole number")
+    fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])  # Qwen2, Llama
     for name in ("rms_norm_eps", "rope_theta"):
         if name in fields and (type(fields[name]) not in (int, float) or not fields[name] > 0):
             raise ValueError(f"{path}: {name} = {json.dumps(fields[name])} is not a positive number")
@@ -133,7 +160,7 @@ def read_config(folder: Path) -> dict:
 
 
 def load_tokenizer(folder_or_hub_id: str | Path) -> Tokenizer:
-    """The folder's `tokenizer.json`, which must know BOI and EOI as special tokens; ValueError otherwise."""
+    """The folder's `tokenizer.json`, which must know one of PAIRS as special tokens; ValueError otherwise."""
     path = resolve(folder_or_hub_id, weights=False) / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -141,10 +168,29 @@ def load_tokenizer(folder_or_hub_id: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: not a tokenizer file: {error}") from None
-    for token in (BOI, EOI):
-        if tokenizer.token_to_id(token) is None:
-            raise ValueError(f"{path}: has no special token {token}")
+    try:
+        image_tokens(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return tokenizer
+
+
+def image_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Ids of BOI and EOI: the first of PAIRS that the tokenizer knows as special tokens, or ValueError."""
+    special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+    for boi, eoi in PAIRS:
+        if boi in special and eoi in special:
+            return special[boi], special[eoi]
+    half = next((t for t in (BOI, EOI) if t in special), None)
+    missing = next(t for t in (BOI, EOI) if t not in special)
+    raise ValueError(
+        f"has no special token {missing}"
+        + (
+            f" beside {half}"
+            if half
+            else f" (nor one of the pairs {', '.join(' '.join(p) for p in PAIRS[1:])})"
+        )
+    )
 
 
 def shard_files(folder: Path) -> dict[str, Path]:
@@ -206,7 +252,7 @@ def load_qwen3(folder_or_hub_id: str | Path, dtype: torch.dtype = torch.float32,
     folder = resolve(folder_or_hub_id)
     fields = read_config(folder)
     tokenizer = load_tokenizer(folder)
-    special = {"boi_id": tokenizer.token_to_id(BOI), "eoi_id": tokenizer.token_to_id(EOI)}
+    special = dict(zip(("boi_id", "eoi_id"), image_tokens(tokenizer), strict=True))
     if fields["eos_id"] is None:
         fields["eos_id"] = tokenizer.token_to_id("<|endoftext|>")
     if fields["eos_id"] is None:
@@ -225,7 +271,7 @@ def load_qwen3(folder_or_hub_id: str | Path, dtype: torch.dtype = torch.float32,
         names["lm_head.weight"] = "embed_tokens.weight"
     for name in sorted(set(names) ^ set(where)):
         raise ValueError(
-            f"{folder}: tensor {name} is {'missing' if name in names else 'not one that Qwen3 has'}"
+            f"{folder}: tensor {name} is {'missing' if name in names else 'not one that this model has'}"
         )
 
     with torch.device("meta"):  # shapes only; text weights are then read in, the image side is made in place

@@ -18,6 +18,7 @@ V vocabulary, M images in the batch, P patches of an image; C, h, w channels, he
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,10 @@ class ModelConfig:
     rope_theta: float = 1e6
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 40960
+    # Three switches of the same layer: Qwen3 has the first, Qwen2 the second, Llama 3 (the paper's) the third.
+    qk_norm: bool = True
+    attention_bias: bool = False  # on Q, K and V
+    rope_scaling: tuple[float, float, float, int] | None = None  # see `rope_frequencies`
 
     boi_id: int = 0  # <|vision_start|>; a text token, outside the image's block
     eoi_id: int = 0  # <|vision_end|>; likewise
@@ -97,12 +102,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
 
 
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Radians a position (d/2,), float32, of each pair of components.
+
+    Llama 3.1 stretches the slow ones, for contexts longer than it was first trained on: with `rope_scaling`
+    (factor, low, high, context), a pair that turns less than `low` times in `context` positions turns `factor`
+    times slower, one that turns more than `high` times stays, and those between are interpolated.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    if config.rope_scaling is None:
+        return frequency
+    factor, low, high, context = config.rope_scaling
+    turns = context * frequency / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # share of the unscaled frequency
+    return keep * frequency + (1 - keep) * frequency / factor
+
+
 def rope_angles(position: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines (..., 1, d/2), in float32, of the rotary embedding at integer positions (...)."""
-    exponent = (
-        torch.arange(0, config.head_dim, 2, device=position.device, dtype=torch.float32) / config.head_dim
-    )
-    angle = position.float()[..., None] * config.rope_theta**-exponent  # (..., d/2)
+    angle = position.float()[..., None] * rope_frequencies(config).to(position.device)  # (..., d/2)
     return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
 
 
@@ -118,13 +137,13 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        D, d = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(D, config.num_attention_heads * d, bias=False)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
+        D, d, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(D, config.num_attention_heads * d, bias=bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * d, bias=bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * d, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, D, bias=False)
-        self.q_norm = RMSNorm(d, config.rms_norm_eps)
-        self.k_norm = RMSNorm(d, config.rms_norm_eps)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.head_dim = d
 
     def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

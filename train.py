@@ -339,6 +339,9 @@ class Run:
         self.config, self.name, self.out = config, name, Path(config.out)
         self.source = open_source(config)
         base = config.base or ensure_base(config.seed)
+        torch.manual_seed(
+            config.seed
+        )  # of the U-Net's first weights, whether or not a base was just pretrained
         self.model = load_qwen3(base, **config.model_overrides)
         self.base, self.fingerprint = str(base), fingerprint(self.model)
         self.model.to(device=config.device, dtype=getattr(torch, config.dtype))
@@ -704,7 +707,6 @@ def main() -> None:
         )
     check_device(config.device)
     cli.tune_cpu()
-    torch.manual_seed(config.seed)
     run = Run(config, name)
     if resume:
         run.resume(found[-1])

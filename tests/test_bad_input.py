@@ -216,7 +216,7 @@ TRAIN = {
     ),
     "a base whose config is cut": (f"{PHOTO} base", ("config.json", "JSON"), copy_base(cut("config.json"))),
     "a mixture of experts": (f"{PHOTO} base", ("num_experts = 8",), base_config(num_experts=8)),
-    "another architecture": (f"{PHOTO} base", ("model_type", "llama"), base_config(model_type="llama")),
+    "another architecture": (f"{PHOTO} base", ("model_type", "gemma"), base_config(model_type="gemma")),
     "stretched RoPE": (
         f"{PHOTO} base",
         ("rope_scaling", "yarn"),

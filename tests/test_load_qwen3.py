@@ -264,7 +264,7 @@ def assert_refused(folder: Path, *names: str) -> None:
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 REFUSED_FIELDS = [
-    ("model_type", "llama"),
+    ("model_type", "gemma"),
     ("model_type", "qwen3_moe"),
     ("model_type", REMOVED),
     ("hidden_act", "gelu"),
