@@ -6,6 +6,9 @@
     pictures   a folder of name.png + name.txt, a metadata.jsonl, or WebDataset tars
     batches    sequences of text ids and IMAGE, cut into the two phases of model.py
 
+`python data.py encode --data ... --vae ... --base ... --out DIR` makes real pictures into shards of latents
+and token ids, once, so that training decodes no picture again (latents.py).
+
 Shapes: M pictures, S pixels a side; pictures are uint8 (M, 3, S, S); latents (M, C, h, w).
 """
 
@@ -247,15 +250,28 @@ class Batch:
     max_t: Tensor  # (M,) exclusive upper end of the training timesteps
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.prefix.to(device), self.rest.to(device), self.latents.to(device), self.max_t)
+        return Batch(self.prefix, self.rest, self.latents.to(device), self.max_t)
 
 
-def split_phases(sequences: list[list[int]], num_patches: int) -> tuple[Tokens, Tokens]:
-    """Sequences of ids and IMAGE, each with at least one IMAGE -> prefix and rest (see LMFusion.forward)."""
+def split_phases(sequences: list[list[int]], num_patches: int, pack: int = 0) -> tuple[Tokens, Tokens]:
+    """Sequences of ids and IMAGE, each with at least one IMAGE -> prefix and rest (see LMFusion.forward).
+
+    pack > 0: neighbours share a row, as documents of their own, as long as they have `pack` tokens together.
+    Their order stays, so that their images stay in row order.
+    """
+    rows: list[list[int]] = []
+    room = 0
+    for i, s in enumerate(sequences):
+        length = sum(num_patches if token == IMAGE else 1 for token in s)
+        if length > room:
+            rows.append([])
+            room = pack
+        rows[-1].append(i)
+        room -= length
     cut = [s.index(IMAGE) for s in sequences]
-    prefix = Tokens.rows([s[:c] for s, c in zip(sequences, cut, strict=True)], num_patches)
-    rest = Tokens.rows([s[c:] for s, c in zip(sequences, cut, strict=True)], num_patches, start=cut)
-    return prefix, rest
+    prefix = Tokens.packed([[sequences[i][: cut[i]] for i in row] for row in rows], num_patches)
+    rest = [[sequences[i][cut[i] :] for i in row] for row in rows]
+    return prefix, Tokens.packed(rest, num_patches, start=[[cut[i] for i in row] for row in rows])
 
 
 def next_tokens(tokens: Tokens, boi_id: int) -> tuple[Tensor, Tensor]:
@@ -275,6 +291,9 @@ def next_tokens(tokens: Tokens, boi_id: int) -> tuple[Tensor, Tensor]:
     return word[text], draw[text]
 
 
+FIRST, DROPPED, BEHIND = "caption first", "caption dropped", "image first"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a captioned picture becomes a sequence (Sections 2.3 and 4.1 of the paper)."""
@@ -283,26 +302,50 @@ class Recipe:
     caption_drop: float = 0.1  # of the captions before pictures, for guidance: BOI and the picture remain
     noise_limit: int = 500  # timesteps of a picture that comes before its caption are below this
 
+    def draw(self, n: int, rng: random.Random) -> list[str]:
+        """The order of each of n samples."""
+        orders = []
+        for _ in range(n):
+            if rng.random() < self.caption_first:
+                orders.append(DROPPED if rng.random() < self.caption_drop else FIRST)
+            else:
+                orders.append(BEHIND)
+        return orders
+
+
+def arrange(
+    captions: list[list[int]],
+    latents: Tensor,
+    orders: list[str],
+    config: ModelConfig,
+    noise_limit: int = T,
+    pack: int = 0,
+) -> Batch:
+    """One sequence a caption (ids) and latent (M, C, h, w), in the order that `Recipe.draw` gave it.
+
+    caption first:    caption BOI | patches          Our choice: no EOI, for nothing behind the image has a loss
+    caption dropped:          BOI | patches
+    image first:              BOI | patches EOI caption EOS
+    """
+    sequences, max_t = [], []
+    for caption, order in zip(captions, orders, strict=True):
+        if order == BEHIND:
+            sequences.append([config.boi_id, IMAGE, config.eoi_id] + caption + [config.eos_id])
+            max_t.append(noise_limit)
+        else:
+            sequences.append((caption if order == FIRST else []) + [config.boi_id, IMAGE])
+            max_t.append(T)
+    return Batch(*split_phases(sequences, config.num_patches, pack), latents, torch.tensor(max_t))
+
 
 def make_batch(
     captions: list[list[int]], latents: Tensor, recipe: Recipe, config: ModelConfig, rng: random.Random
 ) -> Batch:
-    """One sequence a caption (ids) and latent (M, C, h, w); the order is drawn for each sample.
+    """`arrange`, each sample in an order of its own."""
+    return arrange(captions, latents, recipe.draw(len(captions), rng), config, recipe.noise_limit)
 
-    caption first:  caption BOI | patches          Our choice: no EOI, for nothing behind the image has a loss
-    caption dropped:        BOI | patches
-    image first:            BOI | patches EOI caption EOS
-    """
-    sequences, max_t = [], []
-    for caption in captions:
-        if rng.random() < recipe.caption_first:
-            dropped = rng.random() < recipe.caption_drop
-            sequences.append(([] if dropped else caption) + [config.boi_id, IMAGE])
-            max_t.append(T)
-        else:
-            sequences.append([config.boi_id, IMAGE, config.eoi_id] + caption + [config.eos_id])
-            max_t.append(recipe.noise_limit)
-    return Batch(*split_phases(sequences, config.num_patches), latents, torch.tensor(max_t))
+
+ALL = slice(None)  # of a batch: what one process does, where there is only one
 
 
 class Shapes:
@@ -310,10 +353,10 @@ class Shapes:
 
     size = PIXELS
 
-    def sample(self, n: int, rng: random.Random) -> tuple[Tensor, list[str]]:
-        """n training pictures (n, 3, 32, 32), uint8, and their captions."""
+    def sample(self, n: int, rng: random.Random, share: slice = ALL) -> tuple[Tensor, list[str]]:
+        """`share` of n training pictures (n, 3, 32, 32), uint8, and their captions; the draw is that of all n."""
         scenes = rng.choices(all_scenes(held_out=False), k=n)
-        return render(scenes, rng), [s.caption for s in scenes]
+        return render(scenes, rng)[share], [s.caption for s in scenes[share]]
 
     def validation(self, n: int) -> tuple[Tensor, list[str]]:
         """n held-out combinations; the same ones whenever asked."""
@@ -348,9 +391,9 @@ class PictureSource:
             train = pick(train, [i for i in range(n) if i % 20])
         self.train, self.val, self.size = train, val, train.pixels.shape[-1]
 
-    def sample(self, n: int, rng: random.Random) -> tuple[Tensor, list[str]]:
-        """n training pictures (n, 3, S, S), uint8, drawn with replacement, and their captions."""
-        index = rng.choices(range(len(self.train.captions)), k=n)
+    def sample(self, n: int, rng: random.Random, share: slice = ALL) -> tuple[Tensor, list[str]]:
+        """`share` of n training pictures (n, 3, S, S), uint8, drawn with replacement, and their captions."""
+        index = rng.choices(range(len(self.train.captions)), k=n)[share]
         return self.train.pixels[index], [self.train.captions[i] for i in index]
 
     def validation(self, n: int) -> tuple[Tensor, list[str]]:
@@ -362,3 +405,16 @@ class PictureSource:
         """What the sheets of a run show: captions of training pictures, then of validation pictures."""
         seen = random.Random(0).sample(self.train.captions, min(9, len(self.train.captions)))
         return seen + self.validation(9)[1]
+
+
+def main() -> None:
+    """`python data.py encode ...`: see latents.py, which imports this file."""
+    import latents
+
+    latents.main()
+
+
+if __name__ == "__main__":
+    import cli
+
+    cli.run(main)

@@ -19,17 +19,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from unet import UNetDown, UNetUp
 
 IMAGE, PAD = -1, -2  # what stands in `Tokens.ids` where there is no text token
 SEPARATIONS = ("deep", "shallow", "none")
+DENSE = 2**19  # up to this many scores a head and row, attention is written out on a CPU and masked in full
 
 
 @dataclass(frozen=True)
@@ -155,20 +160,21 @@ class Attention(nn.Module):
         return torch.cat((qk, v), dim=1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Eq. (9, 10): q (B, H, N, d), k and v (B, K, S, d) -> (B, H, N, d), one softmax for both modalities.
 
-    mask (B, 1, N, S) is True where M is 0 and False where it is -infinity; None if nothing is masked. Query
-    head i shares key/value head i // (H/K). The paper writes M inside the division by sqrt(d), which makes no
-    difference to 0 and -infinity.
+    mask (B, 1, N, S) is True where M is 0 and False where it is -infinity; None if nothing is masked, and
+    `causal` if the N = S tokens only look back. Query head i shares key/value head i // (H/K). The paper
+    writes M inside the division by sqrt(d), which makes no difference to 0 and -infinity.
     """
     (B, H, N, d), (K, S) = q.shape, k.shape[1:3]
-    if q.device.type != "cpu" or N * S > 256 * 256:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K)
+    if q.device.type == "cuda" or N * S > DENSE:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != K)
     # Short sequences on a CPU: two batched products, several times faster there than torch's fused kernel.
-    q = q.unflatten(1, (K, H // K)).reshape(
-        B * K, H // K * N, d
-    )  # the query heads of a group one below the other
+    if causal:
+        mask = torch.ones(N, S, dtype=torch.bool, device=q.device).tril()
+    # the query heads of a group one below the other: (B * K, H/K * N, d)
+    q = q.unflatten(1, (K, H // K)).reshape(B * K, H // K * N, d)
     scores = torch.bmm(q, k.reshape(B * K, S, d).transpose(1, 2)) * d**-0.5  # (B * K, H/K * N, S)
     if mask is not None:
         scores = scores.view(B, H, N, S).masked_fill(~mask, -torch.inf).view(B * K, H // K * N, S)
@@ -216,9 +222,11 @@ class Expert(nn.Module):
 class Tokens:
     """A rectangle of slots for the transformer to process: B sequences, N slots each, padded on the right.
 
+    It is a plan, and stays in main memory whatever the device of the model.
+
     ids       (B, N)  id of a text token, IMAGE where a patch stands, PAD where nothing does
     image     (B, N)  number of the image within its sequence, from 1, in order; 0 at text and padding
-    position  (B, N)  RoPE position; one a token, image patches in row-major order
+    position  (B, N)  RoPE position within the document; one a token, image patches in row-major order
     document  (B, N)  tokens see only their own document; -1 at padding
     """
 
@@ -230,7 +238,8 @@ class Tokens:
     @staticmethod
     def text(ids: Tensor, start: int = 0) -> Tokens:
         """Plain text (B, N) without padding, from position `start` on."""
-        position = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
+        ids = ids.cpu()
+        position = torch.arange(start, start + ids.shape[1]).expand_as(ids)
         return Tokens(ids, torch.zeros_like(ids), position, torch.zeros_like(ids))
 
     @staticmethod
@@ -245,33 +254,43 @@ class Tokens:
         `start` and `images_before` say for each row how many positions and images an earlier part already
         took.
         """
-        width = max(sum(num_patches if i == IMAGE else 1 for i in row) for row in rows)
-        ids, image, position, document = ([] for _ in range(4))
-        for r, row in enumerate(rows):
-            row_ids, row_image, count = [], [], images_before[r] if images_before else 0
-            for i in row:
-                if i == IMAGE:
-                    count += 1
-                    row_ids += [IMAGE] * num_patches
-                    row_image += [count] * num_patches
-                else:
-                    row_ids.append(i)
-                    row_image.append(0)
-            used, first = len(row_ids), start[r] if start else 0
-            padding = width - used
-            ids.append(row_ids + [PAD] * padding)
-            image.append(row_image + [0] * padding)
-            position.append(list(range(first, first + width)))
-            document.append([0] * used + [-1] * padding)
-        return Tokens(*(torch.tensor(x, dtype=torch.long) for x in (ids, image, position, document)))
+        wrap = [[x] for x in start] if start else None
+        return Tokens.packed([[r] for r in rows], num_patches, wrap, images_before)
 
-    def to(self, device: torch.device | str) -> Tokens:
-        return Tokens(
-            self.ids.to(device), self.image.to(device), self.position.to(device), self.document.to(device)
-        )
+    @staticmethod
+    def packed(
+        rows: list[list[list[int]]],
+        num_patches: int,
+        start: list[list[int]] | None = None,
+        images_before: list[int] | None = None,
+    ) -> Tokens:
+        """Like `rows`, with several documents behind one another in a row; each has positions of its own."""
+        P, columns = num_patches, []
+        for r, documents in enumerate(rows):
+            ids, image, position, document = ([] for _ in range(4))
+            for number, row in enumerate(documents):
+                count = images_before[r] if images_before else 0
+                before = len(ids)
+                for i in row:
+                    count += i == IMAGE
+                    ids += [IMAGE] * P if i == IMAGE else [i]
+                    image += [count] * P if i == IMAGE else [0]
+                first = start[r][number] if start else 0
+                position += range(first, first + len(ids) - before)
+                document += [number] * (len(ids) - before)
+            columns.append((ids, image, position, document))
+        width = max(len(ids) for ids, *_ in columns)
+        for ids, image, position, document in columns:  # padding, on the right
+            n = width - len(ids)
+            position += range(position[-1] + 1 if position else 0, (position[-1] + 1 if position else 0) + n)
+            ids += [PAD] * n
+            image += [0] * n
+            document += [-1] * n
+        parts = (torch.tensor(x, dtype=torch.long) for x in zip(*columns, strict=True))
+        return Tokens(*(x.view(len(rows), width) for x in parts))
 
 
-def hybrid_mask(query: Tokens | Cache, key: Tokens | Cache) -> Tensor:
+def hybrid_mask(query: Tokens, key: Tokens | Cache) -> Tensor:
     """M of Eq. (9, 10) as booleans (B, N, S): may slot i of `query` see slot j of `key`?
 
     True iff both belong to one document, and j does not come after i or both are patches of one image.
@@ -289,7 +308,7 @@ class Cache:
 
     k: list[Tensor]
     v: list[Tensor]
-    image: Tensor  # (B, S)
+    image: Tensor  # (B, S), and the next two: in main memory
     position: Tensor  # (B, S)
     document: Tensor  # (B, S)
 
@@ -308,37 +327,120 @@ class Cache:
 
     def rows(self, index: Tensor) -> Cache:
         """The sequences `index`, in that order; one may come up several times."""
+        index = index.cpu()
         return Cache(
-            [k[index] for k in self.k],
-            [v[index] for v in self.v],
+            [k[index.to(k.device)] for k in self.k],
+            [v[index.to(v.device)] for v in self.v],
             self.image[index],
             self.position[index],
             self.document[index],
         )
 
 
-class Layout:
-    """Where each modality's T tokens stand in the B x N slots: gathers, not selections."""
+@dataclass
+class Segment:
+    """A run of slots of one row with the same mask: the patches of an image, or text without a break."""
 
-    def __init__(self, tokens: Tokens, cache: Cache | None, config: ModelConfig):
-        self.shape = tokens.ids.shape
+    keys: list[int]  # runs of key slots it sees; its own comes last
+    causal: bool  # text: nothing but itself to look at
+    mask: Tensor | None  # (1, 1, n, s): text behind other things, all of which it sees
+
+
+def slot_runs(image: Tensor, document: Tensor) -> list[int]:
+    """Lengths of the runs of slots (N,) that belong to one document and to one image, or to no image."""
+    code = document * (int(image.max()) + 1) + image
+    return torch.unique_consecutive(code, return_counts=True)[1].tolist()
+
+
+class Layout:
+    """Where each modality's T tokens stand in the B x N slots (gathers, not selections), and who sees whom.
+
+    The mask takes the cheapest form there is: none where everything is seen; a causal flag; booleans (B, 1, N,
+    S + N) for short sequences; and for long ones FlexAttention's block mask on CUDA, elsewhere the segments of
+    each row, which see their documents whole and need no mask but the triangle of their own text.
+    """
+
+    def __init__(self, tokens: Tokens, cache: Cache | None, config: ModelConfig, device: torch.device):
         ids = tokens.ids.flatten()
-        self.text = (ids >= 0).nonzero().squeeze(1)  # (T_text,)
-        self.image = (ids == IMAGE).nonzero().squeeze(1)  # (T_image,)
-        n_text, n_image = len(self.text), len(self.image)
+        self.shape = tokens.ids.shape
+        text, image = (ids >= 0).nonzero().squeeze(1), (ids == IMAGE).nonzero().squeeze(1)
+        n_text, n_image = len(text), len(image)
+        self.text, self.image = text.to(device), image.to(device)  # (T_text,), (T_image,)
+        self.ids = ids[text].to(device)  # (T_text,)
         self.whole = max(n_text, n_image) == ids.numel()  # one modality and no padding: nothing to move
         if not self.whole:
             # row of cat(text, image, one row of zeros) that belongs in each slot
-            self.source = ids.new_full((ids.numel(),), n_text + n_image)
-            self.source[self.text] = torch.arange(n_text, device=ids.device)
-            self.source[self.image] = torch.arange(n_text, n_text + n_image, device=ids.device)
+            source = ids.new_full((ids.numel(),), n_text + n_image)
+            source[text] = torch.arange(n_text)
+            source[image] = torch.arange(n_text, n_text + n_image)
+            self.source = source.to(device)
         cos, sin = rope_angles(tokens.position.flatten(), config)  # (B * N, 1, d/2)
-        self.rope_text = cos[self.text], sin[self.text]
-        self.rope_image = cos[self.image], sin[self.image]
-        mask = hybrid_mask(tokens, tokens)
+        self.rope_text = cos[text].to(device), sin[text].to(device)
+        self.rope_image = cos[image].to(device), sin[image].to(device)
+        self.choose_mask(tokens, cache, device)
+
+    def choose_mask(self, tokens: Tokens, cache: Cache | None, device: torch.device) -> None:
+        """Set exactly one of `causal`, `mask`, `block_mask` and `segments`, or none of them."""
+        self.causal, self.mask, self.block_mask, self.segments = False, None, None, None
+        N, S = tokens.ids.shape[1], tokens.ids.shape[1] + (0 if cache is None else cache.document.shape[1])
+        key = tokens
         if cache is not None:
-            mask = torch.cat((hybrid_mask(tokens, cache), mask), dim=2)
-        self.mask = None if bool(mask.all()) else mask.unsqueeze(1)  # (B, 1, N, S + N)
+            fields = ("image", "position", "document")
+            key = Tokens(None, *(torch.cat((getattr(cache, f), getattr(tokens, f)), 1) for f in fields))
+        if (key.document == tokens.document[:1, :1]).all() and tokens.document[0, 0] >= 0:
+            # one document, no padding
+            if N == 1 or (tokens.image > 0).all() and (tokens.image == tokens.image[:, :1]).all():
+                return
+            if cache is None and not tokens.image.any():
+                self.causal = True
+                return
+        if N * S <= DENSE:
+            mask = hybrid_mask(tokens, key)
+            self.mask = None if bool(mask.all()) else mask.unsqueeze(1).to(device)  # (B, 1, N, S)
+        elif device.type == "cuda":
+            self.block_mask = make_block_mask(tokens, key, device)
+        else:
+            self.make_segments(tokens, key)
+
+    def make_segments(self, tokens: Tokens, key: Tokens) -> None:
+        """The segments of each row, and how its queries and keys are cut."""
+        self.segments = []
+        before = key.document.shape[1] - tokens.document.shape[1]  # slots of the cache
+        for q_image, q_document, k_image, k_document in zip(
+            tokens.image, tokens.document, key.image, key.document, strict=True
+        ):
+            old = slot_runs(k_image[:before], k_document[:before]) if before else []
+            queries = slot_runs(q_image, q_document)
+            keys, segments, begin = old + queries, [], 0
+            starts = [sum(keys[:i]) for i in range(len(keys))]
+            for i, n in enumerate(queries):
+                document = q_document[begin]
+                seen = [j for j in range(len(old) + i + 1) if k_document[starts[j]] == document]
+                past = sum(keys[j] for j in seen) - n
+                text = not q_image[begin] and document >= 0
+                mask = torch.ones(1, 1, n, past + n, dtype=torch.bool).tril(past) if text and past else None
+                segments.append(Segment(seen, causal=bool(text) and not past, mask=mask))
+                begin += n
+            self.segments.append((queries, keys, segments))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, H, N, d), k and v (B, K, S, d) -> (B, H, N, d), under the mask in whatever form it has."""
+        if self.block_mask is not None:
+            return compiled_flex()(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1])
+        if self.segments is None:
+            return attention(q, k, v, self.mask, self.causal)
+        rows = []
+        for row, (query_runs, key_runs, segments) in enumerate(self.segments):
+            # cut once with `split`: the gradient of a slice would be a tensor as large as the whole, each time
+            k_cut, v_cut = k[row : row + 1].split(key_runs, 2), v[row : row + 1].split(key_runs, 2)
+            out = []
+            for part, q_part in zip(segments, q[row : row + 1].split(query_runs, 2), strict=True):
+                k_part = torch.cat([k_cut[j] for j in part.keys], 2)  # (1, K, s, d)
+                v_part = torch.cat([v_cut[j] for j in part.keys], 2)
+                mask = None if part.mask is None else part.mask.to(q.device)
+                out.append(attention(q_part, k_part, v_part, mask, part.causal))
+            rows.append(torch.cat(out, 2))
+        return torch.cat(rows)
 
     def merge(self, text: Tensor | None, image: Tensor | None) -> Tensor:
         """(T_text, A, d) and (T_image, A, d) -> (B, A, N, d); zeros at padding."""
@@ -354,6 +456,26 @@ class Layout:
         if self.whole:
             return (x, x[:0]) if len(self.text) else (x[:0], x)
         return x.index_select(0, self.text), x.index_select(0, self.image)
+
+
+def make_block_mask(query: Tokens, key: Tokens, device: torch.device) -> BlockMask:
+    """`hybrid_mask` for FlexAttention, which skips the blocks in which nothing is seen."""
+    q_image, q_position, q_document = (x.to(device) for x in (query.image, query.position, query.document))
+    k_image, k_position, k_document = (x.to(device) for x in (key.image, key.position, key.document))
+
+    def sees(b, h, i, j):
+        same_image = (q_image[b, i] == k_image[b, j]) & (q_image[b, i] > 0)
+        causal = k_position[b, j] <= q_position[b, i]
+        return (q_document[b, i] == k_document[b, j]) & (causal | same_image)
+
+    (B, N), S = query.document.shape, key.document.shape[1]
+    return create_block_mask(sees, B, None, N, S, device=device)
+
+
+@lru_cache
+def compiled_flex() -> Callable:
+    """FlexAttention, which is fast only when compiled."""
+    return torch.compile(flex_attention, dynamic=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -390,7 +512,7 @@ class Block(nn.Module):
         q, k_new, v_new = qkv.split((H, K, K), dim=1)
         k = k_new if past is None else torch.cat((past[0], k_new), dim=2)  # (B, K, S + N, d)
         v = v_new if past is None else torch.cat((past[1], v_new), dim=2)
-        attended = attention(q, k, v, layout.mask)  # (B, H, N, d)
+        attended = layout.attend(q, k, v)  # (B, H, N, d)
         to_text, to_image = layout.split(attended)
         text = None if text is None else self.text.output(text, to_text)
         image = None if image is None else self.image.output(image, to_image)
@@ -404,7 +526,7 @@ class Hidden:
     text: Tensor | None  # (T_text, D), after the text final norm, in the order of the slots
     image: Tensor | None  # (T_image, D), after the image final norm
     unet: tuple | None  # h_in and the skips, for UNet-Up
-    cache: Cache  # of these tokens alone
+    cache: Cache | None  # of these tokens alone
 
 
 class LMFusion(nn.Module):
@@ -427,6 +549,7 @@ class LMFusion(nn.Module):
         self.boi_head = nn.Parameter(torch.zeros(config.hidden_size))
         self.unet_down = UNetDown(config)
         self.unet_up = UNetUp(config)
+        self.activation_checkpointing = False  # recompute each layer in the backward pass: less memory
 
     # ---- parameters ----
 
@@ -488,16 +611,17 @@ class LMFusion(nn.Module):
         latents: Tensor | None = None,
         t: Tensor | None = None,
         cache: Cache | None = None,
+        keep: bool = True,
     ) -> Hidden:
         """Run the transformer over `tokens`, attending to `cache` as well; the cache itself is not changed.
 
         latents (M, C, h, w) and timesteps t (M,): the images of `tokens`, row by row, in order. A clean image
-        has t = 0.
+        has t = 0. keep: return keys and values, for a cache.
         """
-        layout = Layout(tokens, cache, self.config)
+        layout = Layout(tokens, cache, self.config, self.boi_head.device)
         text = image = unet = None
         if len(layout.text):
-            text = self.embed_tokens(tokens.ids.flatten()[layout.text])  # Eq. (5): (T_text, D)
+            text = self.embed_tokens(layout.ids)  # Eq. (5): (T_text, D)
         if len(layout.image):
             P = self.config.num_patches
             assert latents is not None and t is not None and len(latents) * P == len(layout.image)
@@ -507,12 +631,17 @@ class LMFusion(nn.Module):
         keys, values = [], []
         for i, block in enumerate(self.layers):
             past = None if cache is None else (cache.k[i], cache.v[i])
-            text, image, k, v = block(text, image, layout, past)
-            keys.append(k)
-            values.append(v)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                text, image, k, v = checkpoint(block, text, image, layout, past, use_reentrant=False)
+            else:
+                text, image, k, v = block(text, image, layout, past)
+            if keep:
+                keys.append(k)
+                values.append(v)
         text = None if text is None else self.norm_text(text)
         image = None if image is None else self.norm_image(image)
-        return Hidden(text, image, unet, Cache(keys, values, tokens.image, tokens.position, tokens.document))
+        cache = Cache(keys, values, tokens.image, tokens.position, tokens.document) if keep else None
+        return Hidden(text, image, unet, cache)
 
     def logits(self, text: Tensor) -> Tensor:
         """Eq. (13): text features (..., D) -> logits over the vocabulary (..., V)."""
@@ -555,7 +684,7 @@ class LMFusion(nn.Module):
         if prefix is not None and prefix.ids.shape[1]:  # no column where every sequence begins with its image
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_is_frozen):
                 before = self.encode(prefix)
-        return before, self.encode(rest, latents, t, before.cache if before else None)
+        return before, self.encode(rest, latents, t, before.cache if before else None, keep=False)
 
 
 def replace(config: ModelConfig, **changes) -> ModelConfig:

@@ -66,8 +66,8 @@ def generate_images(
     rows = [encode_text(trained, p, room=P + 1) + [config.boi_id] for p in prompts]
     if cfg != 1.0:  # what training dropped is what is nulled here: the whole caption, never BOI
         rows += [[config.boi_id]] * len(prompts)
-    cache = model.encode(Tokens.rows(rows, P).to(device)).cache  # the prompts, once
-    patches = Tokens.rows([[IMAGE]] * len(rows), P, start=[len(r) for r in rows]).to(device)
+    cache = model.encode(Tokens.rows(rows, P)).cache  # the prompts, once
+    patches = Tokens.rows([[IMAGE]] * len(rows), P, start=[len(r) for r in rows])
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         """Predicted noise (n, C, h, w), guided."""
@@ -142,7 +142,7 @@ def generate_text(trained: Trained, prompt: str, max_tokens: int = 64, **how) ->
     if not ids:
         raise ValueError("the text to continue is empty")
     model = trained.model
-    hidden = model.encode(Tokens.text(torch.tensor([ids], device=model.boi_head.device)))
+    hidden = model.encode(Tokens.text(torch.tensor([ids])))
     return trained.tokenizer.decode(
         continue_text(model, hidden.text[-1:], hidden.cache, max_tokens, **how)[0]
     )
@@ -160,9 +160,7 @@ def describe_images(trained: Trained, pictures: Tensor, max_tokens: int = 64, **
         raise ValueError(
             f"pictures of {tuple(pictures.shape[2:])} pixels give latents of {tuple(latents.shape[1:])}"
         )
-    tokens = Tokens.rows([[config.boi_id, IMAGE, config.eoi_id]] * len(pictures), config.num_patches).to(
-        device
-    )
+    tokens = Tokens.rows([[config.boi_id, IMAGE, config.eoi_id]] * len(pictures), config.num_patches)
     hidden = model.encode(tokens, latents, torch.zeros(len(pictures), dtype=torch.long, device=device))
     after_eoi = hidden.text.view(len(pictures), 2, -1)[:, 1]  # text of each row: BOI, EOI
     ids = continue_text(model, after_eoi, hidden.cache, max_tokens, **how)

@@ -868,7 +868,7 @@ def test_both_ways_of_computing_attention_are_taken(monkeypatch):
     monkeypatch.setattr(
         model_file.F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or fused(*a, **k)
     )
-    for n, expected in ((256, 0), (257, 1)):
+    for n, expected in ((724, 0), (725, 1)):  # 724² <= DENSE < 725²
         x = torch.randn(1, 1, n, 4)
         attention(x, x, x, None)
         assert len(calls) == expected
