@@ -3,10 +3,12 @@
     OUT/step-002000/model.safetensors       trained tensors: the image side (and the text, if it was trained)
                     ema.safetensors         their moving average, if it was asked for
                     optimizer.safetensors   the optimizer's state, by the names of the parameters
-                    latents.safetensors     the linear stand-in for the VAE
-                    checkpoint.json         step, configuration, and the fingerprint of the base
+                    latents.safetensors     the linear stand-in for the VAE; of a real VAE, the latents' range
+                    checkpoint.json         step, configuration, and the fingerprints of the base and the VAE
 
-A folder `step-*` is whole or not there at all: a kill at any moment leaves the last good one.
+N processes write N files of each of the first three, model-00001-of-0000N.safetensors, whole tensors in turn;
+any number of processes reads them. A folder `step-*` is whole or not there at all: a kill at any moment
+leaves the last good one.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from data import PatchPCA
 from diffusion import Diffusion
 from load_qwen3 import fingerprint, load_qwen3, load_tokenizer, open_safetensors, read_json
 from model import LMFusion
+from parallel import Team, whole
+from vae import AutoencoderKL, load_vae
 
 LAST_RUN = Path("runs/last-small")  # names the folder of the last run of `train.py --config small`
 
@@ -37,7 +41,7 @@ class Trained:
     model: LMFusion
     tokenizer: Tokenizer
     diffusion: Diffusion
-    codec: PatchPCA
+    codec: PatchPCA | AutoencoderKL
     info: dict  # checkpoint.json
     folder: Path
 
@@ -64,39 +68,71 @@ def check_device(name: str) -> None:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
+def part_name(name: str, rank: int, size: int) -> str:
+    """model.safetensors of one process; model-00001-of-00002.safetensors of the first of two."""
+    stem, dot, ending = name.partition(".")
+    return name if size == 1 else f"{stem}-{rank + 1:05d}-of-{size:05d}{dot}{ending}"
+
+
 def write_folder(
     folder: Path,
     tensors: dict[str, dict[str, Tensor]],
     info: dict,
     info_name: str,
     extra: dict[str, str] | None = None,
+    team: Team | None = None,
 ) -> None:
     """Write a folder of safetensors, one JSON file and `extra` texts beside its final place, then rename it.
 
-    Raises OSError with the name of the folder if that cannot be done (a full disk); nothing half-written
-    stays.
+    All processes of a team call it, and write the tensors in turn. Raises OSError with the name of the
+    folder, in all of them, if it cannot be done (a full disk); nothing half-written stays.
     """
+    team = team or Team()
     beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir(parents=True)
-        for name, group in tensors.items():
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in group.items()},
-                str(beside / name),
-                metadata={"format": "pt"},
-            )
-        for name, text in {info_name: json.dumps(info, indent=1) + "\n", **(extra or {})}.items():
-            (beside / name).write_text(text, encoding="utf-8")
-        for file in beside.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-        os.rename(beside, folder)
-    except BaseException as error:  # safetensors has an error type of its own for input and output
+    if team.leads:
         shutil.rmtree(beside, ignore_errors=True)
-        if not isinstance(error, Exception):  # Ctrl-C
-            raise
-        raise OSError(f"{folder} could not be written: {error}") from None
+    team.wait()
+    problem: BaseException | None = None
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = error
+    for name, group in tensors.items():
+        mine = {}
+        for i, (k, v) in enumerate(group.items()):
+            value = whole(v.detach())  # gathered from all, so all come by here, whatever went wrong
+            if i % team.size == team.rank:
+                mine[k] = value.cpu().contiguous()
+        try:
+            if problem is None and mine:
+                path = beside / part_name(name, team.rank, team.size)
+                save_file(mine, str(path), metadata={"format": "pt"})
+                sync(path)
+        except BaseException as error:  # safetensors has an error type of its own for input and output
+            problem = error
+    try:
+        if problem is None and team.leads:
+            for name, text in {info_name: json.dumps(info, indent=1) + "\n", **(extra or {})}.items():
+                (beside / name).write_text(text, encoding="utf-8")
+                sync(beside / name)
+        failed = team.total([float(problem is not None)])[0]
+        if team.leads and not failed:
+            os.rename(beside, folder)
+    except BaseException as error:
+        problem, failed = error, 1.0
+    if failed:
+        if team.leads:
+            shutil.rmtree(beside, ignore_errors=True)
+        if problem is not None and not isinstance(problem, Exception):  # Ctrl-C
+            raise problem
+        raise OSError(f"{folder} could not be written: {problem or 'another process failed'}") from None
+    team.wait()
+
+
+def sync(path: Path) -> None:
+    """On the disk, not only on its way there."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
 
 
 def list_checkpoints(out: Path) -> list[Path]:
@@ -125,9 +161,18 @@ def find_checkpoint(folder: str | Path | None) -> Path:
 
 
 def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """All tensors of a file; names and shapes must be those `expected`, or ValueError names the tensor."""
-    with open_safetensors(path) as f:
-        tensors = {name: f.get_tensor(name) for name in f.keys()}
+    """All tensors of a file, or of its parts, mapped; ValueError names the tensor.
+
+    Names and shapes must be those `expected`.
+    """
+    files, tensors = [path], {}
+    parts = sorted(path.parent.glob(f"{path.stem}-*-of-*.safetensors")) if not path.is_file() else []
+    if parts:
+        size = int(parts[0].stem.rpartition("-")[2]) if parts[0].stem.rpartition("-")[2].isdigit() else 0
+        files = [path.with_name(part_name(path.name, rank, size)) for rank in range(size)]
+    for file in files:
+        with open_safetensors(file) as f:
+            tensors |= {name: f.get_tensor(name) for name in f.keys()}
     if expected is not None:
         for name in sorted(set(tensors) ^ set(expected)):
             raise ValueError(f"{path}: tensor {name} is {'missing' if name in expected else 'not expected'}")
@@ -139,15 +184,34 @@ def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[
     return tensors
 
 
-def load_codec(path: Path, channels: int, patch: int) -> PatchPCA:
-    """The linear latents of a checkpoint: `channels` numbers for `patch` x `patch` pixels."""
-    shapes = {
-        "mean": (3 * patch**2,),
-        "basis": (3 * patch**2, channels),
-        "scale": (channels,),
-        "bound": (channels, 1, 1),
-    }
-    return PatchPCA(**read_tensors(path, {n: torch.empty(s, device="meta") for n, s in shapes.items()}))
+def load_codec(
+    folder: Path, info: dict, channels: int, vae: str = "", device: str = "cpu"
+) -> PatchPCA | AutoencoderKL:
+    """What made the latents of a checkpoint: the linear stand-in itself, or the VAE it names.
+
+    vae: where that lies now, if it was moved. ValueError for another VAE than it was.
+    """
+    path = folder / "latents.safetensors"
+    made = info.get("vae")
+    if made is None:
+        if vae:
+            raise ValueError(f"{folder} was trained on linear latents; --vae {vae} does not belong to it")
+        patch = info["config"]["latent_patch"]
+        shapes = {
+            "mean": (3 * patch**2,),
+            "basis": (3 * patch**2, channels),
+            "scale": (channels,),
+            "bound": (channels, 1, 1),
+        }
+        return PatchPCA(**read_tensors(path, {n: torch.empty(s, device="meta") for n, s in shapes.items()}))
+    codec = load_vae(vae or made["path"], device=device)
+    if codec.fingerprint() != made["fingerprint"]:
+        raise ValueError(
+            f"{vae or made['path']} is not the VAE that {folder} was trained with (fingerprint "
+            f"{codec.fingerprint()[:12]}, expected {made['fingerprint'][:12]}); name the right one with --vae"
+        )
+    codec.bound = read_tensors(path, {"bound": torch.empty(codec.channels, 1, 1, device="meta")})["bound"]
+    return codec
 
 
 def load_trained(
@@ -155,8 +219,9 @@ def load_trained(
     base: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    vae: str | None = None,
 ) -> Trained:
-    """The model of a checkpoint, on the base it was trained on (`base`: where that lies now, if moved).
+    """The model of a checkpoint, on the base it was trained on (`base`, `vae`: where they lie now, if moved).
 
     Takes the moving average of the weights where there is one. ValueError for a base with another fingerprint
     and for whatever is missing, cut short or of another shape.
@@ -167,7 +232,7 @@ def load_trained(
         base, overrides = base or info["base"], dict(info["model"])
         diffusion, wanted, trained = Diffusion(**info["diffusion"]), info["fingerprint"], info["trained"]
         overrides["unet_channels"] = tuple(overrides["unet_channels"])
-        patch = info["config"]["latent_patch"]
+        info["config"]["latent_patch"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'checkpoint.json'}: not a checkpoint of this program: {error}") from None
     model = load_qwen3(base, **overrides)
@@ -183,5 +248,5 @@ def load_trained(
     file = folder / ("ema.safetensors" if info.get("ema") else "model.safetensors")
     model.load_state_dict(read_tensors(file, {n: own[n] for n in trained}), strict=False)
     model.requires_grad_(False).to(device=device, dtype=dtype).eval()
-    codec = load_codec(folder / "latents.safetensors", model.config.latent_channels, patch)
+    codec = load_codec(folder, info, model.config.latent_channels, vae or "", device)
     return Trained(model, load_tokenizer(base), diffusion, codec, info, folder)

@@ -201,7 +201,7 @@ class PatchPCA:
     def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor, bound: Tensor):
         self.mean, self.basis, self.scale = mean, basis, scale  # (3pp,), (3pp, C), (C,)
         self.bound = bound  # (C, 1, 1): the largest latent seen, to which samplers clamp
-        self.patch = math.isqrt(len(mean) // 3)
+        self.patch, self.channels = math.isqrt(len(mean) // 3), len(scale)
 
     @classmethod
     def fit(cls, pictures: Tensor, channels: int, patch: int, whiten: float) -> PatchPCA:
@@ -323,9 +323,11 @@ def arrange(
 ) -> Batch:
     """One sequence a caption (ids) and latent (M, C, h, w), in the order that `Recipe.draw` gave it.
 
-    caption first:    caption BOI | patches          Our choice: no EOI, for nothing behind the image has a loss
+    caption first:    caption BOI | patches
     caption dropped:          BOI | patches
     image first:              BOI | patches EOI caption EOS
+
+    Our choice: no EOI in the first two, for nothing behind their image has a loss.
     """
     sequences, max_t = [], []
     for caption, order in zip(captions, orders, strict=True):
@@ -354,7 +356,7 @@ class Shapes:
     size = PIXELS
 
     def sample(self, n: int, rng: random.Random, share: slice = ALL) -> tuple[Tensor, list[str]]:
-        """`share` of n training pictures (n, 3, 32, 32), uint8, and their captions; the draw is that of all n."""
+        """`share` of n training pictures (n, 3, 32, 32), uint8, and captions; the draw is that of all n."""
         scenes = rng.choices(all_scenes(held_out=False), k=n)
         return render(scenes, rng)[share], [s.caption for s in scenes[share]]
 

@@ -271,6 +271,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
         help="a run or a checkpoint; without it, the last run of --config small",
     )
     add("--base", help="where the base language model lies, if it was moved since training")
+    add("--vae", help="where the VAE lies, if it was moved since training")
     add(
         "--n",
         type=int,
@@ -302,7 +303,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     cli.tune_cpu()
-    trained = load_trained(args.checkpoint, args.base, args.device)
+    trained = load_trained(args.checkpoint, args.base, args.device, vae=args.vae)
     if args.base:
         trained.info["base"] = args.base
     config, codec = trained.model.config, trained.codec

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model import LMFusion, ModelConfig, replace
+from parallel import whole
 
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"  # Qwen3's own; their frozen embedding rows serve as they are
 # Our choice, for other bases: special tokens that their text does not use. The first pair that is there.
@@ -32,13 +34,21 @@ PAIRS = (
     ("<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),  # Llama 3
     ("<issue_start>", "<issue_closed>"),  # SmolLM2 (a Llama)
 )
-# What a `model_type` of Hugging Face means here: switches of the layer, and defaults its config.json may omit.
+# What a `model_type` of Hugging Face means here: switches of the layer, and what config.json may omit.
 MODEL_TYPES = {
     "qwen3": dict(qk_norm=True, attention_bias=False, head_dim=128),  # head_dim: never hidden_size / heads
     "qwen2": dict(qk_norm=False, attention_bias=True),
     "llama": dict(qk_norm=False, attention_bias=False),
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# Shapes of the stock checkpoints, for a dry run without a download: hidden and intermediate size, layers,
+# heads, tied.
+STOCK = {
+    "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, True),
+    "Qwen/Qwen3-1.7B": (2048, 6144, 28, 16, True),
+    "Qwen/Qwen3-4B": (2560, 9728, 36, 32, True),
+    "Qwen/Qwen3-8B": (4096, 12288, 36, 32, False),
+}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 OPTIONAL = (
     "num_key_value_heads",
@@ -76,7 +86,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, not a JSON object")
@@ -243,13 +253,8 @@ def text_names(config: ModelConfig) -> dict[str, str]:
     return names
 
 
-def load_qwen3(folder_or_hub_id: str | Path, dtype: torch.dtype = torch.float32, **overrides) -> LMFusion:
-    """An LMFusion ready to use: frozen text, image experts copied from it, a fresh U-Net.
-
-    `overrides` change fields of ModelConfig (the image side, usually). Raises ValueError with the name of the
-    field, file or tensor for whatever does not fit.
-    """
-    folder = resolve(folder_or_hub_id)
+def model_config(folder: Path, **overrides) -> ModelConfig:
+    """The model that `config.json` and `tokenizer.json` describe; ValueError names what is wrong."""
     fields = read_config(folder)
     tokenizer = load_tokenizer(folder)
     special = dict(zip(("boi_id", "eoi_id"), image_tokens(tokenizer), strict=True))
@@ -262,46 +267,104 @@ def load_qwen3(folder_or_hub_id: str | Path, dtype: torch.dtype = torch.float32,
         raise ValueError(
             f"{folder}: the tokenizer's special tokens lie beyond vocab_size = {config.vocab_size}"
         )
+    return config
 
-    names, where = text_names(config), shard_files(folder)
-    where = {
-        n: f for n, f in where.items() if not n.endswith("rotary_emb.inv_freq")
-    }  # derived, in old exports
-    if config.tie_word_embeddings and "lm_head.weight" in where:  # some exports keep the tied copy
-        names["lm_head.weight"] = "embed_tokens.weight"
-    for name in sorted(set(names) ^ set(where)):
-        raise ValueError(
-            f"{folder}: tensor {name} is {'missing' if name in names else 'not one that this model has'}"
-        )
 
+def known_config(folder_or_hub_id: str) -> ModelConfig:
+    """The model of a folder, or of a stock Qwen3 without asking the hub, with a default image side."""
+    if folder_or_hub_id not in STOCK:
+        return model_config(resolve(folder_or_hub_id, weights=False))
+    D, intermediate, layers, heads, tied = STOCK[folder_or_hub_id]
+    return ModelConfig(
+        vocab_size=151936,
+        hidden_size=D,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=tied,
+        boi_id=151652,
+        eoi_id=151653,
+        eos_id=151645,
+    )
+
+
+class TextTensors:
+    """The text tensors of a folder by our names, mapped from their files and read one at a time.
+
+    All names, shapes and types are checked here; ValueError names the file and the tensor.
+    """
+
+    def __init__(self, folder: Path, model: LMFusion):
+        config = model.config
+        names, where = text_names(config), shard_files(folder)
+        where = {  # derived, in old exports
+            n: f for n, f in where.items() if not n.endswith("rotary_emb.inv_freq")
+        }
+        if config.tie_word_embeddings and "lm_head.weight" in where:  # some exports keep the tied copy
+            names["lm_head.weight"] = "embed_tokens.weight"
+        for name in sorted(set(names) ^ set(where)):
+            raise ValueError(
+                f"{folder}: tensor {name} is {'missing' if name in names else 'not one that this model has'}"
+            )
+        expected = {n: tuple(p.shape) for n, p in model.state_dict(keep_vars=True).items()}
+        self.files = {file: open_safetensors(file) for file in sorted(set(where.values()))}
+        self.where: dict[str, tuple[Path, str]] = {}
+        for name, ours in names.items():
+            part = self.files[where[name]].get_slice(name)
+            shape, kind = tuple(part.get_shape()), part.get_dtype()
+            if shape != expected[ours]:
+                raise ValueError(f"{where[name]}: tensor {name} is {shape}, not {expected[ours]}")
+            if kind not in ("F16", "BF16", "F32", "F64"):
+                raise ValueError(f"{where[name]}: tensor {name} is {kind}, not a floating-point type")
+            if ours in self.where and not torch.equal(self.files[where[name]].get_tensor(name), self(ours)):
+                raise ValueError(
+                    f"{where[name]}: lm_head.weight differs from model.embed_tokens.weight, but "
+                    "tie_word_embeddings is true"
+                )
+            self.where.setdefault(ours, (where[name], name))
+
+    def __call__(self, ours: str) -> Tensor:
+        """A tensor as the file has it."""
+        file, name = self.where[ours]
+        return self.files[file].get_tensor(name)
+
+
+def load_qwen3(
+    folder_or_hub_id: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str = "cpu",
+    prepare: Callable[[LMFusion], None] | None = None,
+    **overrides,
+) -> LMFusion:
+    """An LMFusion ready to use: frozen text, image experts copied from it, a fresh U-Net.
+
+    Text is mapped from its files, tensor by tensor: no second copy of the model is ever in memory.
+    `overrides` change fields of ModelConfig (the image side, usually). `prepare` sees the model before it has
+    memory; it may cut it among processes (`parallel.shard`). Raises ValueError with the name of the field,
+    file or tensor for whatever does not fit.
+    """
+    folder = resolve(folder_or_hub_id)
+    config = model_config(folder, **overrides)
     with torch.device("meta"):  # shapes only; text weights are then read in, the image side is made in place
         model = LMFusion(config)
-    expected = {n: p.shape for n, p in model.state_dict(keep_vars=True).items()}
-    state: dict[str, Tensor] = {}
-    for file in sorted(set(where.values())):
-        with open_safetensors(file) as f:
-            for name in (n for n in f.keys() if where.get(n) == file):
-                shape, ours = tuple(f.get_slice(name).get_shape()), names[name]
-                if shape != tuple(expected[ours]):
-                    raise ValueError(f"{file}: tensor {name} is {shape}, not {tuple(expected[ours])}")
-                tensor = f.get_tensor(name)
-                if not tensor.is_floating_point():
-                    raise ValueError(f"{file}: tensor {name} is {tensor.dtype}, not a floating-point type")
-                tensor = tensor.to(dtype)
-                if ours in state and not torch.equal(state[ours], tensor):
-                    raise ValueError(
-                        f"{file}: lm_head.weight differs from model.embed_tokens.weight, but "
-                        "tie_word_embeddings is true"
-                    )
-                state[ours] = tensor
-    model.materialise(state, dtype)
+    tensors = TextTensors(folder, model)
+    if prepare is not None:
+        prepare(model)
+    model.materialise(tensors, dtype, device)
     return model
 
 
 def fingerprint(model: LMFusion) -> str:
-    """SHA-256 over names, shapes and bits of every text tensor: which base a checkpoint was trained on."""
+    """SHA-256 over names, shapes and float32 bits of every text tensor: which base this is.
+
+    Of a model that is cut among processes, all must call it.
+    """
     digest = hashlib.sha256()
     for name, p in sorted(model.text_parameters().items()):
-        digest.update(f"{name} {tuple(p.shape)} {p.dtype}\n".encode())
-        digest.update(p.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+        value = whole(p.detach()).float().cpu().contiguous()
+        digest.update(f"{name} {tuple(p.shape)} {value.dtype}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -21,15 +21,17 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from parallel import fill, whole
 from unet import UNetDown, UNetUp
 
 IMAGE, PAD = -1, -2  # what stands in `Tokens.ids` where there is no text token
@@ -52,7 +54,7 @@ class ModelConfig:
     rope_theta: float = 1e6
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 40960
-    # Three switches of the same layer: Qwen3 has the first, Qwen2 the second, Llama 3 (the paper's) the third.
+    # Switches of the same layer: Qwen3 has the first, Qwen2 the second, Llama 3 (the paper's) the third.
     qk_norm: bool = True
     attention_bias: bool = False  # on Q, K and V
     rope_scaling: tuple[float, float, float, int] | None = None  # see `rope_frequencies`
@@ -111,8 +113,8 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     """Radians a position (d/2,), float32, of each pair of components.
 
     Llama 3.1 stretches the slow ones, for contexts longer than it was first trained on: with `rope_scaling`
-    (factor, low, high, context), a pair that turns less than `low` times in `context` positions turns `factor`
-    times slower, one that turns more than `high` times stays, and those between are interpolated.
+    (factor, low, high, context), a pair that turns less than `low` times in `context` positions turns
+    `factor` times slower, one that turns more than `high` times stays, and those between are interpolated.
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequency = 1.0 / config.rope_theta**exponent
@@ -355,9 +357,9 @@ def slot_runs(image: Tensor, document: Tensor) -> list[int]:
 class Layout:
     """Where each modality's T tokens stand in the B x N slots (gathers, not selections), and who sees whom.
 
-    The mask takes the cheapest form there is: none where everything is seen; a causal flag; booleans (B, 1, N,
-    S + N) for short sequences; and for long ones FlexAttention's block mask on CUDA, elsewhere the segments of
-    each row, which see their documents whole and need no mask but the triangle of their own text.
+    The mask takes the cheapest form there is: none where everything is seen; a causal flag; booleans
+    (B, 1, N, S + N) for short sequences; and for long ones FlexAttention's block mask on CUDA, elsewhere the
+    segments of each row, which see their documents whole and need no mask but the triangle of their own text.
     """
 
     def __init__(self, tokens: Tokens, cache: Cache | None, config: ModelConfig, device: torch.device):
@@ -431,7 +433,7 @@ class Layout:
             return attention(q, k, v, self.mask, self.causal)
         rows = []
         for row, (query_runs, key_runs, segments) in enumerate(self.segments):
-            # cut once with `split`: the gradient of a slice would be a tensor as large as the whole, each time
+            # cut once with `split`: the gradient of each slice would be a tensor as large as the whole
             k_cut, v_cut = k[row : row + 1].split(key_runs, 2), v[row : row + 1].split(key_runs, 2)
             out = []
             for part, q_part in zip(segments, q[row : row + 1].split(query_runs, 2), strict=True):
@@ -578,16 +580,26 @@ class LMFusion(nn.Module):
         with torch.device("meta"):
             return list(Expert(config).state_dict())
 
-    def materialise(self, text: dict[str, Tensor], dtype: torch.dtype, device: str = "cpu") -> None:
-        """Make a model of the meta device real: these text tensors, frozen, and a fresh image side."""
-        for name, module in self.named_modules():
-            for leaf, p in list(module.named_parameters(recurse=False)):
-                full = f"{name}.{leaf}" if name else leaf
-                if p.is_meta and not (full == "lm_head.weight" and self.config.tie_word_embeddings):
-                    value = text[full] if full in text else torch.zeros(p.shape, dtype=dtype, device=device)
-                    setattr(module, leaf, nn.Parameter(value))
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+    def materialise(self, read: Callable[[str], Tensor], dtype: torch.dtype, device: str = "cpu") -> None:
+        """Make a model of the meta device real: `read(name)` gives a text tensor, frozen; a fresh image side.
+
+        Text tensors that have the dtype already are taken as they come, mapped from their file. A model that
+        `parallel.shard` has cut gets its own slices.
+        """
+        text = self.text_parameters()
+        if any(isinstance(p, DTensor) for p in text.values()):
+            self.to_empty(device=device)
+            for name, p in self.named_parameters():
+                fill(p, read(name) if name in text else torch.zeros(p.shape))
+        else:
+            made: dict[nn.Parameter, nn.Parameter] = {}  # shared parameters stay shared
+            for name, module in self.named_modules():
+                for leaf, p in list(module.named_parameters(recurse=False)):
+                    if p not in made:
+                        full = f"{name}.{leaf}" if name else leaf
+                        value = read(full).to(dtype) if full in text else torch.zeros(p.shape, dtype=dtype)
+                        made[p] = nn.Parameter(value.to(device))
+                    setattr(module, leaf, made[p])
         self.init_image_from_text()
         self.freeze_text()
 
@@ -600,8 +612,14 @@ class LMFusion(nn.Module):
         if self.norm_image is not self.norm_text:
             self.norm_image.load_state_dict(self.norm_text.state_dict())
         # Our choice: patches enter the residual stream as large as words do, as the copied layers expect.
-        self.unet_down.init_weights(rms=self.embed_tokens.weight.float().pow(2).mean().sqrt().item())
-        self.unet_up.init_weights()
+        rms = whole(self.embed_tokens.weight).float().pow(2).mean().sqrt().item()
+        for part, kind, arguments in ((self.unet_down, UNetDown, (rms,)), (self.unet_up, UNetUp, ())):
+            with torch.device("meta"):
+                fresh = kind(self.config)
+            fresh.to_empty(device="cpu")  # the same numbers whatever the device, and however `part` is cut
+            fresh.init_weights(*arguments)
+            for own, new in zip(part.parameters(), fresh.parameters(), strict=True):
+                fill(own, new)
 
     # ---- the transformer ----
 
@@ -680,11 +698,12 @@ class LMFusion(nn.Module):
         holds everything from the first image on and attends to them. A caption behind an image sends its loss
         through the frozen text layers to the image's keys and values: frozen is not detached.
         """
-        before = None
+        # the class's own `encode`, not the one that `parallel.shard` wraps: weights are gathered already
+        before, encode = None, partial(LMFusion.encode, self)
         if prefix is not None and prefix.ids.shape[1]:  # no column where every sequence begins with its image
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_is_frozen):
-                before = self.encode(prefix)
-        return before, self.encode(rest, latents, t, before.cache if before else None, keep=False)
+                before = encode(prefix)
+        return before, encode(rest, latents, t, before.cache if before else None, keep=False)
 
 
 def replace(config: ModelConfig, **changes) -> ModelConfig:

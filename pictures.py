@@ -7,6 +7,7 @@
 
 Everything is decoded once, at the start, into one uint8 tensor: an epoch then costs no decoding, and a broken
 file is found before the first step, not in the middle of the night. A bad sample is left out and named.
+latents.py goes through the same samples one by one, by `list_samples` and `read_sample`.
 
 Shapes: M pictures, S pixels a side.
 """
@@ -89,7 +90,7 @@ def load_pictures(source: str | list[str], size: int, max_memory: int = MAX_MEMO
     if size < 1:
         raise ValueError(f"size is {size}; a picture has at least 1 pixel a side")
     sources = [source] if isinstance(source, str) else list(source)
-    samples = [sample for path in expand(sources) for sample in find_samples(path)]
+    samples = list_samples(sources)
     memory = len(samples) * 3 * size**2
     if memory > max_memory:
         raise ValueError(
@@ -100,8 +101,7 @@ def load_pictures(source: str | list[str], size: int, max_memory: int = MAX_MEMO
     result = Pictures(pixels, captions=[], names=[], skipped=[])
     for sample in tqdm(samples, desc="pictures", unit="picture", disable=None):
         try:
-            caption = read_caption(sample)  # first: it is the cheaper half
-            pixels[len(result.names)] = decode_picture(sample.picture.read("file", MAX_FILE), size)
+            pixels[len(result.names)], caption = read_sample(sample, size)
         except (ValueError, OSError) as e:
             result.skipped.append((sample.name, str(e)))
             continue
@@ -125,6 +125,12 @@ def listing(skipped: list[tuple[str, str]], most: int = 10) -> str:
 
 
 # ---- one sample ----
+
+
+def read_sample(sample: Sample, size: int) -> tuple[Tensor, str]:
+    """The picture (3, S, S) uint8 and the caption; ValueError or OSError says what is wrong with it."""
+    caption = read_caption(sample)  # first: it is the cheaper half
+    return decode_picture(sample.picture.read("file", MAX_FILE), size), caption
 
 
 def read_caption(sample: Sample) -> str:
@@ -179,6 +185,12 @@ def square_rgb(image: Image.Image, size: int) -> Image.Image:
 
 
 # ---- where the samples are ----
+
+
+def list_samples(source: str | list[str]) -> list[Sample]:
+    """Every sample of `source` (see load_pictures), unread, in its fixed order; ValueError: no such file."""
+    sources = [source] if isinstance(source, str) else list(source)
+    return [sample for path in expand(sources) for sample in find_samples(path)]
 
 
 def expand(sources: list[str]) -> list[Path]:

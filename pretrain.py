@@ -17,10 +17,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
 
+import cli
 from checkpoint import write_folder
 from data import next_tokens, text_document
-from load_qwen3 import BOI, EOI, text_names
-from model import LMFusion, ModelConfig, Tokens
+from load_qwen3 import BOI, EOI, STOCK, known_config, text_names
+from model import LMFusion, ModelConfig, Tokens, replace
 
 EOS = "<|endoftext|>"
 SPECIAL = (EOS, "<|im_start|>", "<|im_end|>", BOI, EOI)
@@ -64,13 +65,10 @@ def init_text(model: LMFusion) -> None:
                 p.data /= math.sqrt(2 * model.config.num_hidden_layers)
 
 
-def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> None:
-    """Make the tokenizer, pretrain the language model for `steps` batches, and write `folder`."""
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    tokenizer = train_tokenizer(rng)
+def tiny_config(tokenizer: Tokenizer, **sizes) -> ModelConfig:
+    """The tiny Qwen3, with next to nothing of an image side."""
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
-    config = ModelConfig(
+    return ModelConfig(
         vocab_size=tokenizer.get_vocab_size(),
         **{**SIZES, **sizes},
         boi_id=ids[BOI],
@@ -80,6 +78,14 @@ def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> N
         unet_channels=(4, 4),
         unet_attention=False,
     )
+
+
+def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> None:
+    """Make the tokenizer, pretrain the language model for `steps` batches, and write `folder`."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = train_tokenizer(rng)
+    config = tiny_config(tokenizer, **sizes)
     model = LMFusion(config)
     init_text(model)
     parameters = [p for n, p in model.text_parameters().items()]
@@ -109,9 +115,30 @@ def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> N
     save_base(model, tokenizer, folder)
 
 
-def save_base(model: LMFusion, tokenizer: Tokenizer, folder: Path) -> None:
-    """The text half of a model as a Hugging Face Qwen3 folder."""
-    config = model.config
+def random_base(stock: str, folder: Path, seed: int = 0) -> None:
+    """A folder with a stock Qwen3's shape, random bfloat16 weights, and the tiny tokenizer."""
+    tokenizer = train_tokenizer(random.Random(seed))
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
+    special = {"boi_id": ids[BOI], "eoi_id": ids[EOI], "eos_id": ids[EOS]}
+    config = replace(
+        known_config(stock), **special, latent_size=2, unet_channels=(4, 4), unet_attention=False
+    )
+    with torch.device("meta"):
+        model = LMFusion(config)
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name, p in tqdm(model.text_parameters().items(), desc="random weights", disable=None):
+        value = torch.ones(p.shape) if p.dim() == 1 else torch.empty(p.shape)
+        if p.dim() == 2:
+            value.normal_(std=0.02, generator=generator)
+        state[name] = value.to(torch.bfloat16)
+    save_base(model, tokenizer, folder, state)
+
+
+def save_base(
+    model: LMFusion, tokenizer: Tokenizer, folder: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """The text half of a model (or, in its place, of `state`) as a Hugging Face Qwen3 folder."""
+    config, state = model.config, state or model.state_dict()
     fields = (
         "vocab_size",
         "hidden_size",
@@ -130,10 +157,9 @@ def save_base(model: LMFusion, tokenizer: Tokenizer, folder: Path) -> None:
         "model_type": "qwen3",
         "hidden_act": "silu",
         "attention_bias": False,
-        "torch_dtype": "float32",
+        "torch_dtype": str(state["embed_tokens.weight"].dtype).removeprefix("torch."),
         "eos_token_id": config.eos_id,
     } | {f: getattr(config, f) for f in fields}
-    state = model.state_dict()
     tensors = {theirs: state[ours] for theirs, ours in text_names(config).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": EOS}
@@ -143,3 +169,22 @@ def save_base(model: LMFusion, tokenizer: Tokenizer, folder: Path) -> None:
         "tokenizer_config.json": json.dumps(about, indent=1),
     }
     write_folder(folder, {"model.safetensors": tensors}, raw, "config.json", extra=texts)
+
+
+def main() -> None:
+    parser = cli.Parser(
+        prog="pretrain.py",
+        description="Write a base of random weights in the shape of a stock Qwen3, to try sizes out. (The "
+        "tiny Qwen3 of `small` needs no command: train.py pretrains it.)",
+    )
+    parser.add_argument("--random", required=True, choices=tuple(STOCK), help="whose shape")
+    parser.add_argument("--out", required=True, help="folder to write, which must not be there yet")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    args = parser.parse_args()
+    if Path(args.out).exists():
+        raise ValueError(f"--out {args.out} is there already")
+    random_base(args.random, Path(args.out), args.seed)
+
+
+if __name__ == "__main__":
+    cli.run(main)

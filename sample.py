@@ -203,6 +203,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
         help="a run or a checkpoint; without it, the last run of --config small",
     )
     add("--base", help="where the base language model lies, if it was moved since training")
+    add("--vae", help="where the VAE lies, if it was moved since training")
     add("--out", default="sample.png", help="where the picture goes; several become a grid")
     add("--n", type=int, default=1, help="pictures a prompt")
     add("--steps", type=int, default=None, help="denoising steps (default: 25 for ddim, 250 for ddpm)")
@@ -313,7 +314,7 @@ def main() -> None:
     args = parse()
     check(args)
     cli.tune_cpu()
-    trained = load_trained(args.checkpoint, args.base, args.device, getattr(torch, args.dtype))
+    trained = load_trained(args.checkpoint, args.base, args.device, getattr(torch, args.dtype), args.vae)
     how = dict(
         temperature=args.temperature,
         top_k=args.top_k,

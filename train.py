@@ -2,6 +2,8 @@
 
     python train.py --config small                                   # built-in tiny Qwen3, built-in pictures
     python train.py --config small --data "photos/train-*.tar" --val-data photos/val.tar --out runs/photos
+    torchrun --nproc-per-node 8 train.py --config qwen3-8b --data latents/train        # see parallel.py
+    python train.py --config qwen3-8b --dry-run                                        # memory and FLOPs
 
 Every field of `TrainConfig` is a flag of the same name. A run's folder holds metrics.jsonl, sheets of fixed
 prompts, curves.png, and the last checkpoint (see checkpoint.py). All randomness of a step comes from the seed
@@ -14,7 +16,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import random
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -27,7 +31,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cli
+import data
 import figures
+import pretrain
 from checkpoint import (
     LAST_RUN,
     Trained,
@@ -39,14 +45,16 @@ from checkpoint import (
     write_folder,
 )
 from cli import setting
-from data import Batch, PatchPCA, PictureSource, Recipe, Shapes, make_batch, next_tokens
+from data import FIRST, Batch, PatchPCA, PictureSource, Recipe, Shapes, arrange, next_tokens
 from diffusion import Diffusion
 from evaluate import TIMESTEPS, errors_by_timestep
-from load_qwen3 import fingerprint, load_qwen3, load_tokenizer, read_json
-from model import SEPARATIONS, Hidden, LMFusion, Tokens
+from latents import INDEX, LatentShards, LatentSource
+from load_qwen3 import fingerprint, known_config, load_qwen3, load_tokenizer, read_json, resolve
+from model import SEPARATIONS, Hidden, LMFusion, Tokens, replace
+from parallel import Team, alike, fill, join, leave, release, shard, whole
 from pictures import load_pictures
-from pretrain import pretrain_base
 from sample import generate_images
+from vae import AutoencoderKL, load_vae
 
 
 @dataclass(frozen=True)
@@ -56,18 +64,23 @@ class TrainConfig:
     # what to train on
     base: str = setting("", "Hugging Face folder or hub id of a Qwen3; empty: pretrain the tiny one")
     data: str = setting(
-        "shapes", "'shapes', a folder, a metadata.jsonl, or WebDataset tars (a path or a glob)"
+        "shapes",
+        "'shapes', latents that `data.py encode` made, a folder, a metadata.jsonl, or WebDataset tars "
+        "(a path or a glob)",
     )
     val_data: str = setting("", "likewise, for validation; empty: every 20th picture of --data")
     out: str = setting("runs/small", "folder of the run")
     seed: int = setting(0, "of everything random")
     device: str = setting("cpu", "cpu, cuda, ...")
-    dtype: str = setting("float32", "of the weights", ("float32", "bfloat16"))
+    dtype: str = setting(
+        "float32", "of the computation; weights that learn stay float32", ("float32", "bfloat16")
+    )
     # the image side of the model
     separation: str = setting("deep", "Section 5.1", SEPARATIONS)
     image_size: int = setting(256, "pixels a side, after centre crop and resize")
-    latent_patch: int = setting(8, "pixels a side of what becomes one latent position")
-    latent_channels: int = setting(4, "channels of the latent")
+    vae: str = setting("", "diffusers folder or hub id of the VAE; empty: linear latents")
+    latent_patch: int = setting(8, "linear latents: pixels a side of what becomes one latent position")
+    latent_channels: int = setting(4, "linear latents: channels")
     whiten: float = setting(0.5, "of the linear latents: 1 makes all components alike, 0 leaves them")
     unet_channels: tuple[int, ...] = setting((640, 1792), "of the U-Net, at full and at half resolution")
     unet_attention: bool = setting(True, "self-attention at the low resolution of the U-Net")
@@ -86,7 +99,10 @@ class TrainConfig:
     noise_limit: int = setting(500, "timesteps of a picture before its caption are below this")
     # optimisation
     steps: int = setting(250_000, "training steps")
-    batch_size: int = setting(64, "pictures a step")
+    batch_size: int = setting(64, "pictures a step, over all processes")
+    micro_batch: int = setting(0, "pictures a process computes at once; 0: its whole share of the batch")
+    pack: int = setting(0, "documents share sequences of up to this many tokens; 0: one document a sequence")
+    activation_checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory")
     optimizer: str = setting(
         "adamw", "adamw, or muon for the experts' matrices and adamw for the rest", ("adamw", "muon")
     )
@@ -126,7 +142,16 @@ class TrainConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
-        for name in ("lr_final", "lr_text_ratio", "warmup", "weight_decay", "lambda_ddpm", "whiten"):
+        for name in (
+            "lr_final",
+            "lr_text_ratio",
+            "warmup",
+            "weight_decay",
+            "lambda_ddpm",
+            "whiten",
+            "micro_batch",
+            "pack",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative"
@@ -141,12 +166,12 @@ class TrainConfig:
             raise ValueError(
                 f"--unet-channels is {self.unet_channels}; it takes two positive numbers, like 48,96"
             )
-        if self.image_size % (2 * self.latent_patch):
+        if not self.vae and self.image_size % (2 * self.latent_patch):
             raise ValueError(
                 f"--image-size {self.image_size} is not a multiple of twice --latent-patch "
                 f"{self.latent_patch}"
             )
-        if self.latent_channels > 3 * self.latent_patch**2:
+        if not self.vae and self.latent_channels > 3 * self.latent_patch**2:
             raise ValueError(
                 f"--latent-channels {self.latent_channels} is more than the {3 * self.latent_patch**2} "
                 "numbers of a patch"
@@ -154,13 +179,16 @@ class TrainConfig:
         if self.noise_limit > 1000:
             raise ValueError(f"--noise-limit is {self.noise_limit}; there are 1000 timesteps")
 
-    @property
-    def model_overrides(self) -> dict:
-        """The fields of ModelConfig that this run sets."""
+    def model_overrides(self, channels: int, factor: int) -> dict:
+        """The fields of ModelConfig that this run sets, for latents of so many channels and pixels a side."""
+        if self.image_size % (2 * factor):
+            raise ValueError(
+                f"--image-size {self.image_size} is not a multiple of {2 * factor}, twice the VAE's"
+            )
         return dict(
             separation=self.separation,
-            latent_channels=self.latent_channels,
-            latent_size=self.image_size // self.latent_patch,
+            latent_channels=channels,
+            latent_size=self.image_size // factor,
             unet_channels=tuple(self.unet_channels),
             unet_attention=self.unet_attention,
             patch_positions=self.patch_positions,
@@ -171,7 +199,22 @@ class TrainConfig:
         return Recipe(self.caption_first, self.caption_drop, self.noise_limit)
 
 
+def paper(base: str, **changes) -> TrainConfig:
+    """The paper's recipe (Section 4.1) on a stock checkpoint.
+
+    Our choice: 1M tokens a step, as 256 sequences of 4,096 with about 14 captioned pictures each. The paper
+    gives 0.25T image-caption tokens in 250,000 steps; its other half, text alone, trains nothing here.
+    """
+    common = dict(data="", vae="stabilityai/sd-vae-ft-mse", batch_size=3584, pack=4096, dtype="bfloat16")
+    common |= dict(activation_checkpointing=True, device="cuda", micro_batch=56, val_every=1000)
+    return TrainConfig(base=base, **{**common, **changes})
+
+
 CONFIGS = {
+    "qwen3-0.6b": paper("Qwen/Qwen3-0.6B", out="runs/qwen3-0.6b"),
+    "qwen3-1.7b": paper("Qwen/Qwen3-1.7B", out="runs/qwen3-1.7b"),
+    "qwen3-4b": paper("Qwen/Qwen3-4B", out="runs/qwen3-4b", micro_batch=28),
+    "qwen3-8b": paper("Qwen/Qwen3-8B", out="runs/qwen3-8b", micro_batch=14),
     # A laptop CPU, minutes. What differs from the paper's recipe, and why, is a table in the README.
     "small": TrainConfig(
         image_size=32,
@@ -206,6 +249,11 @@ FREE_ON_RESUME = {
     "checkpoint_every",
     "data",
     "val_data",
+    "vae",
+    "micro_batch",
+    "pack",
+    "activation_checkpointing",
+    "dtype",
 }
 
 
@@ -213,18 +261,22 @@ FREE_ON_RESUME = {
 # The loss
 
 
+def draw_noise(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """For M latents of `shape` (M, C, h, w): u (M,) uniform in 0 .. 1, which becomes t, and eps."""
+    return torch.rand(shape[0], generator=generator), torch.randn(shape, generator=generator)
+
+
 def losses(
-    model: LMFusion, diffusion: Diffusion, batch: Batch, config: TrainConfig, generator: torch.Generator
+    model: LMFusion, diffusion: Diffusion, batch: Batch, config: TrainConfig, noise: tuple[Tensor, Tensor]
 ) -> dict[str, Tensor]:
     """L = L_LM + lambda L_DDPM, Eq. (4), and its parts. One t a picture goes to the noising and to the U-Net.
 
-    "draw_loss" belongs to the BOI row alone: it is a logistic loss on detached features and shares no
-    parameter with the others.
+    noise: as `draw_noise` gives it. "draw_loss" belongs to the BOI row alone: it is a logistic loss on
+    detached features and shares no parameter with the others.
     """
-    x0, M = batch.latents, len(batch.latents)
-    # uniform below each picture's limit
-    t = (torch.rand(M, generator=generator) * batch.max_t).long().to(x0.device)
-    eps = torch.randn(x0.shape, generator=generator).to(x0)
+    x0 = batch.latents
+    t = (noise[0] * batch.max_t).long().to(x0.device)  # uniform below each picture's limit
+    eps = noise[1].to(x0)
     x_t = diffusion.q_sample(x0, t, eps)  # Eq. (2)
     before, hidden = model(batch.prefix, batch.rest, x_t, t)
     eps_pred = diffusion.eps_from_output(model.unet_output(hidden), x_t, t)
@@ -234,7 +286,8 @@ def losses(
         """Features (T, D), next words (T,), and whether an image comes next (T,), if there is text."""
         if part is None or part.text is None:
             return []
-        return [(part.text, *next_tokens(tokens, model.config.boi_id))]
+        words, draw = next_tokens(tokens, model.config.boi_id)
+        return [(part.text, words.to(x0.device), draw.to(x0.device))]
 
     # Eq. (1): text behind an image. If the text is frozen, none before it carries a gradient: no logits.
     behind = targets(hidden, batch.rest)
@@ -251,6 +304,18 @@ def losses(
         )
     out["loss"] = out.get("lm_loss", 0.0) + config.lambda_ddpm * out["ddpm_loss"]
     return out
+
+
+PARTS = ("ddpm_loss", "lm_loss", "draw_loss")
+
+
+def targets(model: LMFusion, batch: Batch) -> list[int]:
+    """How many things each of PARTS is a mean over: pictures, words to predict, decisions to draw."""
+    boi = model.config.boi_id
+    (words, draw), (words_before, draw_before) = next_tokens(batch.rest, boi), next_tokens(batch.prefix, boi)
+    learned = words if model.text_is_frozen else torch.cat((words, words_before))
+    counts = (learned >= 0).sum().item(), (torch.cat((draw, draw_before)) >= 0).sum().item()
+    return [len(batch.latents), *counts]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -298,9 +363,11 @@ def lr_factor(step: int, config: TrainConfig) -> float:
     return low + (1 - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-def optimizer_tensors(model: LMFusion, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def optimizer_tensors(
+    parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
     """The optimizers' state by parameter: {"exp_avg/unet_up.conv_out.bias": ...}."""
-    names = {p: n for n, p in model.named_parameters()}
+    names = {p: n for n, p in parameters.items()}
     return {
         f"{key}/{names[p]}": value
         for o in optimizers
@@ -310,10 +377,12 @@ def optimizer_tensors(model: LMFusion, optimizers: list[torch.optim.Optimizer]) 
 
 
 def restore_optimizers(
-    file: Path, names: list[str], model: LMFusion, optimizers: list[torch.optim.Optimizer]
+    file: Path,
+    names: list[str],
+    parameters: dict[str, nn.Parameter],
+    optimizers: list[torch.optim.Optimizer],
 ) -> None:
     """Put back what `optimizer_tensors` gave; `file` must hold exactly `names`, or ValueError names one."""
-    parameters = dict(model.named_parameters())
     owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
     expected = {}
     for name in names:
@@ -325,7 +394,7 @@ def restore_optimizers(
     for name, value in read_tensors(file, expected).items():
         key, _, parameter = name.partition("/")
         p = parameters[parameter]
-        owner[p].state[p][key] = value.to(p.device)  # of a fused optimizer, the step as well
+        owner[p].state[p][key] = alike(p, value).clone()  # of a fused optimizer, the step as well
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -335,27 +404,43 @@ def restore_optimizers(
 class Run:
     """Everything that one run of training holds."""
 
-    def __init__(self, config: TrainConfig, name: str):
-        self.config, self.name, self.out = config, name, Path(config.out)
+    def __init__(self, config: TrainConfig, name: str, team: Team | None = None):
+        self.config, self.name, self.out, self.team = config, name, Path(config.out), team or Team()
+        if config.batch_size % self.team.size:
+            raise ValueError(
+                f"--batch-size {config.batch_size} is not a multiple of {self.team.size} processes"
+            )
         self.source = open_source(config)
-        base = config.base or ensure_base(config.seed)
+        self.vae, self.codec = open_codec(config, self.source)
+        self.team.agree("what --data holds", content(self.source))
+        base = self.find_base()
+        dtype = getattr(torch, config.dtype)
+        overrides = config.model_overrides(self.codec.channels, self.codec.patch)
         torch.manual_seed(
             config.seed
         )  # of the U-Net's first weights, whether or not a base was just pretrained
-        self.model = load_qwen3(base, **config.model_overrides)
-        self.base, self.fingerprint = str(base), fingerprint(self.model)
-        self.model.to(device=config.device, dtype=getattr(torch, config.dtype))
+        self.model = load_qwen3(
+            base, device=config.device, prepare=lambda model: shard(model, self.team, dtype), **overrides
+        )
+        self.model.activation_checkpointing = config.activation_checkpointing
+        self.overrides, self.base, self.fingerprint = overrides, str(base), fingerprint(self.model)
+        self.team.agree("the base language model", self.fingerprint.encode())
         self.model.freeze_text(config.lr_text_ratio == 0)
         self.tokenizer: Tokenizer = load_tokenizer(base)
         context, P = self.model.config.max_position_embeddings, self.model.config.num_patches
+        if config.pack:
+            context = min(context, config.pack)
         if context < P + 4:
             raise ValueError(
-                f"{base}: max_position_embeddings = {context} leaves no room for a caption beside the {P} "
-                "patches of a picture"
+                f"{base}: a context of {context} tokens (max_position_embeddings, --pack) leaves no room for "
+                f"a caption beside the {P} patches of a picture"
             )
+        self.room = context - P - 3  # for a caption
+        if isinstance(self.source, LatentSource):
+            model = self.model.config
+            for shards in (self.source.train, self.source.val):
+                shards.check_fits(model.latent_channels, model.latent_size, model.vocab_size, base)
         self.diffusion = Diffusion(config.schedule_shift, config.prediction)
-        pictures, _ = self.source.sample(4000, random.Random(config.seed))
-        self.codec = PatchPCA.fit(pictures, config.latent_channels, config.latent_patch, config.whiten)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.average = {n: p.detach().clone() for n, p in self.trained.items()} if config.ema else None
         self.optimizers = make_optimizers(self.model, config)
@@ -363,12 +448,20 @@ class Run:
         self.ids: dict[str, list[int]] = {}  # captions already tokenised
         self.validation = self.make_validation()
 
+    def find_base(self) -> str | Path:
+        """Where the base language model lies. One process fetches or pretrains it, the others wait."""
+        base: str | Path = ""
+        for first in (True, False):
+            if self.team.leads == first:
+                base = resolve(self.config.base) if self.config.base else ensure_base(self.config.seed)
+            self.team.wait()
+        return self.config.base or base
+
     def tokenise(self, caption: str) -> list[int]:
         """Token ids of a caption; one that leaves no room for the picture in the context is cut."""
         if caption not in self.ids:
-            room = self.model.config.max_position_embeddings - self.model.config.num_patches - 3
             self.tokenizer.encode_special_tokens = True
-            self.ids[caption] = self.tokenizer.encode(caption, add_special_tokens=False).ids[:room]
+            self.ids[caption] = self.tokenizer.encode(caption, add_special_tokens=False).ids[: self.room]
         return self.ids[caption]
 
     def fits(self, caption: str) -> bool:
@@ -376,25 +469,59 @@ class Run:
         cut = self.tokenise(caption)
         return len(cut) == len(self.tokenizer.encode(caption, add_special_tokens=False).ids)
 
-    def latents(self, pictures: Tensor) -> Tensor:
-        return self.codec.encode(pictures).to(self.config.device)
+    def load(self, n: int, rng: random.Random, share: slice) -> tuple[Tensor, list[list[int]]]:
+        """`share` of n training samples: latents (M, C, h, w) and captions as ids."""
+        if isinstance(self.source, LatentSource):
+            latents, ids = self.source.load(self.source.indices(n, rng)[share])
+            return latents, [row[: self.room] for row in ids]
+        pictures, captions = self.source.sample(n, rng, share)
+        return self.codec.encode(pictures), [self.tokenise(c) for c in captions]
 
-    def make_batch(self, pictures: Tensor, captions: list[str], recipe: Recipe, rng: random.Random) -> Batch:
-        batch = make_batch(
-            [self.tokenise(c) for c in captions], self.latents(pictures), recipe, self.model.config, rng
-        )
-        return batch.to(self.config.device)
+    def draw_batches(self) -> list[tuple[Batch, tuple[Tensor, Tensor]]]:
+        """This process's share of a step, in micro batches, each with its noise.
 
-    def train_step(self) -> dict[str, float]:
-        """One step; all that is random in it follows from the seed and the step's number."""
+        All that is random follows from the seed and the step's number, and is drawn for the whole batch: it
+        does not depend on how many processes share it, or on the size of the micro batches.
+        """
         config, rng = self.config, random.Random(f"{self.config.seed}-{self.step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        batch = self.make_batch(*self.source.sample(config.batch_size, rng), config.recipe, rng)
-        out = losses(self.model, self.diffusion, batch, config, generator)
-        total = out["loss"] + out.get("draw_loss", 0.0)
-        total.backward()
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), config.clip)
-        for what, value in (("loss", total.item()), ("norm of the gradient", norm.item())):
+        share = self.team.share(config.batch_size)
+        latents, ids = self.load(config.batch_size, rng, share)
+        orders = config.recipe.draw(config.batch_size, rng)[share]
+        noise = [x[share] for x in draw_noise((config.batch_size, *latents.shape[1:]), generator)]
+        size = config.micro_batch or len(ids)
+        batches = []
+        for i in range(0, len(ids), size):
+            part = slice(i, i + size)
+            batch = arrange(
+                ids[part], latents[part], orders[part], self.model.config, config.noise_limit, config.pack
+            )
+            batches.append((batch.to(config.device), (noise[0][part], noise[1][part])))
+        return batches
+
+    def train_step(self) -> dict[str, float]:
+        """One step; returns the losses of the whole batch."""
+        config, team = self.config, self.team
+        batches = self.draw_batches()
+        counts = [targets(self.model, batch) for batch, _ in batches]
+        totals = team.total([float(sum(c)) for c in zip(*counts, strict=True)], config.device)
+        means = [0.0] * len(PARTS)
+        for (batch, noise), count in zip(batches, counts, strict=True):
+            out = losses(self.model, self.diffusion, batch, config, noise)
+            # a mean over this micro batch -> its share of the mean over all
+            share = {k: n / total for k, n, total in zip(PARTS, count, totals, strict=True) if k in out}
+            loss = out.get("lm_loss", 0.0) * share.get("lm_loss", 0.0)
+            loss = loss + config.lambda_ddpm * out["ddpm_loss"] * share["ddpm_loss"]
+            loss = loss + out.get("draw_loss", 0.0) * share.get("draw_loss", 0.0)
+            (loss * team.size).backward()  # gradients of the processes are averaged
+            means = [
+                m + out[k].item() * share[k] if k in out else m for m, k in zip(means, PARTS, strict=True)
+            ]
+        means = team.total(means, config.device)
+        result = {k: m for k, m, total in zip(PARTS, means, totals, strict=True) if total}
+        result["loss"] = result.get("lm_loss", 0.0) + config.lambda_ddpm * result["ddpm_loss"]
+        norm = whole(nn.utils.clip_grad_norm_(self.trained.values(), config.clip)).item()
+        for what, value in (("loss", result["loss"]), ("norm of the gradient", norm)):
             if not math.isfinite(value):
                 raise ValueError(
                     f"the {what} is {value} at step {self.step + 1}; the last checkpoint is untouched. "
@@ -412,26 +539,39 @@ class Run:
             torch._foreach_lerp_(
                 list(self.average.values()), [p.detach() for p in self.trained.values()], 1 - decay
             )
-        return {k: v.item() for k, v in out.items()}
+        return result
 
     # ---- watching ----
 
     def make_validation(self) -> dict:
-        """Fixed pictures, noise and captions, the captions also shifted by one: right against permuted."""
-        pictures, captions = self.source.validation(96)
-        latents = self.latents(pictures)
+        """Fixed latents, noise and captions; every process holds and computes the same."""
+        if isinstance(self.source, LatentSource):
+            latents, ids, _ = self.source.validation(96)
+            ids = [row[: self.room] for row in ids]
+        else:
+            pictures, captions = self.source.validation(96)
+            latents, ids = self.codec.encode(pictures), [self.tokenise(c) for c in captions]
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
-        return {"pictures": pictures, "captions": captions, "noise": noise}
+        size = self.config.micro_batch or len(ids)  # what fits in memory
+        return {"ids": ids, "size": size} | {
+            k: v.to(self.config.device) for k, v in {"latents": latents, "noise": noise}.items()
+        }
 
     def validate(self) -> dict:
         """The training error of fixed pictures under the right and under another caption, by timestep."""
-        captions, noise = self.validation["captions"], self.validation["noise"]
-        always = Recipe(caption_first=1.0, caption_drop=0.0)
+        ids, size, n = self.validation["ids"], self.validation["size"], len(self.validation["ids"])
         out: dict[str, list] = {"t": list(TIMESTEPS)}
-        for key, texts in (("right", captions), ("permuted", captions[1:] + captions[:1])):
-            batch = self.make_batch(self.validation["pictures"], texts, always, random.Random(0))
-            weighting = self.config.loss_weighting
-            out[key] = errors_by_timestep(self.model, self.diffusion, batch, noise, weighting)
+        for key, rows in (("right", ids), ("permuted", ids[1:] + ids[:1])):
+            errors = torch.zeros(len(TIMESTEPS), dtype=torch.float64)
+            for i in range(0, n, size):
+                part = slice(i, i + size)
+                latents, noise = self.validation["latents"][part], self.validation["noise"][part]
+                batch = arrange(rows[part], latents, [FIRST] * len(latents), self.model.config)
+                weighting = self.config.loss_weighting
+                found = errors_by_timestep(self.model, self.diffusion, batch, noise, weighting)
+                errors += torch.tensor(found, dtype=torch.float64) * len(latents)
+            out[key] = (errors / n).tolist()
+        release(self.model)
         return out
 
     def draw_sheet(self) -> None:
@@ -443,7 +583,9 @@ class Run:
         trained = Trained(self.model, self.tokenizer, self.diffusion, self.codec, {}, self.out)
         with self.averaged():
             pictures = generate_images(trained, prompts, seeds=list(range(len(prompts))))
-        figures.save_image(figures.sheet(pictures, prompts), self.out / f"sheet-{self.step:06d}.png")
+            release(self.model)
+        if self.team.leads:
+            figures.save_image(figures.sheet(pictures, prompts), self.out / f"sheet-{self.step:06d}.png")
 
     def averaged(self):
         """A context in which the model has the averaged weights, if there are any."""
@@ -480,8 +622,8 @@ class Run:
         """OUT/step-STEP, whole or not at all; the older one goes when the new one stands."""
         tensors = {
             "model.safetensors": self.trained,
-            "latents.safetensors": self.codec.tensors(),
-            "optimizer.safetensors": optimizer_tensors(self.model, self.optimizers),
+            "latents.safetensors": {"bound": self.codec.bound} if self.vae else self.codec.tensors(),
+            "optimizer.safetensors": optimizer_tensors(self.trained, self.optimizers),
         }
         if self.average is not None:
             tensors["ema.safetensors"] = self.average
@@ -490,14 +632,17 @@ class Run:
             "name": self.name,
             "base": str(Path(self.base).resolve()) if Path(self.base).is_dir() else self.base,
             "fingerprint": self.fingerprint,
-            "model": self.config.model_overrides,
+            "vae": self.vae,
+            "model": self.overrides,
             "diffusion": {"shift": self.config.schedule_shift, "prediction": self.config.prediction},
             "ema": self.average is not None,
             "trained": sorted(self.trained),
             "optimizer": sorted(tensors["optimizer.safetensors"]),
             "config": dataclasses.asdict(self.config),
         }
-        write_folder(self.out / f"step-{self.step:06d}", tensors, info, "checkpoint.json")
+        write_folder(self.out / f"step-{self.step:06d}", tensors, info, "checkpoint.json", team=self.team)
+        if not self.team.leads:
+            return
         for old in list_checkpoints(self.out)[:-1]:
             shutil.rmtree(old, ignore_errors=True)
         if self.name == "small":
@@ -516,17 +661,16 @@ class Run:
         average = read_tensors(folder / "ema.safetensors", self.trained) if self.average is not None else {}
         with torch.no_grad():
             for name, p in self.trained.items():
-                p.copy_(tensors[name])
+                fill(p, tensors[name])
             for name, value in average.items():
-                self.average[name].copy_(value)
-        self.codec = load_codec(
-            folder / "latents.safetensors", self.config.latent_channels, self.config.latent_patch
-        )
-        restore_optimizers(folder / "optimizer.safetensors", info["optimizer"], self.model, self.optimizers)
+                fill(self.average[name], value)
+        self.codec = load_codec(folder, info, self.codec.channels, self.config.vae, self.config.device)
+        restore_optimizers(folder / "optimizer.safetensors", info["optimizer"], self.trained, self.optimizers)
         self.step = info["step"]
         metrics = self.out / "metrics.jsonl"  # lines of steps that the kill took with it
         kept = [m for m in read_metrics(metrics) if m["step"] <= self.step]
-        write_atomic(metrics, "".join(json.dumps(m) + "\n" for m in kept))
+        if self.team.leads:
+            write_atomic(metrics, "".join(json.dumps(m) + "\n" for m in kept))
         self.seconds = kept[-1]["seconds"] if kept else 0.0
 
 
@@ -534,17 +678,18 @@ class Swapped:
     """with Swapped(parameters, values): inside, the parameters hold the values."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | None):
-        self.parameters, self.values = parameters, values
+        self.parameters, self.values = parameters, values or {}
 
-    def swap(self) -> None:
-        for name, value in (self.values or {}).items():
-            self.parameters[name].data, self.values[name] = value, self.parameters[name].data
-
+    @torch.no_grad()
     def __enter__(self) -> None:
-        self.swap()
+        self.kept = {name: self.parameters[name].clone() for name in self.values}
+        for name, value in self.values.items():
+            self.parameters[name].copy_(value)
 
+    @torch.no_grad()
     def __exit__(self, *_) -> None:
-        self.swap()
+        for name, value in self.kept.items():
+            self.parameters[name].copy_(value)
 
 
 def append(path: Path, text: str) -> None:
@@ -567,8 +712,13 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
-def open_source(config: TrainConfig) -> Shapes | PictureSource:
-    """The pictures that --data and --val-data name."""
+def open_source(config: TrainConfig) -> Shapes | PictureSource | LatentSource:
+    """What --data and --val-data name."""
+    if not config.data:
+        raise ValueError(
+            "--data is missing: latents that `python data.py encode` made, or pictures (a folder, a "
+            "metadata.jsonl, WebDataset tars)"
+        )
     if config.data == "shapes":
         if config.val_data:
             raise ValueError(
@@ -579,20 +729,61 @@ def open_source(config: TrainConfig) -> Shapes | PictureSource:
                 f"the built-in shapes are {Shapes.size} pixels a side; --image-size is {config.image_size}"
             )
         return Shapes()
+    if (Path(config.data) / INDEX).is_file():
+        val = LatentShards(config.val_data) if config.val_data else None
+        return LatentSource(LatentShards(config.data), val)
     val = load_pictures(config.val_data, config.image_size) if config.val_data else None
     return PictureSource(load_pictures(config.data, config.image_size), val)
 
 
+def content(source: Shapes | PictureSource | LatentSource) -> bytes:
+    """What tells one source from another: every process of a run must read the same."""
+    if isinstance(source, LatentSource):
+        return b"".join((s.folder / INDEX).read_bytes() for s in (source.train, source.val))
+    if isinstance(source, Shapes):
+        return b"shapes"
+    digest = hashlib.sha256()
+    for part in (source.train, source.val):
+        digest.update(json.dumps(part.captions).encode())
+        digest.update(part.pixels.numpy())
+    return digest.digest()
+
+
+def open_codec(
+    config: TrainConfig, source: Shapes | PictureSource | LatentSource
+) -> tuple[dict | None, PatchPCA | AutoencoderKL]:
+    """What makes latents of pictures and back: a VAE, and what a checkpoint says of it; or PatchPCA."""
+    shards = source.train if isinstance(source, LatentSource) else None
+    if shards is None and not config.vae:
+        pictures, _ = source.sample(4000, random.Random(config.seed))
+        return None, PatchPCA.fit(pictures, config.latent_channels, config.latent_patch, config.whiten)
+    path = config.vae or shards.vae
+    codec = load_vae(path, device=config.device)
+    if shards is None:
+        pictures, _ = source.sample(64, random.Random(config.seed))
+        codec.bound = codec.encode(pictures).abs().amax((0, 2, 3))[:, None, None]
+    else:
+        if codec.fingerprint() != shards.vae_fingerprint:
+            raise ValueError(
+                f"--vae {path} is not the one that made the latents of {config.data}, {shards.vae}"
+            )
+        if config.image_size != shards.image_size:
+            raise ValueError(
+                f"{config.data} holds pictures of {shards.image_size} pixels; --image-size is "
+                f"{config.image_size}"
+            )
+        codec.bound = shards.bound
+    place = str(Path(path).resolve()) if Path(path).is_dir() else path
+    return {"path": place, "fingerprint": codec.fingerprint()}, codec
+
+
 def ensure_base(seed: int) -> Path:
     """The tiny Qwen3, pretrained unless a former run has left it."""
-    import data as text_world
-    import pretrain
-
-    recipe = Path(text_world.__file__).read_bytes() + Path(pretrain.__file__).read_bytes()
+    recipe = Path(data.__file__).read_bytes() + Path(pretrain.__file__).read_bytes()
     folder = Path("runs") / f"base-small-{hashlib.sha256(recipe + str(seed).encode()).hexdigest()[:8]}"
     if not folder.is_dir():
         print(f"pretraining a tiny Qwen3 on built-in text, once, into {folder}", flush=True)
-        pretrain_base(folder, seed)
+        pretrain.pretrain_base(folder, seed)
     return folder
 
 
@@ -610,8 +801,8 @@ def saved_config(path: Path) -> dict:
     return saved | {"unet_channels": tuple(saved["unet_channels"])}
 
 
-def parse(args: list[str] | None = None) -> tuple[TrainConfig, str, bool]:
-    """The configuration, its name, and whether to resume."""
+def parse(args: list[str] | None = None) -> tuple[TrainConfig, str, bool, bool]:
+    """The configuration, its name, whether to resume, and whether only to print what it would take."""
     parser = cli.Parser(
         prog="train.py",
         description="Train the image side of an LMFusion. Flags that are not given "
@@ -621,9 +812,12 @@ def parse(args: list[str] | None = None) -> tuple[TrainConfig, str, bool]:
         "--config", choices=tuple(CONFIGS), required=True, help="named configuration to start from"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print memory and FLOPs, without making the model, and stop"
+    )
     cli.add_fields(parser, TrainConfig)
     given = {k: v for k, v in vars(parser.parse_args(args)).items() if v is not None}
-    name, resume = given.pop("config"), given.pop("resume")
+    name, resume, dry = given.pop("config"), given.pop("resume"), given.pop("dry_run")
     config = CONFIGS[name]
     if resume:
         out = Path(given.get("out", config.out))
@@ -637,7 +831,7 @@ def parse(args: list[str] | None = None) -> tuple[TrainConfig, str, bool]:
                     f"--resume: {field} was {saved[field]} in this run and cannot become {given[field]}"
                 )
         config = TrainConfig(**saved)
-    return dataclasses.replace(config, **given), name, resume
+    return dataclasses.replace(config, **given), name, resume, dry
 
 
 def train(run: Run) -> None:
@@ -645,7 +839,14 @@ def train(run: Run) -> None:
     config, start, first = run.config, time.perf_counter(), run.step
     window: list[dict[str, float]] = []
     window_start, waited = start, 0.0  # images per second count training alone, without sheets and validation
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", desc="training", disable=None)
+    leads = run.team.leads
+    bar = tqdm(
+        total=config.steps,
+        initial=run.step,
+        unit="step",
+        desc="training",
+        disable=None if leads else True,  # None: only on a terminal
+    )
     while run.step < config.steps:
         window.append(run.train_step())
         bar.update()
@@ -672,8 +873,9 @@ def train(run: Run) -> None:
                 "seconds": round(run.seconds + now - start, 2),
                 **line,
             }
-            append(run.out / "metrics.jsonl", json.dumps(line) + "\n")
-            if "val" in line:
+            if leads:
+                append(run.out / "metrics.jsonl", json.dumps(line) + "\n")
+            if leads and "val" in line:
                 middle = len(TIMESTEPS) // 2
                 right, permuted = line["val"]["right"][middle], line["val"]["permuted"][middle]
                 bar.write(
@@ -687,17 +889,34 @@ def train(run: Run) -> None:
             window, window_start, waited = [], now, 0.0
         if last or run.step % config.checkpoint_every == 0:
             run.save()
-            run.draw_curves()
+            if leads:
+                run.draw_curves()
     bar.close()
     seconds = time.perf_counter() - start
+    if not leads:
+        return
     print(
         f"{run.step - first} steps, {(run.step - first) * config.batch_size} pictures in {seconds:.0f} s; "
         f"checkpoint and sheets in {run.out}"
     )
 
 
+def dry_run(config: TrainConfig) -> None:
+    """Print what a run would take of memory and arithmetic; no model is made, and no stock one fetched."""
+    import budget  # which imports this file
+
+    tokenizer = pretrain.train_tokenizer(random.Random(config.seed))
+    model = known_config(config.base) if config.base else pretrain.tiny_config(tokenizer)
+    channels, factor = (4, 8) if config.vae else (config.latent_channels, config.latent_patch)
+    model = replace(model, **config.model_overrides(channels, factor))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    print(budget.table(budget.report(model, config, size)))
+
+
 def main() -> None:
-    config, name, resume = parse()
+    config, name, resume, dry = parse()
+    if dry:
+        return dry_run(config)
     out = Path(config.out)
     found = list_checkpoints(out)
     if found and not resume:
@@ -707,14 +926,34 @@ def main() -> None:
         )
     check_device(config.device)
     cli.tune_cpu()
-    run = Run(config, name)
-    if resume:
-        run.resume(found[-1])
+    team, device = join(config.device, config.dtype)
+    config = dataclasses.replace(config, device=device)
+    try:
+        work(config, name, found[-1] if resume else None, team)
+    except RuntimeError as error:
+        if team.size == 1 or not re.search("(?i)peer|gloo|nccl|socket|connection|timed out", str(error)):
+            raise
+        last = list_checkpoints(out)
+        raise ValueError(
+            "another process of this run has ended, and none can go on alone; "
+            + (f"{last[-1]} is whole: --resume goes on from it" if last else "no checkpoint was written yet")
+        ) from None
+    finally:
+        leave(team)
+
+
+def work(config: TrainConfig, name: str, checkpoint: Path | None, team: Team) -> None:
+    """A run from its start or from a checkpoint to its end."""
+    out = Path(config.out)
+    team.agree("their configuration", json.dumps(dataclasses.asdict(config) | {"device": ""}).encode())
+    run = Run(config, name, team)
+    if checkpoint:
+        run.resume(checkpoint)
         if run.step >= config.steps:
-            print(f"{found[-1]} is at step {run.step} already; nothing is left of {config.steps} steps")
+            print(f"{checkpoint} is at step {run.step} already; nothing is left of {config.steps} steps")
             return
     out.mkdir(parents=True, exist_ok=True)
-    if not resume:
+    if not checkpoint and team.leads:
         write_atomic(out / "metrics.jsonl", "")
     try:
         train(run)

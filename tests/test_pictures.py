@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import pictures
-from pictures import decode_picture, load_pictures
+from pictures import decode_picture, list_samples, load_pictures, read_sample
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -188,6 +188,30 @@ def test_home_folder_and_literal_brackets_are_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_tar(tmp_path / "train[1].tar", {"a.png": plain(), "a.txt": "x"})
     assert load_pictures("~/train[1].tar", 4).captions == load_pictures("~/*.tar", 4).captions == ["x"]
+
+
+def test_one_by_one_the_samples_are_those_that_are_loaded_together(tmp_path):
+    bad = {"0.txt": "no picture", "c.png": b"x", "c.txt": "broken"}
+    folder = write_folder(tmp_path / "a", {**SAMPLES, **bad})
+    sources = [folder, write_tar(tmp_path / "b.tar", {"z.png": plain(BLUE), "z.txt": "blue"})]
+    found = load_pictures(sources, 4)
+    pixels, captions, skipped = [], [], []
+    for sample in list_samples(sources):
+        try:
+            picture, caption = read_sample(sample, 4)
+        except ValueError as error:
+            skipped.append((sample.name, str(error)))
+            continue
+        pixels.append(picture)
+        captions.append(caption)
+    assert torch.equal(torch.stack(pixels), found.pixels) and captions == found.captions
+    assert skipped == found.skipped and len(skipped) == 2 and len(captions) == 3
+
+
+def test_listing_reads_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures.Span, "read", None)
+    names = [sample.name for sample in list_samples(write_folder(tmp_path, SAMPLES))]
+    assert names == ["a.png", "b.png"]
 
 
 def test_twice_the_same_source_gives_twice_the_same(tmp_path):

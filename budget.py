@@ -1,0 +1,394 @@
+"""What a run needs, before it is started: memory of one process, and floating-point operations.
+
+    report = budget.report(model_config, train_config, world_size)
+    print(budget.table(report))
+
+What can be run is not estimated: the functions that train and sample run on a model of fake tensors, which
+have shapes and no memory. On the way every tensor made is entered in the books with its size and taken out
+when it dies, gradients of activations and temporaries included; matrix products and convolutions are counted.
+Only what is kept in which dtype, and what FSDP divides and gathers, follows from formulas.
+
+The books say what a perfect allocator needs. The predicted peak lets gradients and activations stand side by
+side, although most activations are dead when the last gradient comes: the holes that they leave in a heap
+have other sizes. So it was measured on CPUs. What a kernel needs inside is in neither, nor are validation,
+the VAE and the pictures.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from data import BEHIND, DROPPED, FIRST, Batch, arrange
+from diffusion import Diffusion
+from model import IMAGE, Cache, LMFusion, ModelConfig, Tokens
+from train import TrainConfig, draw_noise, losses, make_optimizers
+
+STEPS = 25  # of DDIM, for a picture
+PROMPT = 512  # tokens, for the figures of text alone
+PROCESS = 120 * 2**20  # bytes that Python and torch's libraries take after the import, on a CPU; measured
+KEPT = 4  # bytes a number of weights, gradients and optimizer: in float32, whatever layers compute in
+aten = torch.ops.aten
+
+
+def attention_flops(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
+    """q (B, H, N, d), k and v (B, K, S, d): two products."""
+    return 2 * q.shape[:3].numel() * k.shape[2] * (q.shape[3] + v.shape[3])
+
+
+def attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
+    """Five products: the scores once more, and the gradients of both sides of both products."""
+    return 2 * q.shape[:3].numel() * k.shape[2] * (3 * q.shape[3] + 2 * v.shape[3])
+
+
+# How torch's FlopCounterMode counts, which knows nothing of torch's own attention on CPUs.
+FLOPS = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
+class Books(TorchDispatchMode):
+    """Inside, whatever touches a fake tensor is faked, and the bytes of all tensors made are added up.
+
+    What touches none is small and is computed: ids, masks, timesteps. Shapes depend on their values: which
+    tokens of a batch are text. Fake tensors say that they lie on the CPU, so that code takes the CPU's way.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.size: dict[int, float] = {}  # of each living storage, by its id
+        self.watch: dict[int, weakref.ref] = {}
+        self.live = self.peak = 0.0
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
+            if func in (aten.index.Tensor, aten.index_put.default, aten._index_put_impl_.default):
+                args = (args[0], sum(map(positions, args[1]), []), *args[2:])
+            with self.fake:
+                out = func(*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
+        if func._overloadpacket in FLOPS:
+            self.flops += FLOPS[func._overloadpacket](*args, **kwargs, out_val=out)
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and id(x.untyped_storage()) not in self.size:
+                self.enter(x, x.untyped_storage().nbytes())
+        return out
+
+    def enter(self, x: Tensor, size: float) -> None:
+        """The storage of x counts as `size` bytes from now on."""
+        storage = x.untyped_storage()
+        key = id(storage)
+        if key not in self.size:
+            self.watch[key] = weakref.ref(storage, lambda _: self.remove(key))
+        self.live += size - self.size.get(key, 0.0)
+        self.size[key] = size
+        self.peak = max(self.peak, self.live)
+
+    def remove(self, key: int) -> None:
+        self.live -= self.size.pop(key)
+        del self.watch[key]
+
+    def model(self, config: ModelConfig, train: TrainConfig, dtype: str = "") -> LMFusion:
+        """The model of a run without memory, in the dtype it computes in; its parameters count as nothing."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, dtype or train.dtype))
+        try:
+            with self.fake:
+                model = LMFusion(config)
+        finally:
+            torch.set_default_dtype(before)
+        for p in model.parameters():
+            self.enter(p, 0.0)
+        model.freeze_text(train.lr_text_ratio == 0)
+        model.activation_checkpointing = getattr(train, "activation_checkpointing", False)
+        return model
+
+    def latents(self, n: int, config: ModelConfig) -> Tensor:
+        with self.fake:
+            return torch.empty(n, config.latent_channels, config.latent_size, config.latent_size)
+
+
+def positions(index: Tensor | None) -> list[Tensor | None]:
+    """A boolean index as positions of what is True: how many there are is the shape of the result."""
+    return [index] if index is None or index.dtype != torch.bool else list(index.nonzero().unbind(1))
+
+
+def ordinary_id(config: ModelConfig) -> int:
+    """A token without a meaning of its own."""
+    return next(i for i in range(4) if i not in (config.boi_id, config.eoi_id, config.eos_id))
+
+
+def numel(parameters) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def count_parameters(model: LMFusion) -> dict[str, int]:
+    """Numbers of parameters; what both modalities share counts as text."""
+    image = model.image_parameters()
+    unet = numel(p for n, p in image.items() if n.startswith("unet_"))
+    return {
+        "text": numel(model.text_parameters().values()),
+        "image_experts": numel(image.values()) - unet,  # with their final norm and the row for BOI
+        "unet": unet,
+        "total": numel(model.parameters()),
+        "trained": numel(p for p in model.parameters() if p.requires_grad),
+    }
+
+
+def make_fake_batch(
+    books: Books, config: ModelConfig, train: TrainConfig, orders: list[str], n: int
+) -> Batch:
+    """A training batch with a picture and a caption of n tokens in each of the orders of `data.arrange`."""
+    captions = [[ordinary_id(config)] * n] * len(orders)
+    return arrange(
+        captions, books.latents(len(orders), config), orders, config, pack=getattr(train, "pack", 0)
+    )
+
+
+def total_loss(model: LMFusion, batch: Batch, train: TrainConfig) -> Tensor:
+    diffusion = Diffusion(train.schedule_shift, train.prediction)
+    noise = draw_noise(tuple(batch.latents.shape), torch.Generator().manual_seed(0))
+    out = losses(model, diffusion, batch, train, noise)
+    return out["loss"] + out.get("draw_loss", 0.0)
+
+
+def training_flops(config: ModelConfig, train: TrainConfig, caption_tokens: int) -> dict[str, float]:
+    """FLOPs of a picture, on average over the recipe's orders, and of a whole step of all processes.
+
+    "prefill" is what `LMFusion.forward` does first, without a graph if the text is frozen; what activation
+    checkpointing computes again is part of "backward".
+    """
+    first, drop = train.caption_first, train.caption_drop
+    flops = dict.fromkeys(("prefill", "forward", "backward"), 0.0)
+    for order, share in ((FIRST, first * (1 - drop)), (DROPPED, first * drop), (BEHIND, 1 - first)):
+        if share == 0:
+            continue
+        books = Books()
+        model, batch = (
+            books.model(config, train),
+            make_fake_batch(books, config, train, [order], caption_tokens),
+        )
+        with books:
+            if batch.prefix.ids.shape[1]:
+                model.encode(batch.prefix)
+            prefill, books.flops = books.flops, 0
+            loss = total_loss(model, batch, train)
+            forward, books.flops = books.flops - prefill, 0
+            loss.backward()
+        for name, n in zip(flops, (prefill, forward, books.flops), strict=True):
+            flops[name] += share * n
+    flops["picture"] = sum(flops.values())
+    flops["step"] = flops["picture"] * train.batch_size
+    return flops
+
+
+def micro_batch(train: TrainConfig, world_size: int) -> int:
+    """Pictures that one process computes at once."""
+    share = train.batch_size // world_size
+    return min(getattr(train, "micro_batch", 0) or share, share)
+
+
+def optimizer_bytes(config: ModelConfig, train: TrainConfig) -> tuple[float, float]:
+    """The optimizers' state, and the most that a later step takes beside it."""
+    books = Books()
+    model = books.model(config, train, "float32")
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.empty_like(p)  # made outside of the books: not counted
+    optimizers = make_optimizers(model, train)
+    for _ in range(2):  # the first step makes the state
+        state = books.peak = books.live
+        with books:
+            for optimizer in optimizers:
+                optimizer.step()
+    return state, books.peak - state
+
+
+def gathered_bytes(model: LMFusion, world_size: int) -> float:
+    """What `parallel.shard` adds to the slices, in the dtype of the computation.
+
+    Whole: all that is neither a layer nor a U-Net half; the unit at work and the next one; the gradient
+    of one, also a second time, in float32, on its way to the slices. A process alone in float32 needs none.
+    """
+    item = model.boi_head.itemsize
+    if world_size == 1 and item == KEPT:
+        return 0.0
+    units = [list(m.parameters()) for m in (*model.layers, model.unet_down, model.unet_up)]
+    rest = numel(model.parameters()) - sum(map(numel, units))
+    gradient = max(numel(p for p in unit if p.requires_grad) for unit in units)
+    return item * (rest + 2 * max(map(numel, units))) + (item + KEPT) * gradient
+
+
+def training_bytes(
+    config: ModelConfig, train: TrainConfig, world_size: int, caption_tokens: int
+) -> dict[str, float]:
+    """Bytes of one of `world_size` processes, in a step that finds the optimizer's state there.
+
+    "activations" is what lives between forward and backward; "computing" the most that activations, the
+    gradients so far and whatever backward needs on the way take together; "optimizer_step" what an optimizer
+    needs on the way. "least_peak" is what the tensors need, "peak" what a process will (see above).
+    """
+    books = Books()
+    model = books.model(config, train)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    kept = KEPT * numel(trained) / world_size
+
+    def keep(p: nn.Parameter) -> None:
+        """A gradient that is whole counts as what is kept of it."""
+        books.enter(p.grad, KEPT * p.numel() / world_size)
+
+    for p in trained:
+        p.register_post_accumulate_grad_hook(keep)
+    micro = micro_batch(train, world_size)
+    behind = math.ceil(micro * (1 - train.caption_first))  # rather one too many: they keep more
+    orders = [FIRST] * (micro - behind) + [BEHIND] * behind
+    activations = 0.0
+    for _ in range(1 if micro * world_size == train.batch_size else 2):  # the second adds to gradients
+        before = books.live
+        with books:
+            loss = total_loss(model, make_fake_batch(books, config, train, orders, caption_tokens), train)
+            activations = books.live - before
+            loss.backward()
+            del loss
+    state, step = optimizer_bytes(config, train)
+    steady = {
+        "process": PROCESS if train.device == "cpu" else 0.0,
+        "frozen_weights": KEPT * numel(frozen) / world_size,
+        "trained_weights": kept,
+        "moving_average": kept if train.ema else 0.0,
+        "optimizer": state / world_size,
+        "gathered": gathered_bytes(model, world_size),
+    }
+    needs = {
+        "gradients": kept,
+        "activations": activations,
+        "computing": books.peak,
+        "optimizer_step": step,
+    }
+    least = sum(steady.values()) + max(books.peak, kept + step)
+    peak = max(least, sum(steady.values()) + kept + activations)
+    return steady | needs | {"least_peak": least, "peak": peak}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling, and the report
+
+
+def cache_bytes(cache: Cache) -> float:
+    return float(sum(x.nbytes for x in cache.k + cache.v))
+
+
+@torch.no_grad()  # in inference mode, products would reach the books under names not counted
+def sampling(config: ModelConfig, train: TrainConfig, caption_tokens: int) -> dict[str, float]:
+    """FLOPs and bytes of one picture as `sample.generate_images` paints it: with a caption and without."""
+    books, P = Books(), config.num_patches
+    model = books.model(config, train)
+    rows = [[ordinary_id(config)] * caption_tokens + [config.boi_id], [config.boi_id]]
+    patches = Tokens.rows([[IMAGE]] * 2, P, start=[len(r) for r in rows])
+    with books:
+        cache = model.encode(Tokens.rows(rows, P)).cache
+        once, books.flops = books.flops, 0
+        t = torch.zeros(2, dtype=torch.long)
+        model.unet_output(model.encode(patches, books.latents(2, config), t, cache))
+    often = books.flops
+    weights = model.boi_head.itemsize * numel(model.parameters())
+    flops = {"prefill_flops": once, "step_flops": often, "picture_flops": once + STEPS * often}
+    return flops | {"weights": weights, "cache": cache_bytes(cache), "peak": weights + books.peak}
+
+
+@torch.no_grad()  # in inference mode, products would reach the books under names not counted
+def writing(config: ModelConfig, train: TrainConfig) -> dict[str, float]:
+    """FLOPs and bytes of text alone: reading a prompt, and writing a token behind it.
+
+    "read" is what one token reads from memory: all weights of the text side, and the cache.
+    """
+    books, n = Books(), min(PROMPT, config.max_position_embeddings - 1)
+    model = books.model(config, train)
+    with books:
+        hidden = model.encode(Tokens.text(torch.full((1, n), ordinary_id(config))))
+        model.logits(hidden.text[-1:])
+        prefill, books.flops = books.flops, 0
+        new = model.encode(Tokens.text(torch.full((1, 1), ordinary_id(config)), n), cache=hidden.cache)
+        model.logits(new.text)
+    item, cache = model.boi_head.itemsize, cache_bytes(hidden.cache)
+    weights = item * numel(model.text_parameters().values())
+    unread = 0 if config.tie_word_embeddings else item * model.embed_tokens.weight.numel()  # but one row
+    flops = {"prefill_flops": prefill, "token_flops": books.flops}
+    memory = {"weights": weights, "cache": cache, "read": weights - unread + cache}
+    return {"prompt_tokens": n} | flops | memory | {"peak": weights + books.peak}
+
+
+def report(
+    config: ModelConfig, train: TrainConfig, world_size: int = 1, caption_tokens: int = 32
+) -> dict[str, dict]:
+    """Parameters; bytes and FLOPs of training on `world_size` processes, of painting, and of writing.
+
+    Nothing large is allocated. ValueError if the processes cannot share a batch equally.
+    """
+    if world_size < 1 or train.batch_size % world_size:
+        raise ValueError(f"batch_size = {train.batch_size} is not a multiple of world_size = {world_size}")
+    return {
+        "setting": {
+            "processes": world_size,
+            "pictures_a_step": train.batch_size,
+            "pictures_at_once": micro_batch(train, world_size),
+            "caption_tokens": caption_tokens,
+            "dtype": train.dtype,
+        },
+        "parameters": count_parameters(Books().model(config, train)),
+        "training_bytes": training_bytes(config, train, world_size, caption_tokens),
+        "training_flops": training_flops(config, train, caption_tokens),
+        "sampling": sampling(config, train, caption_tokens),
+        "text": writing(config, train),
+    }
+
+
+def table(report: dict[str, dict]) -> str:
+    """The report as Markdown: millions of parameters, GiB (2^30 bytes), TFLOP."""
+    titles = {
+        "setting": "setting",
+        "parameters": "parameters",
+        "training_bytes": "training: memory of one process",
+        "training_flops": "training: work",
+        "sampling": f"sampling: a picture in {STEPS} guided steps",
+        "text": "text alone",
+    }
+
+    def show(block: str, name: str, value: float | str) -> str:
+        if block == "setting" or name == "prompt_tokens":
+            return str(value)
+        if block == "parameters":
+            return f"{value / 1e6:,.1f} M"
+        if "flops" in block + name:
+            return f"{value / 1e12:.4g} TFLOP"
+        return f"{value / 2**30:.2f} GiB"
+
+    lines = []
+    for block, title in titles.items():
+        lines += [f"| {title} | |", "|---|---:|"]
+        for name, value in report[block].items():
+            if value or block == "setting":
+                lines.append(
+                    f"| {name.removesuffix('_flops').replace('_', ' ')} | {show(block, name, value)} |"
+                )
+        lines.append("")
+    peak = report["training_bytes"]["peak"] / 2**30
+    return "\n".join([*lines, f"predicted peak of one process: {peak:.1f} GiB"])

@@ -1,0 +1,141 @@
+"""One run on many processes: PyTorch's FSDP2 under `torchrun`.
+
+    torchrun --nproc-per-node 8 train.py --config qwen3-8b --data latents/train
+
+Every process holds a slice of every parameter, gradient and optimizer state, and gathers a layer whole just
+before it computes it. It reads its own share of the global batch; what is drawn for a batch does not depend
+on how many share it. bfloat16 means: computed in bfloat16, while the weights that learn stay float32; this is
+the same machinery, with one process or many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run; by default one that is alone and needs none of this."""
+
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None  # None: alone, in float32
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def share(self, n: int) -> slice:
+        """This process's part of n samples; n is a multiple of `size`."""
+        return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
+    def total(self, values: list[float], device: torch.device | str = "cpu") -> list[float]:
+        """Sums over the processes."""
+        if self.size == 1:
+            return values
+        x = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(x)
+        return x.tolist()
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def agree(self, what: str, content: bytes) -> None:
+        """ValueError, in every process, unless all hold the same content."""
+        mine, everyone = hashlib.sha256(content).hexdigest()[:12], [""] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyone, mine)
+            for rank, other in enumerate(everyone):
+                if other != everyone[0]:
+                    raise ValueError(
+                        f"the processes differ in {what}: rank 0 has {everyone[0]}, rank {rank} has {other} "
+                        "(fingerprints); every one must read the same"
+                    )
+
+
+def join(device: str, dtype: str) -> tuple[Team, str]:
+    """The team this process belongs to, by torchrun's environment, and its own device.
+
+    Without torchrun: a process alone, which needs the machinery for bfloat16 only.
+    """
+    launched = "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    if not launched and dtype == "float32":
+        return Team(), device
+    kind = torch.device(device).type
+    backend = "nccl" if kind == "cuda" else "gloo"
+    if launched:
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Team(
+        dist.get_rank(), dist.get_world_size(), init_device_mesh(kind, (dist.get_world_size(),))
+    ), device
+
+
+def leave(team: Team) -> None:
+    """The end of a run, or of a process that failed."""
+    if team.mesh is not None and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, team: Team, dtype: torch.dtype) -> None:
+    """Cut a model (on any device, meta too) among the processes: each layer, each U-Net half, the rest."""
+    if team.mesh is None:
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if dtype != torch.float32 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for part in (*model.layers, model.unet_down, model.unet_up):
+        fully_shard(part, mesh=team.mesh, mp_policy=policy, reshard_after_forward=True)
+    # Embeddings, head and final norms stay whole from `encode` to the end of the backward pass: a process
+    # without text to learn calls no head, and must not miss a gathering that the others wait for.
+    fully_shard(model, mesh=team.mesh, mp_policy=policy, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "encode")
+    # keys and values are views of one product; nothing here changes them in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def release(model: nn.Module) -> None:
+    """After a forward pass without a backward one: give up what `shard` says stays whole until then."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def whole(p: Tensor) -> Tensor:
+    """A parameter, gradient or state of which each process may hold a slice, whole. All must call it."""
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+@torch.no_grad()
+def fill(p: Tensor, value: Tensor) -> None:
+    """Write a whole tensor into a parameter: into this process's slice of it, where there are several."""
+    if isinstance(p, DTensor):
+        own = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        p.to_local().copy_(own.to_local())
+    else:
+        p.copy_(value)
+
+
+def alike(p: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor, cut the way p is."""
+    if isinstance(p, DTensor) and value.shape == p.shape:
+        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return value.to(p.device)

@@ -1,0 +1,714 @@
+"""latents.py: what is read equals encoding directly, a killed run goes on, and each error names its cause.
+
+Most tests encode with data.py's linear codec, which is quick; the command itself is run with a tiny VAE.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import checkpoint
+import data
+import latents
+from data import PatchPCA, PictureSource
+from latents import EncodeConfig, LatentShards, LatentSource, encode_source
+from load_qwen3 import load_tokenizer
+from pictures import load_pictures
+from vae import load_vae
+
+VAE = Path(__file__).resolve().parent / "fixtures" / "vae_sd"  # 4 channels, 2 pixels a latent
+GOOD, BAD = 24, ("000a.png", "006a.png", "011a.png", "023a.png", "023b.png")  # the last two end the source
+SHARDS, BATCHES = 5, 10  # of `source` in shards of 5 pictures and batches of 3
+
+
+class Killed(BaseException):
+    """What ends a run as a kill does: no handler of errors sees it."""
+
+
+class Linear(PatchPCA):
+    """data.py's linear codec with what the VAE has beyond it; call number `die_at` of `encode` is killed."""
+
+    calls, die_at, channels = 0, -1, 3
+
+    def encode(self, pictures: Tensor, batch: int = 4) -> Tensor:
+        assert len(pictures) <= batch
+        self.calls += 1
+        if self.calls - 1 == self.die_at:
+            raise Killed
+        return super().encode(pictures)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(b"".join(x.numpy().tobytes() for x in self.tensors().values())).hexdigest()
+
+
+def linear(seed: int = 0, scale: float = 1.0) -> Linear:
+    pixels = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(seed))
+    codec = Linear.fit(pixels.to(torch.uint8), channels=3, patch=4, whiten=0.5)
+    codec.scale = codec.scale * scale
+    return codec
+
+
+@functools.cache
+def source() -> Path:
+    """24 photos, with bad samples at the start, at the ends of shards, in the middle and at the end."""
+    folder = small.write_photos(Path(small.session.name) / "dirty", n=GOOD)
+    for name in BAD:
+        (folder / name).write_bytes(b"no picture")
+        (folder / name).with_suffix(".txt").write_text("bad")
+    (folder / "003.txt").write_text("ein grünes <|im_end|> \N{SNOWMAN}")  # a special token, spelt as text
+    (folder / "004.txt").write_text("a")  # one token
+    return folder
+
+
+def config(out: Path, **changes) -> EncodeConfig:
+    sizes = dict(image_size=16, shard_size=5, batch_size=3)
+    places = dict(data=str(source()), vae=str(VAE), base=str(small.base()), out=str(out))
+    return EncodeConfig(**{**places, **sizes, **changes})
+
+
+@functools.cache
+def encoded() -> Path:
+    """`source` by the linear codec, made without any disturbance; not to be changed."""
+    folder = Path(small.session.name) / "latents"
+    encode_source(config(folder), linear())
+    return folder
+
+
+def copy(to: Path) -> Path:
+    return Path(shutil.copytree(encoded(), to))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+# ---- what is written is what is read ----
+
+
+@pytest.mark.parametrize("store", ["float16", "bfloat16", "float32"])
+def test_what_is_read_equals_encoding_directly(tmp_path, store):
+    vae, tokenizer = load_vae(VAE), load_tokenizer(small.base())
+    shards = encode_source(config(tmp_path / "out", store=store), vae)
+    pictures = load_pictures(str(source()), 16)
+    direct = torch.cat([vae.encode(x) for x in pictures.pixels.split(5)]).to(getattr(torch, store)).float()
+    z, ids = shards.read(list(range(len(shards))))
+    assert len(shards) == GOOD and z.shape == (GOOD, 4, 8, 8) and z.dtype == torch.float32
+    step = torch.finfo(getattr(torch, store)).eps  # batches of another size may round to the neighbour
+    torch.testing.assert_close(z, direct, rtol=2 * step, atol=1e-5)
+    tokenizer.encode_special_tokens = True
+    assert ids == [tokenizer.encode(c, add_special_tokens=False).ids for c in pictures.captions]
+    assert [shards.caption(i) for i in range(GOOD)] == pictures.captions
+    assert len(ids[4]) == 1
+    assert not {tokenizer.token_to_id("<|im_end|>")} & set(ids[3]) and "<|im_end|>" in shards.caption(3)
+    assert torch.equal(shards.bound, z.abs().amax((0, 2, 3))[:, None, None])
+    assert (shards.channels, shards.factor, shards.latent_size, shards.image_size) == (4, 2, 8, 16)
+    assert (shards.vae, shards.base) == (str(VAE), str(small.base().resolve()))
+    assert shards.vae_fingerprint == vae.fingerprint()
+    assert shards.vocab_size == tokenizer.get_vocab_size()
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    torch.testing.assert_close(torch.tensor(index["mean"]), z.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(index["std"]), z.transpose(0, 1).flatten(1).std(1, correction=0))
+
+
+def test_any_rows_are_read_in_the_order_asked_for():
+    shards = LatentShards(encoded())
+    whole, ids = shards.read(list(range(GOOD)))
+    rows = random.Random(0).choices(range(GOOD), k=100)
+    z, some = LatentShards(encoded()).read(rows)
+    assert torch.equal(z, whole[rows]) and some == [ids[i] for i in rows]
+    assert len({x.numpy().tobytes() for x in whole}) == GOOD  # each picture is another
+
+
+def test_a_tar_gives_the_same_latents_as_its_folder(tmp_path):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for path in sorted(source().iterdir()):
+            tar.add(path, path.name)
+    tars = config(tmp_path / "out", data=str(tmp_path / "train-*.tar"))
+    z = encode_source(tars, linear()).read(list(range(GOOD)))[0]
+    assert torch.equal(z, LatentShards(encoded()).read(list(range(GOOD)))[0])
+
+
+def test_shards_are_full_and_bad_samples_are_named_and_counted(tmp_path, capfd):
+    encode_source(config(tmp_path), linear())
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert [s["count"] for s in index["shards"]] == [5, 5, 5, 5, 4]
+    assert [name for name, _ in index["skipped"]] == list(BAD) and index["skipped_count"] == len(BAD)
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"skipped 5 of 29 samples: {BAD[0]} (not a PNG, JPEG or WebP image), {BAD[1]}")
+
+
+def test_ten_bad_samples_are_named_and_the_rest_is_counted(tmp_path, capfd):
+    folder = small.write_photos(tmp_path / "photos", n=30)
+    for i in range(30):
+        if i % 4:
+            (folder / f"{i:03d}.png").write_bytes(b"x")
+    encode_source(config(tmp_path / "out", data=str(folder)), linear())
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    assert index["skipped_count"] == 22 and len(index["skipped"]) == 10 and index["pictures"] == 8
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("skipped 22 of 30 samples: 001.png ") and line.endswith(" and 12 more")
+
+
+def test_no_more_pictures_than_a_batch_are_in_memory(tmp_path, monkeypatch):
+    alive: list[weakref.ref] = []
+    most, read = 0, latents.read_sample
+
+    def watched(sample, size):
+        nonlocal most
+        picture, caption = read(sample, size)
+        alive.append(weakref.ref(picture))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return picture, caption
+
+    monkeypatch.setattr(latents, "read_sample", watched)
+    encode_source(config(tmp_path, shard_size=20), linear())
+    assert len(alive) == GOOD and most <= 3 + 1  # a batch, and the one just read
+
+
+def test_opening_and_reading_take_no_tensor_of_latents_whole_and_keep_no_file_open(monkeypatch):
+    taken = []
+
+    class Watched:
+        def __init__(self, f):
+            self.f = f
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def get_tensor(self, name):
+            taken.append(name)
+            return self.f.get_tensor(name)
+
+        def __getattr__(self, name):
+            return getattr(self.f, name)
+
+    real = latents.open_safetensors
+    monkeypatch.setattr(latents, "open_safetensors", lambda path: Watched(real(path)))
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    shards = LatentShards(encoded())
+    assert "latents" not in taken and taken
+    del taken[:]
+    shards.read([0, 7, 23])
+    assert taken == [] and sorted(shards.slices) == [0, 1, 4]  # and only the shards that were asked for
+    if before is not None:
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+# ---- killed and resumed ----
+
+
+def resume(out: Path) -> int:
+    """Run the same command again: the folder must become that of an undisturbed run. Returns the batches."""
+    codec = linear()
+    encode_source(config(out), codec)
+    assert contents(out) == contents(encoded())
+    return codec.calls
+
+
+@pytest.mark.parametrize("call", range(BATCHES))
+def test_killed_while_encoding_it_goes_on_and_comes_out_bit_by_bit_the_same(tmp_path, call):
+    codec = linear()
+    codec.die_at = call
+    with pytest.raises(Killed):
+        encode_source(config(tmp_path), codec)
+    whole = call // 2  # a shard is a batch of 3 and one of 2
+    assert sorted(contents(tmp_path)) == [latents.shard_name(i) for i in range(whole)]
+    with pytest.raises(ValueError, match="no such file; .* run it again" if whole else "makes a folder"):
+        LatentShards(tmp_path)
+    assert resume(tmp_path) == BATCHES - 2 * whole  # whole shards are not encoded again
+
+
+@pytest.mark.parametrize("write", range(SHARDS + 1))
+@pytest.mark.parametrize(
+    "moment", ["before the file is there", "with half a file", "before the renaming", "after"]
+)
+def test_killed_while_writing_it_goes_on_and_comes_out_bit_by_bit_the_same(
+    tmp_path, monkeypatch, write, moment
+):
+    real, count = os.replace, 0
+
+    def replace(beside, path):
+        nonlocal count
+        count += 1
+        if count - 1 < write:
+            return real(beside, path)
+        if moment.startswith("before the file"):
+            Path(beside).unlink()
+        elif "half" in moment:
+            os.truncate(beside, Path(beside).stat().st_size // 2)
+        elif moment == "after":
+            real(beside, path)
+        raise Killed
+
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint.os, "replace", replace)
+        with pytest.raises(Killed):
+            encode_source(config(tmp_path), linear())
+    whole = write + (moment == "after")
+    assert sum(name.startswith("shard-") for name in contents(tmp_path)) == min(whole, SHARDS)
+    assert resume(tmp_path) == max(0, BATCHES - 2 * whole)
+
+
+def test_a_finished_folder_is_left_as_it_is(tmp_path):
+    folder = copy(tmp_path / "out")
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    codec = linear()
+    assert len(encode_source(config(folder), codec)) == GOOD and codec.calls == 0
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+
+
+def more_photos(folder: Path) -> str:
+    shutil.copytree(source(), folder)
+    (folder / "zzz.txt").write_text("without a picture")
+    return str(folder)
+
+
+def renamed_photo(folder: Path) -> str:
+    shutil.copytree(source(), folder)
+    (folder / "010.png").rename(folder / "010x.png")
+    (folder / "010.txt").rename(folder / "010x.txt")
+    return str(folder)
+
+
+OTHERS: dict[str, Callable[[Path], dict]] = {
+    "image_size = 16, not 8": lambda here: {"image_size": 8},
+    "shard_size = 5, not 4": lambda here: {"shard_size": 4},
+    "store = float16, not float32": lambda here: {"store": "float32"},
+    "dtype = float32, not bfloat16": lambda here: {"dtype": "bfloat16"},
+    "tokenizer_fingerprint = ": lambda here: {"base": str(small.other_base())},
+    "samples = 29, not 30": lambda here: {"data": more_photos(here / "photos")},
+    "sample_names = ": lambda here: {"data": renamed_photo(here / "photos")},
+    "vae_fingerprint = ": lambda here: {},  # and another codec
+}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("says", OTHERS)
+def test_what_was_begun_with_other_settings_is_not_gone_on_with(tmp_path, says, finished):
+    folder = copy(tmp_path / "out")
+    if not finished:
+        (folder / "index.json").unlink()
+    before = contents(folder)
+    codec = linear(seed=int(says.startswith("vae")))
+    with pytest.raises(ValueError) as error:
+        encode_source(config(folder, **OTHERS[says](tmp_path)), codec)
+    name = "index.json" if finished else latents.shard_name(0)
+    assert str(error.value).startswith(f"{folder / name}: made with {says}") and "--out" in str(error.value)
+    assert contents(folder) == before and codec.calls == 0
+
+
+def test_batch_size_may_become_another(tmp_path):
+    codec = linear()
+    codec.die_at = 5
+    with pytest.raises(Killed):
+        encode_source(config(tmp_path), codec)
+    z = encode_source(config(tmp_path, batch_size=1), linear()).read(list(range(GOOD)))[0]
+    torch.testing.assert_close(z, LatentShards(encoded()).read(list(range(GOOD)))[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_missing_or_foreign_shard_is_named(tmp_path):
+    folder = copy(tmp_path / "out")
+    (folder / "index.json").unlink()
+    (folder / latents.shard_name(1)).unlink()
+    with pytest.raises(
+        ValueError, match="shard-00002.safetensors: lies where shard-00001.safetensors should"
+    ):
+        encode_source(config(folder), linear())
+    shutil.copy(folder / latents.shard_name(2), folder / latents.shard_name(1))
+    with pytest.raises(ValueError, match="shard-00001.safetensors: does not begin where .* delete it"):
+        encode_source(config(folder), linear())
+
+
+# ---- errors while encoding ----
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_name_their_sample(tmp_path, value):
+    class Broken(Linear):
+        def encode(self, pictures, batch=4):
+            z = super().encode(pictures, batch)
+            if self.calls == 4:  # the second batch of the second shard: the tenth good sample last
+                z[1, 2, 3, 1] = value
+            return z
+
+    broken = Broken(*linear().tensors().values())
+    with pytest.raises(ValueError, match=f"^009.png: .* is {value}, which --dtype float32 cannot"):
+        encode_source(config(tmp_path), broken)
+
+
+def test_latents_too_large_for_float16_name_the_flag_that_helps(tmp_path):
+    with pytest.raises(ValueError, match=r"^000.png: its largest latent is .*, which --store float16"):
+        encode_source(config(tmp_path / "a"), linear(scale=1e5))
+    assert encode_source(config(tmp_path / "b", store="bfloat16"), linear(scale=1e5)).bound.max() > 65504
+
+
+def empty(folder: Path) -> str:
+    folder.mkdir()
+    return str(folder)
+
+
+def all_bad(folder: Path) -> str:
+    (small.write_photos(folder, n=1) / "000.png").write_bytes(b"x")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda here: {"data": empty(here / "a")}, "no captioned pictures; (name.png + name.txt"),
+        (
+            lambda here: {"data": all_bad(here / "a")},
+            "no captioned pictures; skipped 1 of 1 samples: 000.png",
+        ),
+        (lambda here: {"data": "nowhere"}, "nowhere: no such file or folder"),
+        (lambda here: {"base": "nowhere"}, "nowhere: no such folder, and not a hub id"),
+        (lambda here: {"image_size": 18}, "--image-size 18 is not a multiple of the VAE's 4"),
+        (lambda here: {"image_size": 0}, "--image-size is 0"),
+        (lambda here: {"batch_size": -1}, "--batch-size is -1"),
+        (lambda here: {"shard_size": 0}, "--shard-size is 0"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_leaves_no_index(tmp_path, change, says):
+    with pytest.raises(ValueError) as error:
+        encode_source(config(tmp_path / "out", **change(tmp_path)), linear())
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out/index.json").exists()
+
+
+# ---- errors while reading ----
+
+
+def edit_index(**changes) -> Callable[[Path], None]:
+    """Other values in index.json; `shards__0__file` is index["shards"][0]["file"], ... takes a field out."""
+
+    def change(folder: Path) -> None:
+        index = json.loads((folder / "index.json").read_text())
+        for key, value in changes.items():
+            at, *path = index, *key.split("__")
+            for k in path[:-1]:
+                at = at[int(k) if isinstance(at, list) else k]
+            k = int(path[-1]) if isinstance(at, list) else path[-1]
+            at[k] = value
+            if value is ...:
+                del at[k]
+        (folder / "index.json").write_text(json.dumps(index))
+
+    return change
+
+
+def edit_shard(**changes) -> Callable[[Path], None]:
+    """Other tensors in the second shard, and what index.json says of its length made right."""
+
+    def change(folder: Path) -> None:
+        path = folder / latents.shard_name(1)
+        with safe_open(str(path), "pt") as f:
+            metadata = f.metadata()
+        tensors = load_file(path)
+        for name, value in changes.items():
+            tensors[name] = value(tensors[name]) if name in tensors else value(tensors)
+        save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path, metadata)
+        edit_index(shards__1__bytes=path.stat().st_size)(folder)
+
+    return change
+
+
+def put(index: int, value: int) -> Callable[[Tensor], Tensor]:
+    def change(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[index] = value
+        return x
+
+    return change
+
+
+def pickled(folder: Path) -> None:
+    (folder / latents.shard_name(1)).unlink()
+    torch.save({"latents": torch.zeros(1)}, folder / "shard-00001.pt")
+    edit_index(shards__1__file="shard-00001.pt")(folder)
+
+
+def pickled_within(folder: Path) -> None:
+    path = folder / latents.shard_name(1)
+    torch.save({"latents": torch.zeros(1)}, path)
+    edit_index(shards__1__bytes=path.stat().st_size)(folder)
+
+
+def cut(folder: Path) -> None:
+    path = folder / latents.shard_name(1)
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def cut_and_told(folder: Path) -> None:
+    cut(folder)
+    edit_index(shards__1__bytes=(folder / latents.shard_name(1)).stat().st_size)(folder)
+
+
+def of_another_vae(folder: Path) -> None:
+    encode_source(config(folder.parent / "other"), linear(seed=1))
+    shutil.copy(folder.parent / "other" / latents.shard_name(1), folder)
+    edit_index(shards__1__bytes=(folder / latents.shard_name(1)).stat().st_size)(folder)
+
+
+def twice(folder: Path) -> None:
+    size = (folder / latents.shard_name(0)).stat().st_size
+    edit_index(shards__1__file=latents.shard_name(0), shards__1__bytes=size)(folder)
+
+
+def plain_safetensors(folder: Path) -> None:
+    save_file({"latents": torch.zeros(1)}, folder / latents.shard_name(1))
+    edit_index(shards__1__bytes=(folder / latents.shard_name(1)).stat().st_size)(folder)
+
+
+def write(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "index.json").write_text(text) and None
+
+
+SECOND = "shard-00001.safetensors: "
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no index": (lambda f: (f / "index.json").unlink(), "index.json: no such file; `python data.py encode"),
+    "no folder": (lambda f: shutil.rmtree(f), "index.json: no such file; `python data.py encode"),
+    "not JSON": (write("{"), "index.json: cannot be read as JSON"),
+    "a list": (write("[1]"), "index.json: holds a list, not a JSON object"),
+    "newer": (edit_index(format=2), "index.json: of format 2, and this program reads format 1"),
+    "no format": (edit_index(format=...), "index.json: format is missing"),
+    "channels missing": (edit_index(channels=...), "index.json: channels is missing and should be"),
+    "channels text": (edit_index(channels="3"), "index.json: channels is a str and should be of type int"),
+    "channels true": (edit_index(channels=True), "index.json: channels is a bool and should be of type int"),
+    "factor 0": (edit_index(factor=0), "index.json: factor = 0 is not positive"),
+    "store": (edit_index(store="int8"), "index.json: store = 'int8' is none of float16"),
+    "vae": (edit_index(vae=None), "index.json: vae is a NoneType"),
+    "bound short": (edit_index(bound=[1.0]), "index.json: bound should be 3 finite numbers"),
+    "bound nan": (edit_index(bound=[1.0, float("nan"), 1.0]), "index.json: bound should be 3 finite numbers"),
+    "bound text": (edit_index(bound=["1", 1.0, 1.0]), "index.json: bound should be 3 finite numbers"),
+    "bound huge": (edit_index(bound=[1e300, 1.0, 1.0]), "index.json: bound should be 3 finite numbers"),
+    "no shards": (edit_index(shards=[]), "index.json: pictures is 24, but the shards hold 0"),
+    "shards text": (edit_index(shards=["a"]), "index.json: holds a str where a JSON object should be"),
+    "one too few": (edit_index(shards__4=...), "index.json: pictures is 24, but the shards hold 20"),
+    "file missing": (edit_index(shards__1__file=...), "index.json: file is missing"),
+    "count": (edit_index(shards__1__count=6), SECOND + "holds 5 pictures, but 6 by index.json"),
+    "up": (edit_index(shards__1__file="../out/shard-00001.safetensors"), "is not the name of a .safetensors"),
+    "dots": (edit_index(shards__1__file=".."), "'..' is not the name of a .safetensors"),
+    "absolute": (edit_index(shards__1__file="/x.safetensors"), "'/x.safetensors' is not the name of"),
+    "backslash": (edit_index(shards__1__file="..\\x.safetensors"), "is not the name of a .safetensors"),
+    "zero byte": (edit_index(shards__1__file="x\0.safetensors"), "is not the name of a .safetensors"),
+    "empty name": (edit_index(shards__1__file=""), "'' is not the name of a .safetensors"),
+    "gone": (edit_index(shards__1__file="x.safetensors"), "x.safetensors: no such file"),
+    "length": (edit_index(shards__1__bytes=1), " bytes long, but 1 by index.json"),
+    "twice": (twice, "shard-00000.safetensors: does not begin where the shard before it ends"),
+    "pickle": (pickled, "'shard-00001.pt' is not the name of a .safetensors file beside it"),
+    "pickle within": (pickled_within, SECOND + "not a whole safetensors file"),
+    "cut": (cut, "it may have been cut short"),
+    "cut, told": (cut_and_told, SECOND + "not a whole safetensors file"),
+    "another's": (of_another_vae, SECOND + "made with vae_fingerprint = "),
+    "no header": (plain_safetensors, SECOND + "not a shard that `data.py encode`"),
+    "no ids": (edit_shard(ids=lambda x: None), SECOND + "tensor ids is missing"),
+    "one more": (edit_shard(more=lambda x: torch.zeros(1)), SECOND + "tensor more is not one of a shard"),
+    "rows": (edit_shard(latents=lambda x: x[:, :, 1:]), "latents is F16 (5, 3, 3, 4), not F16 (5, 3, 4, 4)"),
+    "few latents": (edit_shard(latents=lambda x: x[1:]), "latents is F16 (4, 3, 4, 4), not F16 (5, 3, 4, 4)"),
+    "dtype": (edit_shard(latents=lambda x: x.float()), SECOND + "tensor latents is F32"),
+    "ids long": (edit_shard(ids=lambda x: x.long()), SECOND + "tensor ids is I64"),
+    "ids flat": (edit_shard(ids=lambda x: x[None]), SECOND + "tensor ids is I32 (1, "),
+    "few offsets": (edit_shard(offsets=lambda x: x[1:]), SECOND + "tensor offsets is I64 (5,), not I64 (6,)"),
+    "back": (edit_shard(offsets=put(2, 10**6)), SECOND + "tensor offsets does not go up from 0"),
+    "late": (edit_shard(offsets=put(0, 1)), SECOND + "tensor offsets does not go up from 0"),
+    "ids short": (edit_shard(ids=lambda x: x[1:]), SECOND + "tensor offsets does not go up from 0"),
+    "text": (edit_shard(text_offsets=put(-1, 10**6)), SECOND + "tensor text_offsets does not go up from 0"),
+    "large id": (edit_shard(ids=put(3, 10**6)), "to 1000000, of a vocabulary of "),
+    "negative id": (edit_shard(ids=put(3, -1)), SECOND + "ids from -1 to "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_is_an_error_that_names_the_file_and_the_fault(tmp_path, case):
+    folder = copy(tmp_path / "out")
+    assert len(LatentShards(folder)) == GOOD
+    change, says = BROKEN[case]
+    change(folder)
+    with pytest.raises(ValueError) as error:
+        LatentShards(folder)
+    message = str(error.value)
+    assert says in message and message.startswith(str(folder)) and "\n" not in message, message
+
+
+def test_a_flipped_byte_is_an_error_of_ours_or_no_error_at_all(tmp_path):
+    folder, rng = copy(tmp_path / "out"), random.Random(0)
+    for name, span in (("index.json", 3000), (latents.shard_name(0), 2200)):
+        path = folder / name
+        good = path.read_bytes()
+        for _ in range(150):
+            bad = bytearray(good)
+            bad[rng.randrange(min(span, len(bad)))] = rng.randrange(256)
+            path.write_bytes(bad)
+            try:
+                LatentShards(folder)
+            except ValueError:
+                pass
+        path.write_bytes(good)
+
+
+def test_what_does_not_fit_the_model_is_named():
+    shards, base = LatentShards(encoded()), small.base()
+    vocab = load_tokenizer(base).get_vocab_size()
+    shards.check_fits(3, 4, vocab, base)
+    shards.check_fits(3, 4, vocab + 100, base)  # a model may have rows that no token uses
+    for args, says in {
+        (4, 4, vocab, base): "latents of 3 channels, the model takes 4 (--latent-channels)",
+        (3, 8, vocab, base): "latents of 4 x 4 (16 pixels), the model takes 8 x 8 (--image-size",
+        (3, 4, vocab - 1, base): f"a vocabulary of {vocab} tokens, the model has {vocab - 1} (--base)",
+        (3, 4, vocab, small.other_base()): f"the tokenizer of {base}, and that of {small.other_base()} is",
+    }.items():
+        with pytest.raises(ValueError) as error:
+            shards.check_fits(*args)
+        assert says in str(error.value) and str(error.value).startswith(str(encoded()))
+
+
+# ---- as a data source ----
+
+
+@functools.cache
+def second() -> tuple[Path, Path]:
+    """Other photos, and their latents."""
+    photos = small.write_photos(Path(small.session.name) / "second", n=7, seed=1)
+    out = Path(small.session.name) / "second-latents"
+    encode_source(config(out, data=str(photos), store="float32"), linear())
+    return photos, out
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_source_draws_what_the_source_of_pictures_draws(own):
+    photos, out = second()
+    pictures = PictureSource(
+        load_pictures(str(source()), 16), load_pictures(str(photos), 16) if own else None
+    )
+    ours = LatentSource(LatentShards(encoded()), LatentShards(out) if own else None)
+    tokenizer = load_tokenizer(small.base())
+    tokenizer.encode_special_tokens = True
+
+    def check(z: Tensor, ids: list[list[int]], pixels: Tensor, captions: list[str]) -> None:
+        torch.testing.assert_close(z, PatchPCA.encode(linear(), pixels), rtol=1e-3, atol=1e-3)
+        assert ids == [tokenizer.encode(c, add_special_tokens=False).ids for c in captions]
+
+    for seed in range(3):
+        z, ids = ours.load(ours.indices(40, random.Random(seed)))
+        check(z, ids, *pictures.sample(40, random.Random(seed)))
+    for n in (1, 4, 96):
+        z, ids, captions = ours.validation(n)
+        pixels, wanted = pictures.validation(n)
+        assert captions == wanted
+        check(z, ids, pixels, captions)
+    assert ours.prompts() == pictures.prompts()
+
+
+def test_pictures_set_aside_for_validation_are_never_trained_on():
+    ours = LatentSource(LatentShards(encoded()), None)
+    drawn = set(ours.indices(2000, random.Random(0)))
+    assert drawn == set(range(GOOD)) - {0, 20}
+    assert sorted(ours.validation(96)[2]) == sorted(ours.train.caption(i) for i in (0, 20))
+
+
+def test_folders_that_were_not_encoded_alike_are_refused(tmp_path):
+    train = LatentShards(encoded())
+    for name, changes, codec in (
+        ("vae_fingerprint", {}, linear(seed=1)),
+        ("tokenizer_fingerprint", {"base": str(small.other_base())}, linear()),
+        ("image_size", {"image_size": 8}, linear()),
+    ):
+        other = encode_source(config(tmp_path / name, **changes), codec)
+        with pytest.raises(ValueError, match=f"{encoded()} and {tmp_path / name} were not .*: {name} is "):
+            LatentSource(train, other)
+
+
+def test_one_picture_alone_is_an_error(tmp_path):
+    photos = small.write_photos(tmp_path / "photos", n=1)
+    one = encode_source(config(tmp_path / "out", data=str(photos)), linear())
+    with pytest.raises(ValueError, match="out: one picture is too few"):
+        LatentSource(one, None)
+    assert len(LatentSource(one, one).validation(9)[2]) == 1
+
+
+# ---- the command ----
+
+
+def flags(out: object, *more: object) -> list[str]:
+    words = ("encode", "--data", source(), "--vae", VAE, "--base", small.base(), "--out", out)
+    return [*map(str, (*words, "--image-size", 16, "--shard-size", 5, "--batch-size", 3, *more))]
+
+
+def test_the_command_encodes_once_and_says_what_there_is(tmp_path):
+    command = [sys.executable, str(small.ROOT / "data.py"), *flags("latents", "--dtype", "bfloat16")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "latents: 24 pictures, in 5 shards\n"
+    assert "skipped 5 of 29 samples" in done.stderr
+    before = contents(tmp_path / "latents")
+    again = small.good(data, *flags("latents", "--dtype", "bfloat16"), folder=tmp_path)
+    assert again == "latents: 24 pictures, there already; nothing was changed\n"
+    assert contents(tmp_path / "latents") == before
+    exact = encode_source(config(tmp_path / "exact"), load_vae(VAE))
+    z, wanted = (s.read(list(range(GOOD)))[0] for s in (LatentShards(tmp_path / "latents"), exact))
+    assert exact.vae_fingerprint == LatentShards(tmp_path / "latents").vae_fingerprint
+    error = (z - wanted).square().mean() / wanted.square().mean()
+    assert 0 < error < 1e-3  # bfloat16 was computed in, and hardly matters
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "the following arguments are required: command"),
+        (["decode"], "invalid choice: 'decode'"),
+        (["encode"], "--data is needed: folder, metadata.jsonl, tar, or a glob"),
+        (["encode", "--imagesize", "3"], "unknown argument --imagesize; did you mean --image-size"),
+        (flags("out", "--vae", "nowhere"), "nowhere: no such folder"),
+        (flags("out", "--device", "abacus"), "--device abacus"),
+        (flags("out", "--store", "int8"), "invalid choice: 'int8'"),
+        (flags("out", "--image-size", "17"), "--image-size 17 is not a multiple of the VAE's 2"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_in_one_line(tmp_path, args, says):
+    result = small.call(data, *args, folder=tmp_path)
+    assert result.status == 2 and says in result.err and "Traceback" not in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_named_and_loses_nothing_that_is_whole(tmp_path):
+    big = config(tmp_path / "out", shard_size=1)
+    limit = 2200  # bytes; the first shards are smaller than index.json
+    with pytest.raises(OSError, match="index.json could not be written"), small.small_disk(limit):
+        encode_source(big, linear())
+    codec = linear()
+    assert len(encode_source(big, codec)) == GOOD and codec.calls == 0
+
+
+def test_pixels_of_any_shape_become_squares(tmp_path):
+    folder = small.write_photos(tmp_path / "photos", n=2)
+    Image.new("RGB", (50, 20), "red").save(folder / "000.png")
+    z = encode_source(config(tmp_path / "out", data=str(folder)), linear()).read([0])[0]
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 16, 16)
+    torch.testing.assert_close(z, PatchPCA.encode(linear(), red.contiguous()), rtol=1e-3, atol=1e-3)
+
+
+def test_the_flags_have_a_help_text_each():
+    assert all(f.metadata["help"] for f in dataclasses.fields(EncodeConfig))
