@@ -119,7 +119,7 @@ class TrainConfig:
     # what is written, and when
     log_every: int = setting(20, "steps between lines of metrics.jsonl")
     val_every: int = setting(500, "steps between validations")
-    sheet_every: int = setting(500, "steps between sheets of fixed prompts")
+    sheet_every: int = setting(500, "steps between sheets of fixed prompts; 0: none")
     checkpoint_every: int = setting(500, "steps between checkpoints")
 
     def __post_init__(self):
@@ -132,7 +132,6 @@ class TrainConfig:
             "noise_limit",
             "log_every",
             "val_every",
-            "sheet_every",
             "checkpoint_every",
             "lr",
             "schedule_shift",
@@ -151,6 +150,7 @@ class TrainConfig:
             "whiten",
             "micro_batch",
             "pack",
+            "sheet_every",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(
@@ -855,7 +855,7 @@ def train(run: Run) -> None:
         line = {}
         if last or run.step % config.val_every == 0:
             line["val"] = run.validate()
-        if last or run.step % config.sheet_every == 0:
+        if config.sheet_every and (last or run.step % config.sheet_every == 0):
             run.draw_sheet()
         waited += time.perf_counter() - pause
         if last or line or run.step % config.log_every == 0:
