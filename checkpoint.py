@@ -241,12 +241,15 @@ def load_trained(
             f"{base} is not the language model that {folder} was trained on (fingerprint "
             f"{fingerprint(model)[:12]}, expected {wanted[:12]}); name the right one with --base"
         )
-    own = model.state_dict()
+    own = {name: torch.empty(p.shape, device="meta") for name, p in model.state_dict().items()}
     for name in trained:
         if name not in own:
             raise ValueError(f"{folder / 'checkpoint.json'}: trained tensor {name} is not one of the model's")
     file = folder / ("ema.safetensors" if info.get("ema") else "model.safetensors")
-    model.load_state_dict(read_tensors(file, {n: own[n] for n in trained}), strict=False)
+    # mapped from the file, in the place of what was made at first: there is no moment with both in memory
+    model.load_state_dict(read_tensors(file, {n: own[n] for n in trained}), strict=False, assign=True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
     model.requires_grad_(False).to(device=device, dtype=dtype).eval()
     codec = load_codec(folder, info, model.config.latent_channels, vae or "", device)
     return Trained(model, load_tokenizer(base), diffusion, codec, info, folder)

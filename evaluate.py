@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import random
+import re
 import time
 from pathlib import Path
 
@@ -252,14 +253,28 @@ def table(r: dict) -> str:
         f"| {k} caption | " + " | ".join(f"{v:.4f}" for v in r["validation"][k]) + " |"
         for k in ("right", "permuted")
     ]
-    text = r["text"]
+    return "\n".join(lines + ["", text_line(r["text"])])
+
+
+def text_line(text: dict) -> str:
+    """What became of the text, in one line."""
     changed = f"{len(text['tensors_changed'])} of {text['tensors']} tensors changed"
-    lines += [
-        "",
+    return (
         f"Text perplexity: base {text['perplexity_base']:.10f}, trained {text['perplexity_trained']:.10f}; "
-        f"{changed}; logits {'equal to the last bit' if text['logits_bit_equal'] else 'DIFFER'}",
-    ]
-    return "\n".join(lines)
+        f"{changed}; logits {'equal to the last bit' if text['logits_bit_equal'] else 'DIFFER'}"
+    )
+
+
+def read_paragraphs(path: str) -> list[str]:
+    """The paragraphs of a text file of more than 20 characters; ValueError if there are none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--text {path}: {error}") from None
+    found = [p.strip() for p in re.split(r"\n\s*\n", text) if len(p.strip()) > 20]
+    if not found:
+        raise ValueError(f"--text {path}: no paragraph in it")
+    return found
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
@@ -285,6 +300,9 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the figures here as well")
     add("--sheet", metavar="FILE", help="write a sheet of the first 36 pictures here")
     add("--device", default="cpu", help="cpu, cuda, ...")
+    add(
+        "--text", metavar="FILE", help="only compare the text with the base's, on the paragraphs of this file"
+    )
     args = parser.parse_args(args)
     if not 1 <= args.n <= len(all_scenes(held_out=True)):
         raise ValueError(f"--n is {args.n}; there are {len(all_scenes(held_out=True))} held-out combinations")
@@ -306,6 +324,9 @@ def main() -> None:
     trained = load_trained(args.checkpoint, args.base, args.device, vae=args.vae)
     if args.base:
         trained.info["base"] = args.base
+    if args.text:
+        print(text_line(text_report(trained, read_paragraphs(args.text))))
+        return
     config, codec = trained.model.config, trained.codec
     if config.latent_size * codec.patch != 32:
         raise ValueError(

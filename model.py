@@ -304,28 +304,57 @@ def hybrid_mask(query: Tokens, key: Tokens | Cache) -> Tensor:
     return same_document & (causal | same_image)
 
 
+def join(past: Tensor, length: int, new: Tensor) -> Tensor:
+    """Past keys or values, of which the first `length` slots count, and new ones: (B, K, S + N, d).
+
+    Where there is room behind the past (`Cache.reserve`) the new ones are written there; else all is copied.
+    """
+    end = length + new.shape[2]
+    if past.shape[2] < end:
+        return torch.cat((past[:, :, :length], new), dim=2)
+    past[:, :, length:end] = new
+    return past[:, :, :end]
+
+
 @dataclass
 class Cache:
     """Keys and values (B, K, S, d) of each layer for S slots already read, and what the mask needs."""
 
-    k: list[Tensor]
+    k: list[Tensor]  # behind the S slots there may be room for more
     v: list[Tensor]
     image: Tensor  # (B, S), and the next two: in main memory
     position: Tensor  # (B, S)
     document: Tensor  # (B, S)
 
+    @property
+    def length(self) -> int:
+        """S."""
+        return self.position.shape[1]
+
+    @property
+    def room(self) -> int:
+        """How many slots can be added without copying those that are there."""
+        return self.k[0].shape[2] - self.length
+
+    def reserve(self, n: int) -> Cache:
+        """A copy with room for n more slots. What attends to it, or extends it, writes into the room."""
+
+        def grow(x: Tensor) -> Tensor:
+            B, K, _, d = x.shape
+            roomy = x.new_empty(B, K, self.length + n, d)
+            roomy[:, :, : self.length] = x[:, :, : self.length]
+            return roomy
+
+        return dataclasses.replace(self, k=[grow(k) for k in self.k], v=[grow(v) for v in self.v])
+
     def extend(self, new: Cache) -> Cache:
-        """A cache with the slots of `new` behind these; both stay as they are."""
-        join = [torch.cat(pair, dim=2) for pair in zip(self.k + self.v, new.k + new.v, strict=True)]
-        n = len(self.k)
-        return Cache(
-            join[:n],
-            join[n:],
-            *(
-                torch.cat((getattr(self, f), getattr(new, f)), dim=1)
-                for f in ("image", "position", "document")
-            ),
-        )
+        """A cache with the slots of `new` behind these. Without room, both stay as they are."""
+        k = [join(a, self.length, b) for a, b in zip(self.k, new.k, strict=True)]
+        v = [join(a, self.length, b) for a, b in zip(self.v, new.v, strict=True)]
+        if self.room >= new.length:  # then it has been written there
+            k, v = self.k, self.v
+        fields = ("image", "position", "document")
+        return Cache(k, v, *(torch.cat((getattr(self, f), getattr(new, f)), dim=1) for f in fields))
 
     def rows(self, index: Tensor) -> Cache:
         """The sequences `index`, in that order; one may come up several times."""
@@ -500,9 +529,13 @@ class Block(nn.Module):
         self.heads = config.num_attention_heads, config.num_key_value_heads
 
     def forward(
-        self, text: Tensor | None, image: Tensor | None, layout: Layout, past: tuple[Tensor, Tensor] | None
+        self,
+        text: Tensor | None,
+        image: Tensor | None,
+        layout: Layout,
+        past: tuple[Tensor, Tensor, int] | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-        """text (T_text, D) and image (T_image, D), or None; past keys and values (B, K, S, d), or None.
+        """text (T_text, D) and image (T_image, D), or None; past keys, values (B, K, S, d) and S, or None.
 
         Returns both streams after the layer, and this call's own keys and values (B, K, N, d).
         """
@@ -512,8 +545,9 @@ class Block(nn.Module):
             None if image is None else self.image.qkv(image, layout.rope_image),
         )
         q, k_new, v_new = qkv.split((H, K, K), dim=1)
-        k = k_new if past is None else torch.cat((past[0], k_new), dim=2)  # (B, K, S + N, d)
-        v = v_new if past is None else torch.cat((past[1], v_new), dim=2)
+        k, v = k_new, v_new
+        if past is not None:
+            k, v = join(past[0], past[2], k_new), join(past[1], past[2], v_new)  # (B, K, S + N, d)
         attended = layout.attend(q, k, v)  # (B, H, N, d)
         to_text, to_image = layout.split(attended)
         text = None if text is None else self.text.output(text, to_text)
@@ -648,7 +682,7 @@ class LMFusion(nn.Module):
             image = h_in.flatten(0, 1)  # (T_image, D)
         keys, values = [], []
         for i, block in enumerate(self.layers):
-            past = None if cache is None else (cache.k[i], cache.v[i])
+            past = None if cache is None else (cache.k[i], cache.v[i], cache.length)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 text, image, k, v = checkpoint(block, text, image, layout, past, use_reentrant=False)
             else:

@@ -73,7 +73,7 @@ def generate_images(
         """Predicted noise (n, C, h, w), guided."""
         copies = len(rows) // len(x)
         xx, tt = x.repeat(copies, 1, 1, 1), t.repeat(copies)
-        hidden = model.encode(patches, xx, tt, cache)  # the cache stays as it is
+        hidden = model.encode(patches, xx, tt, cache, keep=False)  # the cache stays as it is
         eps = trained.diffusion.eps_from_output(model.unet_output(hidden), xx, tt)
         return eps if copies == 1 else guide(*eps.chunk(2), cfg)
 
@@ -130,6 +130,8 @@ def continue_text(
         ids.append(torch.where(alive, new, -1))
         if not alive.any() or step + 1 == max_tokens:
             break
+        if not cache.room:
+            cache = cache.reserve(min(max_tokens - step, 256))
         hidden = model.encode(Tokens.text(new[:, None], position + step), cache=cache)
         cache, text = cache.extend(hidden.cache), hidden.text
     return [[i for i in row if i >= 0] for row in torch.stack(ids, 1).tolist()] if ids else [[] for _ in text]

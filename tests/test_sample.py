@@ -34,8 +34,8 @@ class Spy:
     def __init__(self, trained: Trained, monkeypatch):
         self.calls, encode = [], trained.model.encode
 
-        def spying(tokens, latents=None, t=None, cache=None):
-            hidden = encode(tokens, latents, t, cache)
+        def spying(tokens, latents=None, t=None, cache=None, keep=True):
+            hidden = encode(tokens, latents, t, cache, keep)
             self.calls.append((tokens, latents, t, cache, hidden))
             return hidden
 
