@@ -1,4 +1,4 @@
-"""How close to the machine's limit, in one process: `python benchmark.py` (on a machine with nothing else to do).
+"""How close to the machine's limit, in one process: `python benchmark.py`, with nothing else running.
 
 step   A training step at the shape of a stock Qwen3's layers: its FLOPs, counted by torch.utils.flop_counter
        on that very step, over its time, against the fastest matrix product this process can do.
@@ -8,12 +8,9 @@ text   Prefill and decode by the frozen language model, against transformers' Qw
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,7 +19,7 @@ import cli
 from checkpoint import check_device
 from data import BEHIND, DROPPED, FIRST, arrange
 from diffusion import Diffusion
-from load_qwen3 import STOCK, known_config, load_qwen3, text_names
+from load_qwen3 import STOCK, known_config, text_names
 from model import LMFusion, Tokens
 from pretrain import init_text
 from sample import continue_text
@@ -192,11 +189,12 @@ def main() -> None:
             r = text_against_transformers(
                 args.stock, args.text_layers, dtype, args.prompt, args.new, args.runs
             )
+            name, ours, theirs = str(dtype).removeprefix("torch."), r["our prefill"], r["their prefill"]
+            our_token, their_token = 1e3 * r["our token"], 1e3 * r["their token"]
             print(
-                f"text, {str(dtype).removeprefix('torch.')}: prefill of {args.prompt} tokens {r['our prefill']:.3f} s, "
-                f"transformers {r['their prefill']:.3f} s ({r['their prefill'] / r['our prefill']:.2f} x); a token "
-                f"{1e3 * r['our token']:.1f} ms, transformers {1e3 * r['their token']:.1f} ms "
-                f"({r['their token'] / r['our token']:.2f} x); logits differ by {r['difference']:.1e}, "
+                f"text, {name}: prefill of {args.prompt} tokens {ours:.3f} s, transformers {theirs:.3f} s "
+                f"({theirs / ours:.2f} x); a token {our_token:.1f} ms, transformers {their_token:.1f} ms "
+                f"({their_token / our_token:.2f} x); logits differ by {r['difference']:.1e}, "
                 f"ids {'agree' if r['agree'] else 'DIFFER'}"
             )
 

@@ -1,24 +1,32 @@
-"""load_qwen3.py: the text half equals transformers' Qwen3, and what does not fit is an error that names it.
+"""load_qwen3.py: the text half equals transformers' Qwen3, Llama and Qwen2; a misfit is an error naming it.
 
-`fixtures/qwen3_*` were written by transformers itself (`fixtures/make_qwen3.py`). Errors are shown on a good
-folder that is broken in one place; `test_an_unbroken_folder_loads` keeps those tests honest.
+`fixtures/qwen3_*`, `llama3_rope` and `qwen2_biases` were written by transformers itself
+(`fixtures/make_qwen3.py`). Errors are shown on a good folder that is broken in one place;
+`test_an_unbroken_folder_loads` keeps those tests honest.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from load_qwen3 import BOI, EOI, fingerprint, load_qwen3, load_tokenizer
-from model import LMFusion, Tokens
+import train
+from data import Recipe, make_batch
+from diffusion import Diffusion
+from load_qwen3 import BOI, EOI, PAIRS, fingerprint, load_qwen3, load_tokenizer
+from model import LMFusion, Tokens, rope_frequencies
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 FOLDERS = ("qwen3_tied", "qwen3_untied_sharded")
+LLAMA, QWEN2 = "llama3_rope", "qwen2_biases"
 IMAGE_SIDE = dict(latent_size=8, unet_channels=(16, 32))  # keeps the U-Net tiny
 
 
@@ -48,7 +56,7 @@ def assert_parity(folder: Path, expected: dict[str, torch.Tensor]) -> None:
         assert greedy(model, expected["ids"], expected["greedy"].shape[1], cached).equal(expected["greedy"])
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", (*FOLDERS, LLAMA, QWEN2))
 def test_logits_and_greedy_ids_equal_those_that_transformers_gave(name):
     assert_parity(FIXTURES / name, load_file(FIXTURES / name / "expected.safetensors"))
 
@@ -72,6 +80,44 @@ def test_the_fixtures_are_hard_enough():
     assert len(list((FIXTURES / "qwen3_untied_sharded").glob("model-*.safetensors"))) == 2
 
 
+@torch.no_grad()
+def logits_without(folder: Path, ids: torch.Tensor, **overrides) -> torch.Tensor:
+    return load_qwen3(folder, **IMAGE_SIDE, **overrides).text_logits(ids)
+
+
+def test_the_llama_fixture_has_pairs_of_all_three_kinds_and_each_kind_matters():
+    """Kept, interpolated and slowed down; a context that is several times the original one."""
+    folder, expected = FIXTURES / LLAMA, load_file(FIXTURES / LLAMA / "expected.safetensors")
+    config = load_qwen3(folder, **IMAGE_SIDE).config
+    assert not config.qk_norm and not config.attention_bias and config.tie_word_embeddings
+    factor, low, high, context = config.rope_scaling
+    turns = context * config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim) / math.tau
+    kinds = [
+        int(x) for x in ((turns > high).sum(), ((turns > low) & (turns < high)).sum(), (turns < low).sum())
+    ]
+    assert kinds == [1, 1, 4] and expected["ids"].shape[1] == 4 * context
+    assert len(expected["greedy"].unique()) > 6
+    for other in (None, (factor, low, 4.0, context), (factor, 0.9, high, context), (factor, low, high, 64)):
+        wrong = logits_without(folder, expected["ids"], rope_scaling=other)
+        assert (wrong - expected["logits"]).abs().amax(-1)[0, context:].min() > 1e-2, other
+
+
+def test_the_qwen2_fixture_has_biases_that_matter():
+    folder, expected = FIXTURES / QWEN2, load_file(FIXTURES / QWEN2 / "expected.safetensors")
+    model = load_qwen3(folder, **IMAGE_SIDE)
+    assert model.config.attention_bias and not model.config.qk_norm and not model.config.tie_word_embeddings
+    biases = [n for n in model.text_parameters() if n.endswith(".bias")]
+    assert len(biases) == 3 * model.config.num_hidden_layers
+    assert len(expected["greedy"].unique()) > 6
+    for name in biases:  # each of them
+        with torch.no_grad():
+            bias = model.get_parameter(name)
+            kept = bias.clone()
+            bias.zero_()
+            assert (model.text_logits(expected["ids"]) - expected["logits"]).abs().max() > 1e-2, name
+            bias.copy_(kept)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", ("one head a key", "all heads on one key", "tied shards"))
 def test_parity_with_transformers_live(tmp_path, monkeypatch, seed, shape):
@@ -90,6 +136,143 @@ def test_parity_with_transformers_live(tmp_path, monkeypatch, seed, shape):
         tmp_path / "q", 100 + seed, hidden_size=32, intermediate_size=40, rms_norm_eps=1e-5, **fields
     )
     assert_parity(tmp_path / "q", expected)
+
+
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=4.0,
+    low_freq_factor=0.5,
+    high_freq_factor=2.5,
+    original_max_position_embeddings=20,
+)
+OTHERS = {
+    "llama as its first version": dict(
+        kind="llama", num_attention_heads=4, num_key_value_heads=4, rope_theta=1e4
+    ),
+    "llama with its own head_dim": dict(
+        kind="llama", num_attention_heads=4, num_key_value_heads=2, head_dim=10, rope_theta=5e5
+    ),
+    "llama 3.1": dict(
+        kind="llama", num_attention_heads=4, num_key_value_heads=1, rope_theta=30.0, rope=LLAMA3, length=70
+    ),
+    "llama 3.1 in tied shards": dict(
+        kind="llama",
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_theta=1e3,
+        rope={**LLAMA3, "factor": 32.0, "high_freq_factor": 4.0},
+        tie_word_embeddings=True,
+        shard_size="50KB",
+        length=50,
+    ),
+    "qwen2": dict(kind="qwen2", num_attention_heads=4, num_key_value_heads=2, rope_theta=1e6),
+    "qwen2 with all heads on one key": dict(
+        kind="qwen2", num_attention_heads=2, num_key_value_heads=1, rope_theta=1e4, tie_word_embeddings=True
+    ),
+    "qwen3 with llama's rope": dict(
+        num_attention_heads=4, num_key_value_heads=2, head_dim=12, rope_theta=50.0, rope=LLAMA3, length=50
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("shape", OTHERS)
+def test_parity_with_transformers_live_on_other_models(tmp_path, monkeypatch, seed, shape):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(FIXTURES))
+    make_qwen3 = pytest.importorskip("make_qwen3")
+    fields = {"hidden_size": 32, "intermediate_size": 40, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+    expected = make_qwen3.make(tmp_path / "q", 200 + seed, **fields | OTHERS[shape])
+    assert_parity(tmp_path / "q", expected)
+
+
+# A real Llama folder (a small one: SmolLM2-135M, say) may be named in the environment.
+NO_LLAMA = pytest.mark.skipif(
+    "LLAMA_FOLDER" not in os.environ, reason="LLAMA_FOLDER names no folder of a real Llama"
+)
+REAL_TEXT = """The tide had gone out overnight, and the harbour lay grey and quiet under a thin rain. Three
+boats leaned against the wall, their ropes slack; a fourth, painted blue in 1962 and never since, had been
+hauled up on the shingle. "She won't float again," said the old man, "not with that hole in her." He counted
+on his fingers: planks, nails, tar, at least 40 hours of work. Where would anyone find the money? Yet every
+evening his granddaughter came down with a lamp, a plane and a notebook, and every evening the hole was a
+little smaller. By the first week of March there was nothing left to repair, so they waited for a spring tide
+(the 21st, by the almanac), greased the rollers, and pushed. The boat moved, stopped, moved again, and then,
+quite suddenly, it"""
+
+
+@NO_LLAMA
+def test_a_real_llama_has_transformers_logits_and_goes_on_with_a_text_like_it():
+    transformers = pytest.importorskip("transformers")
+    folder = os.environ["LLAMA_FOLDER"]
+    model, tokenizer = load_qwen3(folder, **IMAGE_SIDE), load_tokenizer(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([tokenizer.encode(REAL_TEXT, add_special_tokens=False).ids])
+    assert tokenizer.decode(ids[0].tolist()) == REAL_TEXT and ids.shape[1] > 150
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (model.text_logits(ids) - expected).abs().max() < 1e-3
+        answer = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=60,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    assert greedy(model, ids, 60, cached=True).equal(answer[:, ids.shape[1] :])
+    # it is a real model, whose text the names of its tensors fit
+    assert torch.nn.functional.cross_entropy(expected[0, :-1], ids[0, 1:]) < 5
+
+
+def train_image_side(model: LMFusion, captions: list[list[int]], steps: int) -> list[float]:
+    """AdamW on the image side alone, on random latents; returns the losses."""
+    generator, rng, c = torch.Generator().manual_seed(0), random.Random(0), model.config
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1
+    )
+    diffusion, history = Diffusion(1.0, "eps"), []
+    for _ in range(steps):
+        latents = torch.randn(
+            len(captions), c.latent_channels, c.latent_size, c.latent_size, generator=generator
+        )
+        batch = make_batch(captions, latents, Recipe(caption_first=0.5), c, rng)
+        noise = train.draw_noise(latents.shape, generator)
+        out = train.losses(model, diffusion, batch, train.CONFIGS["small"], noise)
+        (out["loss"] + out.get("draw_loss", 0.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(out["ddpm_loss"].item())
+    return history
+
+
+def check_text_stays(folder: Path, ids: torch.Tensor, captions: list[list[int]], steps: int) -> None:
+    model = load_qwen3(folder, **IMAGE_SIDE)
+    with torch.no_grad():
+        logits = model.text_logits(ids)
+    text = {n: p.detach().clone() for n, p in model.text_parameters().items()}
+    image = {n: p.detach().clone() for n, p in model.image_parameters().items()}
+    losses = train_image_side(model, captions, steps)
+    assert all(map(math.isfinite, losses))
+    assert all(not torch.equal(p, image[n]) for n, p in model.image_parameters().items())
+    assert all(torch.equal(p, text[n]) for n, p in model.text_parameters().items())
+    with torch.no_grad():
+        assert torch.equal(model.text_logits(ids), logits)
+
+
+@pytest.mark.slow
+@NO_LLAMA
+def test_fifty_steps_of_image_training_leave_a_real_llamas_text_alone():
+    folder = Path(os.environ["LLAMA_FOLDER"])
+    tokenizer = load_tokenizer(folder)
+    ids = torch.tensor([tokenizer.encode(REAL_TEXT, add_special_tokens=False).ids])
+    captions = [tokenizer.encode(x).ids for x in ("a boat on the shingle", "a lamp, a plane and a notebook")]
+    check_text_stays(folder, ids, captions, steps=50)
+
+
+@pytest.mark.parametrize("name", (LLAMA, QWEN2))
+def test_image_training_leaves_the_text_of_other_models_alone(name):
+    ids = torch.randint(288, (2, 20), generator=torch.Generator().manual_seed(0))
+    check_text_stays(FIXTURES / name, ids, [[5, 6, 7], [8, 9, 10, 11]], steps=4)
 
 
 # ---- what comes out ----
@@ -229,6 +412,234 @@ def test_a_tokenizer_reads_back_what_it_wrote_and_keeps_special_tokens_whole(tmp
         tokenizer.token_to_id(BOI),
         tokenizer.token_to_id(EOI),
     ]
+
+
+# ---- Llama and Qwen2 ----
+
+
+def copy_fixture(name: str, folder: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / name, folder))
+
+
+def test_a_llama_without_head_dim_takes_its_share_of_the_hidden_size(tmp_path):
+    folder, expected = copy_fixture(LLAMA, tmp_path / "q"), FIXTURES / LLAMA / "expected.safetensors"
+    assert json.loads((folder / "config.json").read_text())["head_dim"] == 12
+    for value in (REMOVED, None):
+        edit(folder, head_dim=value)
+        assert load_qwen3(folder, **IMAGE_SIDE).config.head_dim == 24 // 2
+        assert_parity(folder, load_file(expected))
+
+
+def test_a_qwen3_without_head_dim_has_128(tmp_path, write_qwen3):
+    folder = write_qwen3(tmp_path / "q", head_dim=128, num_hidden_layers=1)
+    edit(folder, head_dim=REMOVED)
+    assert load_qwen3(folder, **IMAGE_SIDE).config.head_dim == 128
+
+
+def test_a_llama_without_a_number_of_key_heads_has_one_for_each_head(tmp_path):
+    folder = copy_fixture(LLAMA, tmp_path / "q")
+    edit(folder, num_key_value_heads=REMOVED)
+    assert_refused(folder, "k_proj", "(24, 24)")
+
+
+def test_llama3s_rope_is_read_where_transformers_4_writes_it(tmp_path):
+    folder = copy_fixture(LLAMA, tmp_path / "q")
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    theta = rope.pop("rope_theta")
+    for form in (rope, {"type": rope["rope_type"], **{k: v for k, v in rope.items() if k != "rope_type"}}):
+        edit(folder, rope_parameters=REMOVED, rope_theta=theta, rope_scaling=form)
+        assert load_qwen3(folder, **IMAGE_SIDE).config.rope_scaling == (8.0, 1.0, 2.0, 16)
+        assert_parity(folder, load_file(folder / "expected.safetensors"))
+
+
+def test_llama3s_rope_is_that_of_the_published_code(make_config):
+    """Llama 3.1 8B's own numbers, in the words of its authors."""
+    config = make_config(head_dim=128, rope_theta=5e5, rope_scaling=(8.0, 1.0, 4.0, 8192))
+    kinds, expected = [0, 0, 0], []
+    for i in range(64):
+        frequency = 5e5 ** (-2 * i / 128)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            kinds[0] += 1
+        elif wavelength > 8192 / 1:
+            kinds[2] += 1
+            frequency /= 8
+        else:
+            kinds[1] += 1
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            frequency = (1 - smooth) * frequency / 8 + smooth * frequency
+        expected.append(frequency)
+    assert min(kinds) > 5
+    torch.testing.assert_close(rope_frequencies(config), torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+def test_qwen2s_biases_are_copied_into_the_image_experts_which_use_and_train_their_own():
+    model = load_qwen3(FIXTURES / QWEN2, **IMAGE_SIDE)
+    stored = load_file(FIXTURES / QWEN2 / "model.safetensors")
+    tokens = Tokens.rows([[7, model.config.boi_id, -1, model.config.eoi_id]], model.config.num_patches)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(12).view(2, 6)
+
+    @torch.no_grad()
+    def outputs() -> tuple[torch.Tensor, torch.Tensor]:
+        return model.encode(tokens, latents, torch.tensor([5])).image, model.text_logits(ids)
+
+    image, logits = outputs()
+    for i, block in enumerate(model.layers):
+        for x in "qkv":
+            text, own = (getattr(e.self_attn, f"{x}_proj").bias for e in (block.text, block.image))
+            assert (
+                torch.equal(text, stored[f"model.layers.{i}.self_attn.{x}_proj.bias"])
+                and text.abs().min() > 0
+            )
+            assert torch.equal(text, own) and text.data_ptr() != own.data_ptr()
+            assert own.requires_grad and not text.requires_grad
+            with torch.no_grad():
+                kept = own.clone()
+                own.add_(torch.linspace(-1, 1, len(own)))
+                changed, same = outputs()
+                own.copy_(kept)
+            assert (changed - image).abs().max() > 1e-3 and torch.equal(same, logits), (i, x)
+        assert block.text.self_attn.o_proj.bias is None
+
+
+@pytest.mark.parametrize("value", (True, False))
+def test_qwen2_has_its_biases_whatever_the_config_says(tmp_path, value):
+    folder = copy_fixture(QWEN2, tmp_path / "q")
+    edit(folder, attention_bias=value)
+    assert_parity(folder, load_file(folder / "expected.safetensors"))
+
+
+def test_a_qwen2_without_a_bias_and_a_llama_with_one_are_refused_by_that_tensor(tmp_path):
+    name = "model.layers.1.self_attn.v_proj.bias"
+    qwen2, llama = copy_fixture(QWEN2, tmp_path / "q"), copy_fixture(LLAMA, tmp_path / "l")
+    edit_tensors(qwen2, lambda x: x.pop(name))
+    assert_refused(qwen2, name, "missing")
+    edit_tensors(llama, lambda x: x.update({name: torch.zeros(12)}))
+    assert_refused(llama, name)
+    llama = copy_fixture(LLAMA, tmp_path / "norm")
+    edit_tensors(llama, lambda x: x.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(12)}))
+    assert_refused(llama, "q_norm")
+
+
+ROPE3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0) | {
+    "original_max_position_embeddings": 64
+}
+REFUSED_OF_OTHERS = [
+    (LLAMA, "attention_bias", True, ()),
+    (LLAMA, "mlp_bias", True, ()),
+    (QWEN2, "mlp_bias", True, ()),
+    (LLAMA, "model_type", "mistral", ("qwen3", "llama", "qwen2")),
+    (QWEN2, "use_sliding_window", True, ()),
+    (QWEN2, "layer_types", ["full_attention", "sliding_attention"], ()),
+    (LLAMA, "hidden_act", "gelu", ()),
+    (LLAMA, "rope_scaling", {"rope_type": "linear", "factor": 2.0}, ("linear", "llama3")),
+    (LLAMA, "rope_scaling", {"type": "dynamic", "factor": 2.0}, ("dynamic",)),
+    (LLAMA, "rope_parameters", {"rope_type": "yarn", "factor": 2.0}, ("yarn",)),
+    (
+        QWEN2,
+        "rope_scaling",
+        {"rope_type": "longrope", "short_factor": [1], "long_factor": [2]},
+        ("longrope",),
+    ),
+    (LLAMA, "rope_scaling", ["llama3"], ()),
+    *[
+        (LLAMA, place, {**ROPE3, field: value}, ("factor", "original_max_position_embeddings"))
+        for place, field, value in [
+            ("rope_scaling", "factor", None),
+            ("rope_scaling", "factor", 0),
+            ("rope_scaling", "factor", "8"),
+            ("rope_scaling", "factor", True),
+            ("rope_parameters", "factor", math.nan),
+            ("rope_parameters", "low_freq_factor", -1.0),
+            ("rope_parameters", "low_freq_factor", 4.0),
+            ("rope_scaling", "high_freq_factor", 0.5),
+            ("rope_scaling", "high_freq_factor", None),
+            ("rope_parameters", "original_max_position_embeddings", 0),
+            ("rope_scaling", "original_max_position_embeddings", [64]),
+        ]
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "words"),
+    REFUSED_OF_OTHERS,
+    ids=[f"{n}: {f}={v}" for n, f, v, _ in REFUSED_OF_OTHERS],
+)
+def test_a_llama_or_qwen2_that_is_not_built_is_refused_by_field(tmp_path, name, field, value, words):
+    folder = copy_fixture(name, tmp_path / "q")
+    edit(folder, **{field: value})
+    assert_refused(folder, "config.json", field, *words)
+
+
+def test_llama3_with_good_numbers_in_either_place_is_not_refused(tmp_path):
+    for place in ("rope_scaling", "rope_parameters"):
+        folder = copy_fixture(LLAMA, tmp_path / place)
+        edit(folder, rope_parameters=REMOVED)
+        edit(folder, **{place: ROPE3})
+        assert load_qwen3(folder, **IMAGE_SIDE).config.rope_scaling == (8.0, 1.0, 4.0, 64)
+
+
+# ---- which tokens stand around an image ----
+
+
+def with_tokens(folder: Path, *tokens: str, plain: tuple[str, ...] = ()) -> Path:
+    """The folder's tokenizer with these special tokens, in this order from 256 + 8 on, and no other; and with
+    `plain` ones, which are added tokens but not special."""
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    form = raw["added_tokens"][0]
+    raw["added_tokens"] = [
+        {**form, "id": 264 + i, "content": token, "special": token in tokens}
+        for i, token in enumerate((*tokens, *plain))
+    ]
+    path.write_text(json.dumps(raw))
+    return folder
+
+
+LLAMA_PAIR, SMOL_PAIR = PAIRS[1], PAIRS[2]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pair"),
+    [
+        ((BOI, EOI), PAIRS[0]),
+        (LLAMA_PAIR, LLAMA_PAIR),
+        (SMOL_PAIR, SMOL_PAIR),
+        ((*SMOL_PAIR, *LLAMA_PAIR, EOI, BOI), PAIRS[0]),  # the first of PAIRS, whatever the order of the ids
+        ((*SMOL_PAIR, *LLAMA_PAIR), LLAMA_PAIR),
+        ((BOI, *LLAMA_PAIR), LLAMA_PAIR),  # half a pair does not count where there is a whole one
+        ((EOI, LLAMA_PAIR[0], *SMOL_PAIR), SMOL_PAIR),
+    ],
+    ids=str,
+)
+def test_the_first_pair_of_special_tokens_stands_around_an_image(tmp_path, tokens, pair):
+    assert len(PAIRS) == 3 and PAIRS[0] == (BOI, EOI)
+    config = load_qwen3(with_tokens(copy_fixture(LLAMA, tmp_path / "q"), *tokens), **IMAGE_SIDE).config
+    assert (config.boi_id, config.eoi_id) == tuple(264 + tokens.index(token) for token in pair)
+
+
+@pytest.mark.parametrize(("there", "missing"), ((BOI, EOI), (EOI, BOI)))
+def test_half_a_pair_names_the_half_that_is_missing_beside_the_one_that_is_there(tmp_path, there, missing):
+    folder = with_tokens(copy_fixture(LLAMA, tmp_path / "q"), there, LLAMA_PAIR[1], SMOL_PAIR[0])
+    assert_refused(folder, "tokenizer.json", f"no special token {missing} beside {there}")
+
+
+@pytest.mark.parametrize("tokens", ((), ("<|endoftext|>",), (LLAMA_PAIR[0], SMOL_PAIR[1])), ids=str)
+def test_without_any_pair_all_of_them_are_named(tmp_path, tokens):
+    folder = with_tokens(copy_fixture(LLAMA, tmp_path / "q"), *tokens)
+    assert_refused(folder, "tokenizer.json", BOI, *LLAMA_PAIR, *SMOL_PAIR)
+
+
+def test_a_token_that_is_there_but_not_special_does_not_count(tmp_path):
+    folder = with_tokens(copy_fixture(LLAMA, tmp_path / "a"), *SMOL_PAIR, plain=(BOI, EOI, *LLAMA_PAIR))
+    config = load_qwen3(folder, **IMAGE_SIDE).config
+    assert (config.boi_id, config.eoi_id) == (264, 265)
+    folder = with_tokens(copy_fixture(LLAMA, tmp_path / "b"), BOI, plain=(EOI,))
+    assert_refused(folder, f"no special token {EOI} beside {BOI}")
+    folder = with_tokens(copy_fixture(LLAMA, tmp_path / "c"), plain=(BOI, EOI, *LLAMA_PAIR, *SMOL_PAIR))
+    assert_refused(folder, BOI, *LLAMA_PAIR, *SMOL_PAIR)
 
 
 # ---- what is refused ----

@@ -7,12 +7,15 @@ is a list of token ids in which IMAGE stands for one whole image, as in `Tokens.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -23,12 +26,14 @@ from model import (
     PAD,
     Cache,
     Hidden,
+    Layout,
     LMFusion,
     ModelConfig,
     RMSNorm,
     Tokens,
     attention,
     hybrid_mask,
+    make_block_mask,
     replace,
 )
 from unet import UNetDown, UNetUp
@@ -889,7 +894,578 @@ def test_attention_has_the_gradients_of_torchs(monkeypatch):
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
-# ---- (8) what is refused, what stays frozen ----
+# ---- (8) packing, and the forms of the mask ----
+
+
+def assert_same_tokens(a: Tokens, b: Tokens) -> None:
+    for name in vars(a):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+@pytest.mark.parametrize("num_patches", (1, 4))
+def test_one_document_a_row_packed_is_rows(num_patches):
+    for rows in (RAGGED, [STORY], [[], [5]], [[IMAGE], [5, 6]], [[]]):
+        packed = Tokens.packed([[row] for row in rows], num_patches)
+        assert_same_tokens(packed, Tokens.rows(rows, num_patches))
+        n = len(rows)
+        start, before = list(range(3, 3 + n)), list(range(n))
+        packed = Tokens.packed([[r] for r in rows], num_patches, [[x] for x in start], before)
+        assert_same_tokens(packed, Tokens.rows(rows, num_patches, start, before))
+
+
+def test_packed_lays_documents_out_as_documented():
+    tokens = Tokens.packed(
+        [[[5, IMAGE], [IMAGE, IMAGE, 6], [7]], [[8, 9]], [[], [IMAGE], []]],
+        num_patches=2,
+        start=[[0, 10, 3], [4], [0, 6, 0]],
+        images_before=[0, 1, 2],
+    )
+    gone = [PAD] * 7
+    assert tokens.ids.tolist() == [[5, -1, -1, -1, -1, -1, -1, 6, 7], [8, 9, *gone], [-1, -1, *gone]]
+    assert tokens.image.tolist() == [[0, 1, 1, 1, 1, 2, 2, 0, 0], [0] * 9, [3, 3] + [0] * 7]
+    assert tokens.position[0].tolist() == [0, 1, 2, 10, 11, 12, 13, 14, 3]
+    assert tokens.position[1].tolist() == list(range(4, 13)) and tokens.position[2, :2].tolist() == [6, 7]
+    assert tokens.document.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 2], [0, 0] + [-1] * 7, [1, 1] + [-1] * 7]
+
+
+def test_packed_equals_a_loop_over_the_documents():
+    rng = random.Random(0)
+    for _ in range(50):
+        documents = [random_document(rng) for _ in range(rng.randint(1, 5))]
+        width = sum(map(len, documents)) + 2 * sum(map(count_images, documents)) + rng.randint(0, 3)
+        tokens = Tokens.packed([documents, [[5] * width]], 3)
+        one, loop = Tokens(*(getattr(tokens, f)[:1] for f in vars(tokens))), pack(documents, 3, width, True)
+        assert torch.equal(one.ids, loop.ids) and torch.equal(one.document, loop.document)
+        assert torch.equal(one.image, loop.image)
+        real = loop.document >= 0
+        assert torch.equal(one.position[real], loop.position[real])
+        assert torch.equal(hybrid_mask(one, one)[0], brute_force_mask(documents, 3, width))
+
+
+def random_document(rng: random.Random, text: int = 4) -> list[int]:
+    """Text and images in any order, images side by side as well, text before, between and behind."""
+    pieces = [[IMAGE], [BOI, IMAGE, EOI], [IMAGE, IMAGE]]
+    out: list[int] = []
+    for _ in range(rng.randint(0, 4)):
+        out += rng.choice(pieces) if rng.random() < 0.5 else [rng.randint(4, 60)] * rng.randint(1, text)
+    return out or [rng.choice((IMAGE, 7))]
+
+
+Parts = list[list[list[list[int]]]]  # what is read in each part: rows of documents
+
+
+def lay_out(parts: Parts, num_patches: int) -> list[Tokens]:
+    """Parts that are read one after another, each against a cache of those before; documents go on."""
+    rows = range(len(parts[0]))
+    start = [[0] * len(documents) for documents in parts[0]]
+    images, out = [0 for _ in rows], []
+    for part in parts:
+        out.append(Tokens.packed(part, num_patches, [list(x) for x in start], list(images)))
+        for r in rows:
+            for d, document in enumerate(part[r]):
+                start[r][d] += len(document) + (num_patches - 1) * count_images(document)
+            images[r] += max(map(count_images, part[r]))  # above every number that was given
+    return out
+
+
+def cut_documents(rows: list[list[list[int]]], rng: random.Random, cuts: int) -> Parts:
+    """Every document cut in `cuts` + 1 parts, at random places; some parts are empty, but not in all rows."""
+    parts: Parts = [[] for _ in range(cuts + 1)]
+    for documents in rows:
+        each = []
+        for document in documents:
+            at = sorted(rng.choices(range(len(document) + 1), k=cuts))
+            each.append([document[a:b] for a, b in zip([0, *at], [*at, len(document)], strict=True)])
+        for i, part in enumerate(parts):
+            part.append([pieces[i] for pieces in each])
+    return [part for part in parts if any(document for row in part for document in row)]
+
+
+def random_parts(rng: random.Random, text: int = 4) -> Parts:
+    rows = [[random_document(rng, text) for _ in range(rng.randint(1, 4))] for _ in range(rng.randint(1, 3))]
+    return cut_documents(rows, rng, rng.choice((0, 0, 1, 2, 3)))
+
+
+def with_cache(tokens: Tokens, past: list[Tokens]) -> Tokens:
+    """All that `tokens` may look at: what a cache of `past` holds, and themselves."""
+    fields = ("image", "position", "document")
+    return Tokens(None, *(torch.cat([getattr(x, f) for x in (*past, tokens)], 1) for f in fields))
+
+
+def cache_of(past: list[Tokens]) -> Cache | None:
+    if not past:
+        return None
+    joined = with_cache(past[-1], past[:-1])
+    return Cache([], [], joined.image, joined.position, joined.document)
+
+
+def assert_mask(found: Tensor, tokens: Tokens, key: Tokens) -> None:
+    """`found` (B, N, S) is the hybrid mask wherever a token stands; padding sees padding alone, and some."""
+    wanted = hybrid_mask(tokens, key)
+    real = tokens.document >= 0
+    assert torch.equal(found[real], wanted[real])
+    assert (
+        found.any(2).all()
+        and not found[~real][:, :].logical_and((key.document >= 0)[:, None].expand_as(found)[~real]).any()
+    )
+
+
+def dense_of_segments(layout: Layout, N: int, S: int) -> Tensor:
+    """The booleans (B, N, S) that a layout's segments stand for."""
+    out = torch.zeros(len(layout.segments), N, S, dtype=torch.bool)
+    for row, (query_runs, key_runs, segments) in enumerate(layout.segments):
+        assert sum(query_runs) == N and sum(key_runs) == S and len(segments) == len(query_runs)
+        columns = torch.arange(S).split(key_runs)
+        begin = 0
+        for n, part in zip(query_runs, segments, strict=True):
+            seen = torch.cat([columns[j] for j in part.keys])
+            assert not (part.causal and part.mask is not None)
+            inside = torch.ones(n, len(seen), dtype=torch.bool)
+            if part.causal:
+                assert len(seen) == n
+                inside = inside.tril()
+            elif part.mask is not None:
+                assert part.mask.shape == (1, 1, *inside.shape)
+                inside = part.mask[0, 0]
+            out[row, begin : begin + n, seen] = inside
+            begin += n
+    return out
+
+
+def dense_of_blocks(mask: BlockMask, N: int, S: int) -> Tensor:
+    """The booleans (B, N, S) that FlexAttention makes of a block mask: all of a full block, `mask_mod` in a
+    partial one, nothing elsewhere."""
+    B, (height, width) = mask.shape[0], mask.BLOCK_SIZE
+    rows, columns = -(-N // height), -(-S // width)
+    inside = torch.zeros(B, rows * height, columns * width, dtype=torch.bool)
+    fine = torch.zeros_like(inside)
+    fine[:, :N, :S] = create_mask(mask.mask_mod, B, None, N, S, device="cpu")[:, 0]
+    for kind, counts, indices in (
+        ("partial", mask.kv_num_blocks, mask.kv_indices),
+        ("full", mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        for b in range(B):
+            for i in range(rows):
+                for j in indices[b, 0, i, : counts[b, 0, i]].tolist():
+                    block = b, slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width)
+                    inside[block] = fine[block] if kind == "partial" else True
+    return inside[:, :N, :S]
+
+
+def layouts(seed: int, n: int, P: int, text: int):
+    """Every step of reading n random things: (tokens, what they may look at, the cache)."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        steps = lay_out(random_parts(rng, text), P)
+        for i, tokens in enumerate(steps):
+            yield tokens, with_cache(tokens, steps[:i]), cache_of(steps[:i])
+
+
+@pytest.mark.parametrize(("P", "text"), ((1, 2), (4, 4), (16, 30)))
+def test_segments_stand_for_the_hybrid_mask_whatever_the_layout(make_config, monkeypatch, P, text):
+    config, seen = make_config(), Counter()
+    monkeypatch.setattr(model_file, "DENSE", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_file, "hybrid_mask", None)  # not called
+        found = [(x, Layout(x[0], x[2], config, torch.device("cpu"))) for x in layouts(P, 100, P, text)]
+    for (tokens, key, cache), layout in found:
+        (B, N), S = tokens.ids.shape, key.document.shape[1]
+        assert layout.mask is None and layout.block_mask is None
+        if layout.segments is not None:
+            dense = dense_of_segments(layout, N, S)
+            for query_runs, _, segments in layout.segments:
+                for n, part in zip(query_runs, segments, strict=True):
+                    past = part.mask is not None and part.mask.shape[3] > n
+                    assert part.mask is None or past  # no mask for an image, or for text with no past
+        else:
+            dense = torch.ones(B, N, S, dtype=torch.bool)
+            dense = dense.tril() if layout.causal else dense
+        seen["causal" if layout.causal else "segments" if layout.segments else "none"] += 1
+        seen["cached", layout.segments is not None] += cache is not None
+        assert_mask(dense, tokens, key)
+    assert min(seen["causal"], seen["none"], seen["cached", True]) > 2 and seen["segments"] > 50, seen
+
+
+@pytest.mark.parametrize(("P", "text"), ((1, 2), (4, 4), (16, 30)))
+def test_short_sequences_take_the_hybrid_mask_or_a_cheaper_form_of_it(make_config, P, text):
+    config, seen = make_config(), Counter()
+    for tokens, key, cache in layouts(10 + P, 100, P, text):
+        layout = Layout(tokens, cache, config, torch.device("cpu"))
+        assert layout.segments is None and layout.block_mask is None
+        wanted = hybrid_mask(tokens, key)
+        if layout.mask is not None:
+            assert torch.equal(layout.mask[:, 0], wanted) and not wanted.all() and not layout.causal
+        elif layout.causal:
+            assert torch.equal(wanted, torch.ones_like(wanted).tril())
+        else:
+            assert wanted.all()
+        seen["mask" if layout.mask is not None else "causal" if layout.causal else "none"] += 1
+    assert seen["mask"] > 50 and min(seen["causal"], seen["none"]) > 2, seen
+
+
+@pytest.mark.parametrize(("P", "text"), ((4, 60), (64, 60), (100, 200)))
+def test_the_block_mask_is_the_hybrid_mask_whatever_the_layout(P, text):
+    """Blocks are 128 x 128: most layouts end inside one, some have full and empty ones."""
+    seen = Counter()
+    for tokens, key, cache in layouts(20 + P, 25, P, text):
+        mask = make_block_mask(tokens, key, torch.device("cpu"))
+        N, S = tokens.ids.shape[1], key.document.shape[1]
+        assert tuple(mask.shape) == (len(tokens.ids), 1, N, S)
+        assert torch.equal(dense_of_blocks(mask, N, S), hybrid_mask(tokens, key))
+        seen["ends inside a block"] += N % 128 > 0
+        seen["several blocks"] += min(N, S) > 128
+        seen["full"] += int(mask.full_kv_num_blocks.sum())
+        seen["skipped"] += mask.sparsity() > 0
+        seen["cached"] += cache is not None
+    assert min(seen["ends inside a block"], seen["cached"]) > 5, seen
+    if P == 100:
+        assert min(seen["several blocks"], seen["full"], seen["skipped"]) > 5, seen
+
+
+# the same mask, written out in full; the cheapest form there is; segments; FlexAttention
+FORMS = ("full", "chosen", "segments", "segments, short", "flex")
+
+
+def force(patch: pytest.MonkeyPatch, form: str) -> None:
+    """Give every Layout the mask in this form. "segments": as the code itself chooses it for long rows, and
+    with the kernel it uses there; "segments, short": wherever the code would write out a mask.
+    """
+    if form == "segments":
+        patch.setattr(model_file, "DENSE", 0)
+    if form in ("full", "flex", "segments, short"):
+
+        def choose_mask(self, tokens, cache, device):
+            self.causal, self.mask, self.block_mask, self.segments = False, None, None, None
+            key = tokens if cache is None else with_cache(tokens, [cache])
+            if form == "full":
+                self.mask = hybrid_mask(tokens, key)[:, None]
+            elif form == "flex":
+                self.block_mask = make_block_mask(tokens, key, device)
+            else:
+                self.make_segments(tokens, key)
+
+        patch.setattr(Layout, "choose_mask", choose_mask)
+        patch.setattr(model_file, "compiled_flex", lambda: flex_attention)
+
+
+@dataclass
+class Reading:
+    """What a model made of parts read one after another."""
+
+    features: list[Tensor] = field(default_factory=list)  # (B, N, D) of each part
+    keys: list[Tensor] = field(default_factory=list)  # and values, of each part and layer, without padding
+    loss: Tensor | float = 0.0  # some number that depends on all of it
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.features, *self.keys]
+
+
+def read(model: LMFusion, parts: Parts, seed: int = 0) -> Reading:
+    P, out, cache = model.config.num_patches, Reading(), None
+    images = sum(count_images(document) for part in parts for row in part for document in row)
+    latents, t = draw(model, images, seed)
+    generator, first = torch.Generator().manual_seed(seed), 0
+    for tokens in lay_out(parts, P):
+        here = slice(first, first := first + int((tokens.ids == IMAGE).sum()) // P)
+        hidden = model.encode(tokens, latents[here], t[here], cache)
+        slots = to_slots(hidden, tokens)
+        out.features.append(slots)
+        real = (tokens.document >= 0)[:, None, :, None]
+        out.keys += [x * real for x in (*hidden.cache.k, *hidden.cache.v)]
+        weight = torch.randn(slots.shape, generator=generator).to(slots)
+        out.loss = out.loss + (weight * slots).sum()
+        if hidden.image is not None:
+            out.loss = out.loss + model.unet_output(hidden).square().mean()
+        cache = hidden.cache if cache is None else cache.extend(hidden.cache)
+    return out
+
+
+DOCUMENTS = [[5, BOI, IMAGE, EOI, 6], [7, 8, BOI, IMAGE, IMAGE], [IMAGE], [9, 10, 11], [IMAGE, 12]]
+LAYOUTS: dict[str, Parts] = {
+    "text": [[[[5, 6, 7, 8]]]],
+    "ragged text": [[[[5, 6, 7, 8]], [[9]]]],
+    "an image alone": [[[[IMAGE]], [[IMAGE]]]],
+    "a token alone": [[[[5]]]],
+    "a story": [[[STORY]]],
+    "ragged": [[[row] for row in RAGGED]],
+    "packed": [[DOCUMENTS]],
+    "packed, ragged": [[DOCUMENTS[:2], DOCUMENTS[2:], [STORY]]],
+    "packed images": [[[[IMAGE]] * 3, [[IMAGE], [IMAGE, IMAGE]]]],
+    "packed text": [[[[5, 6], [7, 8, 9], [10]], [[11]]]],
+    "prefix, rest": [[[[5, 6, BOI]], [[7, BOI]]], [[[IMAGE, EOI, 8]], [[IMAGE]]]],
+    "packed prefix, packed rest": [
+        [[[5, 6, BOI], [BOI]], [[7, BOI], [8, 9, 10, BOI], [BOI]]],
+        [[[IMAGE, EOI, 8], [IMAGE]], [[IMAGE, IMAGE], [IMAGE, EOI, 11, IMAGE], [IMAGE]]],
+    ],
+    "prefix, image, text, image": [[[[5, 6, BOI]]], [[[IMAGE]]], [[[EOI, 7, BOI]]], [[[IMAGE]]]],
+    "token by token": [[[[5, 6]]], [[[7]]], [[[IMAGE]]], [[[8]]], [[[9]]]],
+    "text behind text": [[[[5, 6]], [[7, 8]]], [[[9, 10, 11]], [[12, 13, 14]]]],
+    "packed text behind packed text": [[[[5, 6], [7]]], [[[9, 10], [12, 13, 14]]], [[[15], [16]]]],
+    "documents that pause": [
+        [[[5], [6, IMAGE]], [[], [7]]],
+        [[[IMAGE, 8], []], [[IMAGE], [IMAGE, 9]]],
+        [[[], [10, 11]], [[12], []]],
+    ],
+}
+
+
+@pytest.mark.parametrize("separation", ("deep", "none"))
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_all_forms_of_the_mask_give_the_same_features_keys_and_values(make_model, name, form, separation):
+    model = make_model(dtype=torch.float64, separation=separation)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        force(patch, "full")
+        expected = read(model, LAYOUTS[name]).tensors()
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        force(patch, form)
+        for found, wanted in zip(read(model, LAYOUTS[name]).tensors(), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+def gradients(model: LMFusion, parts: Parts) -> dict[str, Tensor]:
+    read(model, parts).loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == wanted.keys() and len(wanted) > 20
+    for name, x in wanted.items():
+        assert (found[name] - x).abs().max() <= tolerance * x.abs().max().clamp(min=1e-3), name
+
+
+GRADIENT_LAYOUTS = [n for n, parts in LAYOUTS.items() if "image" in n or IMAGE in sum(sum(parts[-1], []), [])]
+
+
+@pytest.mark.parametrize("frozen", (True, False), ids=("frozen text", "trained text"))
+@pytest.mark.parametrize("form", ("chosen", "segments", "segments, short"))
+@pytest.mark.parametrize("name", (*GRADIENT_LAYOUTS, "documents that pause"))
+def test_all_forms_of_the_mask_give_the_same_gradients(make_model, name, form, frozen):
+    model = make_model(dtype=torch.float64, num_hidden_layers=2)
+    model.freeze_text(frozen)
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, "full")
+        expected = gradients(model, LAYOUTS[name])
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, form)
+        assert_same_gradients(gradients(model, LAYOUTS[name]), expected, 1e-5)
+
+
+@torch.no_grad()
+def test_all_forms_of_the_mask_agree_on_random_layouts_in_float32(make_model):
+    model, rng = make_model(num_hidden_layers=2), random.Random(0)
+    for seed in range(12):
+        parts, found = random_parts(rng), {}
+        for form in FORMS:
+            with pytest.MonkeyPatch.context() as patch:
+                force(patch, form)
+                found[form] = read(model, parts, seed).tensors()
+        for form in FORMS[1:]:
+            for a, b in zip(found[form], found["full"], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)  # features are of the order of 10
+
+
+def changed_document(which: int, how: str) -> tuple[Parts, Tensor]:
+    """DOCUMENTS in two rows with one changed, and which of the images are its."""
+    documents = [list(x) for x in DOCUMENTS]
+    if how == "other ids":
+        documents[which] = [i if i == IMAGE else (i + 17) % 60 for i in documents[which]]
+    owners = [d for d, document in enumerate(DOCUMENTS) for _ in range(count_images(document))]
+    return [[documents[:3], documents[3:]]], torch.tensor(owners) == which
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("how", ("other ids", "other latents", "nan"))
+@pytest.mark.parametrize("which", range(len(DOCUMENTS)))
+def test_what_stands_in_a_document_changes_no_bit_of_its_neighbours(
+    make_model, monkeypatch, form, how, which
+):
+    if how == "nan" and form != "segments":
+        pytest.skip("0 * nan is nan where a mask is only added to the scores")
+    model = make_model(num_hidden_layers=2)
+    force(monkeypatch, form)
+    parts, mine = changed_document(which, how)
+    if how != "other ids" and not mine.any():
+        return
+    tokens = lay_out(parts, model.config.num_patches)[0]
+    own = torch.zeros(tokens.ids.shape, dtype=torch.bool)
+    row, number = (0, which) if which < 3 else (1, which - 3)
+    own[row] = tokens.document[row] == number
+    latents, t = draw(model, len(mine))
+    before_tokens = lay_out(changed_document(which, "")[0], model.config.num_patches)[0]
+    before = to_slots(model.encode(before_tokens, latents, t), before_tokens)
+    if how != "other ids":
+        latents = latents.clone()
+        latents[mine] = torch.nan if how == "nan" else latents[mine] + 1
+    after = to_slots(model.encode(tokens, latents, t), tokens)
+    assert torch.equal(after[~own], before[~own]) and before[~own].isfinite().all()
+    if how != "other ids" or any(i != IMAGE for i in DOCUMENTS[which]):
+        assert not torch.equal(after[own], before[own])
+
+
+class Sizes(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.operation = 0, None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and x.numel() > self.largest:
+                self.largest, self.operation = x.numel(), func
+        return out
+
+
+LONG = {
+    "packed": [[7, 8, 9, BOI, IMAGE], [BOI, IMAGE, EOI, 10, 11, 12], [BOI, IMAGE]] * 5,
+    "text": [[5] * 4096],
+    "text behind an image": [[5] * 1800, [IMAGE, *[6] * 64]] * 2,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_row_makes_no_tensor_of_queries_times_keys(make_model, monkeypatch, name):
+    """4,096 tokens, forward and backward: 16.8 million booleans, or scores of each head, are never there."""
+    model = make_model(latent_size=32, unet_channels=(4, 4), unet_attention=False, num_hidden_layers=2)
+    monkeypatch.setattr(model_file, "hybrid_mask", None)  # not called
+    documents = LONG[name]
+    tokens = Tokens.packed([documents], model.config.num_patches)
+    N = tokens.ids.shape[1]
+    assert N > 3500
+    model.freeze_text(False)
+    with Sizes() as sizes:
+        hidden = model.encode(tokens, *draw(model, sum(map(count_images, documents))))
+        loss = sum(x.square().mean() for x in (hidden.text, hidden.image) if x is not None)
+        loss.backward()
+    layout = Layout(tokens, None, model.config, torch.device("cpu"))
+    assert layout.causal == (name == "text") and layout.mask is None and layout.block_mask is None
+    if name == "packed":
+        assert [s.mask is None for s in layout.segments[0][2]] == [
+            True,
+            True,
+            True,
+            True,
+            False,
+            True,
+            True,
+        ] * 5
+    assert 0 < sizes.largest < N * N / 20, (sizes.operation, sizes.largest)
+    assert with_gradient(model) >= {"embed_tokens.weight", "layers.0.text.self_attn.q_proj.weight"}
+
+
+def test_the_switch_to_segments_is_by_the_number_of_scores(make_config):
+    """DENSE = 2^19 of a row, whether its queries or its cache are many."""
+    config = make_config()
+    for n, cached, dense in ((724, 0, True), (725, 0, False), (8, 2**16 - 8, True), (8, 2**16 - 7, False)):
+        tokens = Tokens.packed([[[5] * (n - 1), [6]]], 1)
+        cache = cache_of([Tokens.text(torch.ones(1, cached, dtype=torch.long))]) if cached else None
+        layout = Layout(tokens, cache, config, torch.device("cpu"))
+        assert ((layout.mask is None), (layout.segments is None)) == (
+            (False, True) if dense else (True, False)
+        )
+
+
+@pytest.mark.parametrize("heads", ((4, 4), (4, 2), (6, 1)), ids=("MHA", "GQA", "MQA"))
+@pytest.mark.parametrize("fused", (True, False), ids=("fused", "written out"))
+def test_causal_attention_is_attention_under_a_triangle(monkeypatch, heads, fused):
+    generator = torch.Generator().manual_seed(0)
+    H, K = heads
+    q, k, v = (torch.randn(2, h, 37, 8, generator=generator) for h in (H, K, K))
+    monkeypatch.setattr(model_file, "DENSE", 0 if fused else 2**19)
+    triangle = torch.ones(1, 1, 37, 37, dtype=torch.bool).tril()
+    torch.testing.assert_close(attention(q, k, v, causal=True), attention(q, k, v, triangle), **TOLERANCE)
+    assert not torch.allclose(attention(q, k, v), attention(q, k, v, triangle), atol=1e-2)
+
+
+@SEPARATIONS
+@pytest.mark.parametrize("frozen", (True, False), ids=("frozen text", "trained text"))
+@pytest.mark.parametrize("form", ("chosen", "segments"))
+def test_activation_checkpointing_changes_no_loss_and_no_gradient_and_keeps_less(
+    make_model, monkeypatch, separation, frozen, form
+):
+    model = make_model(separation=separation)
+    model.freeze_text(frozen)
+    force(monkeypatch, form)
+    phases = split_phases(RAGGED, model.config.num_patches, pack=120)
+    latents, t = draw(model, sum(map(count_images, RAGGED)))
+    found = []
+    for on in (False, True):
+        model.activation_checkpointing = on
+        saved: dict[int, int] = {}
+
+        def keep(x: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            after = model(*phases, latents, t)[1]
+            loss = ddpm_loss(model, after, latents) + caption_loss(model, after)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        found.append((loss.item(), grads, sum(n for x, n in saved.items() if x not in own)))
+    (loss, grads, bytes_), (loss_on, grads_on, bytes_on) = found
+    assert loss_on == loss and grads_on.keys() == grads.keys()
+    for name, x in grads.items():
+        torch.testing.assert_close(grads_on[name], x, rtol=1e-6, atol=1e-6 * x.abs().max().item())
+    assert bytes_on < 0.6 * bytes_
+
+
+def test_activation_checkpointing_is_off_where_no_gradient_is_wanted(make_model, monkeypatch):
+    model, calls = make_model(), []
+    model.activation_checkpointing = True
+    real = model_file.checkpoint
+    monkeypatch.setattr(model_file, "checkpoint", lambda *a, **k: calls.append(a) or real(*a, **k))
+    with torch.no_grad():
+        features(model, [STORY], *draw(model, 3))
+    assert not calls
+    model.encode(Tokens.rows([STORY], model.config.num_patches), *draw(model, 3))
+    assert len(calls) == model.config.num_hidden_layers
+
+
+def test_encode_keeps_keys_and_values_only_if_it_is_asked_to(make_model):
+    model = make_model()
+    tokens, images = Tokens.rows([STORY], model.config.num_patches), draw(model, 3)
+    kept, dropped = model.encode(tokens, *images), model.encode(tokens, *images, keep=False)
+    assert dropped.cache is None and len(kept.cache.k) == len(kept.cache.v) == model.config.num_hidden_layers
+    assert torch.equal(kept.text, dropped.text) and torch.equal(kept.image, dropped.image)
+    after = model(*split_phases([STORY], model.config.num_patches), *images)[1]
+    assert after.cache is None
+
+
+@SEPARATIONS
+@pytest.mark.parametrize("form", ("chosen", "segments"))
+def test_two_phases_packed_equal_one_encode_of_each_sequence(make_model, monkeypatch, separation, form):
+    model = make_model(separation=separation, dtype=torch.float64)
+    P = model.config.num_patches
+    latents, t = draw(model, sum(map(count_images, RAGGED)))
+    expected, first = [], 0
+    with torch.no_grad():
+        for row in RAGGED:
+            here = slice(first, first := first + count_images(row))
+            hidden = model.encode(Tokens.rows([row], P), latents[here], t[here])
+            expected.append((hidden, model.unet_output(hidden), row.index(IMAGE)))
+        force(monkeypatch, form)
+        for size in (1, 60, 120, 1000):
+            prefix, rest = split_phases(RAGGED, P, pack=size)
+            before, after = model(prefix, rest, latents, t)
+            noise = torch.cat([noise for _, noise, _ in expected])
+            torch.testing.assert_close(model.unet_output(after), noise, **TOLERANCE)
+            for found, wanted in (
+                (before.text, [h.text[:cut] for h, _, cut in expected]),
+                (after.text, [h.text[cut:] for h, _, cut in expected]),
+                (after.image, [h.image for h, _, _ in expected]),
+            ):
+                torch.testing.assert_close(found, torch.cat(wanted), **TOLERANCE)
+
+
+# ---- (9) what is refused, what stays frozen ----
 
 
 @SEPARATIONS
@@ -949,7 +1525,7 @@ def test_the_drawing_row_gives_boi_its_probability_and_leaves_the_rest_in_propor
     torch.testing.assert_close(with_row[:, :-1] / with_row[:, :-1].sum(1, keepdim=True), others.softmax(1))
 
 
-# ---- the parts of a layer, and (9) sizes ----
+# ---- the parts of a layer, and (10) sizes ----
 
 
 def test_rms_norm_normalises_in_float32_and_scales_in_the_dtype_that_goes_in():
