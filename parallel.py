@@ -29,6 +29,7 @@ class Team:
 
     rank: int = 0
     size: int = 1
+    device: str = "cpu"  # of this process
     mesh: DeviceMesh | None = None  # None: alone, in float32
 
     @property
@@ -40,11 +41,11 @@ class Team:
         """This process's part of n samples; n is a multiple of `size`."""
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
-    def total(self, values: list[float], device: torch.device | str = "cpu") -> list[float]:
+    def total(self, values: list[float]) -> list[float]:
         """Sums over the processes."""
         if self.size == 1:
             return values
-        x = torch.tensor(values, dtype=torch.float64, device=device)
+        x = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(x)
         return x.tolist()
 
@@ -66,14 +67,14 @@ class Team:
                     )
 
 
-def join(device: str, dtype: str) -> tuple[Team, str]:
-    """The team this process belongs to, by torchrun's environment, and its own device.
+def join(device: str, dtype: str) -> Team:
+    """The team this process belongs to, by torchrun's environment.
 
     Without torchrun: a process alone, which needs the machinery for bfloat16 only.
     """
     launched = "WORLD_SIZE" in os.environ and "RANK" in os.environ
     if not launched and dtype == "float32":
-        return Team(), device
+        return Team(device=device)
     kind = torch.device(device).type
     backend = "nccl" if kind == "cuda" else "gloo"
     if launched:
@@ -83,9 +84,8 @@ def join(device: str, dtype: str) -> tuple[Team, str]:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Team(
-        dist.get_rank(), dist.get_world_size(), init_device_mesh(kind, (dist.get_world_size(),))
-    ), device
+    size = dist.get_world_size()
+    return Team(dist.get_rank(), size, device, init_device_mesh(kind, (size,)))
 
 
 def leave(team: Team) -> None:

@@ -405,13 +405,18 @@ class Run:
     """Everything that one run of training holds."""
 
     def __init__(self, config: TrainConfig, name: str, team: Team | None = None):
-        self.config, self.name, self.out, self.team = config, name, Path(config.out), team or Team()
+        self.config, self.name, self.out, self.team = (
+            config,
+            name,
+            Path(config.out),
+            team or Team(device=config.device),
+        )
         if config.batch_size % self.team.size:
             raise ValueError(
                 f"--batch-size {config.batch_size} is not a multiple of {self.team.size} processes"
             )
         self.source = open_source(config)
-        self.vae, self.codec = open_codec(config, self.source)
+        self.vae, self.codec = open_codec(config, self.source, self.team.device)
         self.team.agree("what --data holds", content(self.source))
         base = self.find_base()
         dtype = getattr(torch, config.dtype)
@@ -420,7 +425,7 @@ class Run:
             config.seed
         )  # of the U-Net's first weights, whether or not a base was just pretrained
         self.model = load_qwen3(
-            base, device=config.device, prepare=lambda model: shard(model, self.team, dtype), **overrides
+            base, device=self.team.device, prepare=lambda model: shard(model, self.team, dtype), **overrides
         )
         self.model.activation_checkpointing = config.activation_checkpointing
         self.overrides, self.base, self.fingerprint = overrides, str(base), fingerprint(self.model)
@@ -496,7 +501,7 @@ class Run:
             batch = arrange(
                 ids[part], latents[part], orders[part], self.model.config, config.noise_limit, config.pack
             )
-            batches.append((batch.to(config.device), (noise[0][part], noise[1][part])))
+            batches.append((batch.to(self.team.device), (noise[0][part], noise[1][part])))
         return batches
 
     def train_step(self) -> dict[str, float]:
@@ -504,7 +509,7 @@ class Run:
         config, team = self.config, self.team
         batches = self.draw_batches()
         counts = [targets(self.model, batch) for batch, _ in batches]
-        totals = team.total([float(sum(c)) for c in zip(*counts, strict=True)], config.device)
+        totals = team.total([float(sum(c)) for c in zip(*counts, strict=True)])
         means = [0.0] * len(PARTS)
         for (batch, noise), count in zip(batches, counts, strict=True):
             out = losses(self.model, self.diffusion, batch, config, noise)
@@ -517,7 +522,7 @@ class Run:
             means = [
                 m + out[k].item() * share[k] if k in out else m for m, k in zip(means, PARTS, strict=True)
             ]
-        means = team.total(means, config.device)
+        means = team.total(means)
         result = {k: m for k, m, total in zip(PARTS, means, totals, strict=True) if total}
         result["loss"] = result.get("lm_loss", 0.0) + config.lambda_ddpm * result["ddpm_loss"]
         norm = whole(nn.utils.clip_grad_norm_(self.trained.values(), config.clip)).item()
@@ -554,7 +559,7 @@ class Run:
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
         size = self.config.micro_batch or len(ids)  # what fits in memory
         return {"ids": ids, "size": size} | {
-            k: v.to(self.config.device) for k, v in {"latents": latents, "noise": noise}.items()
+            k: v.to(self.team.device) for k, v in {"latents": latents, "noise": noise}.items()
         }
 
     def validate(self) -> dict:
@@ -664,7 +669,7 @@ class Run:
                 fill(p, tensors[name])
             for name, value in average.items():
                 fill(self.average[name], value)
-        self.codec = load_codec(folder, info, self.codec.channels, self.config.vae, self.config.device)
+        self.codec = load_codec(folder, info, self.codec.channels, self.config.vae, self.team.device)
         restore_optimizers(folder / "optimizer.safetensors", info["optimizer"], self.trained, self.optimizers)
         self.step = info["step"]
         metrics = self.out / "metrics.jsonl"  # lines of steps that the kill took with it
@@ -750,7 +755,7 @@ def content(source: Shapes | PictureSource | LatentSource) -> bytes:
 
 
 def open_codec(
-    config: TrainConfig, source: Shapes | PictureSource | LatentSource
+    config: TrainConfig, source: Shapes | PictureSource | LatentSource, device: str
 ) -> tuple[dict | None, PatchPCA | AutoencoderKL]:
     """What makes latents of pictures and back: a VAE, and what a checkpoint says of it; or PatchPCA."""
     shards = source.train if isinstance(source, LatentSource) else None
@@ -758,7 +763,7 @@ def open_codec(
         pictures, _ = source.sample(4000, random.Random(config.seed))
         return None, PatchPCA.fit(pictures, config.latent_channels, config.latent_patch, config.whiten)
     path = config.vae or shards.vae
-    codec = load_vae(path, device=config.device)
+    codec = load_vae(path, device=device)
     if shards is None:
         pictures, _ = source.sample(64, random.Random(config.seed))
         codec.bound = codec.encode(pictures).abs().amax((0, 2, 3))[:, None, None]
@@ -926,8 +931,7 @@ def main() -> None:
         )
     check_device(config.device)
     cli.tune_cpu()
-    team, device = join(config.device, config.dtype)
-    config = dataclasses.replace(config, device=device)
+    team = join(config.device, config.dtype)
     try:
         work(config, name, found[-1] if resume else None, team)
     except RuntimeError as error:
@@ -945,7 +949,7 @@ def main() -> None:
 def work(config: TrainConfig, name: str, checkpoint: Path | None, team: Team) -> None:
     """A run from its start or from a checkpoint to its end."""
     out = Path(config.out)
-    team.agree("their configuration", json.dumps(dataclasses.asdict(config) | {"device": ""}).encode())
+    team.agree("their configuration", json.dumps(dataclasses.asdict(config)).encode())
     run = Run(config, name, team)
     if checkpoint:
         run.resume(checkpoint)
