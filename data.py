@@ -278,12 +278,13 @@ def next_tokens(tokens: Tokens, boi_id: int) -> tuple[Tensor, Tensor]:
     """What each text token of `tokens` is to predict, in the order of `Hidden.text`: two tensors (T_text,).
 
     First the id of the next text token for L_LM, -100 where there is none to learn: no loss where the input
-    is BOI, none at the end of a sequence or before padding, and BOI itself is no target of the frozen head.
+    is BOI, none at the end of a document or before padding, and BOI itself is no target of the frozen head.
     Second whether an image starts next (1, 0, or -100 at BOI and at the end), for the row that decides when
     to draw.
     """
     following = torch.full_like(tokens.ids, PAD)
-    following[:, :-1] = tokens.ids[:, 1:]
+    same = tokens.document[:, 1:] == tokens.document[:, :-1]
+    following[:, :-1] = torch.where(same, tokens.ids[:, 1:], PAD)
     known = (tokens.ids >= 0) & (tokens.ids != boi_id) & (following >= 0)
     word = torch.where(known & (following != boi_id), following, -100)
     draw = torch.where(known, (following == boi_id).long(), -100)

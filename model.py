@@ -36,7 +36,8 @@ from unet import UNetDown, UNetUp
 
 IMAGE, PAD = -1, -2  # what stands in `Tokens.ids` where there is no text token
 SEPARATIONS = ("deep", "shallow", "none")
-DENSE = 2**19  # up to this many scores a head and row, attention is written out on a CPU and masked in full
+DENSE = 2**19  # up to this many scores a head and row, the mask is made in full
+WRITTEN_OUT = (2**20, 2**17)  # likewise, attention is written out on a CPU: in bfloat16 and in float32
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,9 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate x (T, heads, d): component i turns together with i + d/2 (the half-split form of Qwen3)."""
     cos, sin = rope
     a, b = x.float().chunk(2, dim=-1)  # (T, heads, d/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    a_turned = torch.addcmul(a * cos, b, sin, value=-1)
+    b_turned = torch.addcmul(b * cos, a, sin)
+    return torch.cat((a_turned, b_turned), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -170,14 +173,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     writes M inside the division by sqrt(d), which makes no difference to 0 and -infinity.
     """
     (B, H, N, d), (K, S) = q.shape, k.shape[1:3]
-    if q.device.type == "cuda" or N * S > DENSE:
+    if q.device.type == "cuda" or N * S > WRITTEN_OUT[q.dtype == torch.float32]:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != K)
-    # Short sequences on a CPU: two batched products, several times faster there than torch's fused kernel.
+    # Short sequences on a CPU: two batched products, up to several times faster than torch's fused kernel.
     if causal:
         mask = torch.ones(N, S, dtype=torch.bool, device=q.device).tril()
     # the query heads of a group one below the other: (B * K, H/K * N, d)
-    q = q.unflatten(1, (K, H // K)).reshape(B * K, H // K * N, d)
-    scores = torch.bmm(q, k.reshape(B * K, S, d).transpose(1, 2)) * d**-0.5  # (B * K, H/K * N, S)
+    q = (q * d**-0.5).unflatten(1, (K, H // K)).reshape(B * K, H // K * N, d)
+    scores = torch.bmm(q, k.reshape(B * K, S, d).transpose(1, 2))  # (B * K, H/K * N, S)
     if mask is not None:
         scores = scores.view(B, H, N, S).masked_fill(~mask, -torch.inf).view(B * K, H // K * N, S)
     return torch.bmm(scores.softmax(-1), v.reshape(B * K, S, d)).view(B, H, N, d)

@@ -25,6 +25,7 @@ from data import (
     Scene,
     Shapes,
     all_scenes,
+    arrange,
     coverage,
     make_batch,
     next_tokens,
@@ -315,6 +316,16 @@ def test_targets_of_a_caption_before_its_picture_written_out():
     assert [len(x) for x in next_tokens(rest, BOI)] == [0, 0]
 
 
+def test_targets_of_packed_documents_are_those_of_each_alone():
+    rng = random.Random(1)
+    for _ in range(50):
+        rows = [random_rows(rng, rng.randint(1, 4)) for _ in range(3)]
+        word, draw = next_tokens(Tokens.packed(rows, P), BOI)
+        expected = [brute_force_targets(document) for row in rows for document in row]
+        assert word.tolist() == [x for words, _ in expected for x in words]
+        assert draw.tolist() == [x for _, draws in expected for x in draws]
+
+
 # ---- sequences ----
 
 
@@ -396,6 +407,101 @@ def test_positions_and_image_numbers_go_on_where_the_first_phase_ended():
             assert torch.equal(torch.cat(halves), getattr(whole, field)[r][whole.document[r] >= 0]), field
     assert not (prefix.ids == IMAGE).any()
     assert (rest.ids[:, 0] == IMAGE).all()
+
+
+# ---- packing ----
+
+
+def span(row: list[int]) -> int:
+    return len(row) + (P - 1) * row.count(IMAGE)
+
+
+def documents_of(prefix: Tokens, rest: Tokens) -> list[list[list[int]]]:
+    """The documents of each row, put together again from both phases; patches as P times IMAGE."""
+    out = []
+    for r in range(len(rest.ids)):
+        count = int(torch.cat((prefix.document[r], rest.document[r])).max()) + 1
+        out.append([[] for _ in range(count)])
+        for tokens in (prefix, rest):
+            for i, d in zip(tokens.ids[r].tolist(), tokens.document[r].tolist(), strict=True):
+                if d >= 0:
+                    out[-1][d].append(i)
+    return out
+
+
+def spread(row: list[int]) -> list[int]:
+    return [i for token in row for i in ([IMAGE] * P if token == IMAGE else [token])]
+
+
+def captioned(rng: random.Random, n: int) -> list[list[int]]:
+    out = []
+    for _ in range(n):
+        caption = [rng.randint(4, 63) for _ in range(rng.randint(0, 12))]
+        behind = [BOI, IMAGE, EOI, *caption, EOS]
+        out.append(
+            rng.choice(([*caption, BOI, IMAGE], behind, [*caption, BOI, IMAGE, IMAGE, EOI, BOI, IMAGE]))
+        )
+    return out
+
+
+def test_packing_fills_rows_in_order_as_long_as_there_is_room():
+    rng = random.Random(0)
+    for pack in (1, 5, 17, 24, 60, 200, 10**6):
+        for _ in range(10):
+            sequences = captioned(rng, 12)
+            prefix, rest = split_phases(sequences, P, pack)
+            rows = documents_of(prefix, rest)
+            assert [d for row in rows for d in row] == [
+                spread(s) for s in sequences
+            ]  # order, images' as well
+            lengths = [sum(map(len, row)) for row in rows]
+            for row, length, below in zip(rows, lengths, rows[1:] + [None], strict=True):
+                assert length <= pack or len(row) == 1  # one that is too long has a row of its own
+                assert below is None or length + len(below[0]) > pack  # the next did not fit
+            following = iter(sequences)
+            whole = Tokens.packed([[next(following) for _ in row] for row in rows], P)
+            for field in ("ids", "image", "position"):  # of every document, both phases together
+                for r, row in enumerate(rows):
+                    for d in range(len(row)):
+                        halves = [getattr(t, field)[r][t.document[r] == d] for t in (prefix, rest)]
+                        assert torch.equal(
+                            torch.cat(halves), getattr(whole, field)[r][whole.document[r] == d]
+                        )
+
+
+@pytest.mark.parametrize(
+    ("pack", "rows"), [(0, [1, 1, 1, 1]), (1, [1, 1, 1, 1]), (12, [2, 1, 1]), (13, [2, 1, 1]), (14, [2, 2])]
+)
+def test_rows_of_packed_documents_written_out(pack, rows):
+    sequences = [
+        [BOI, IMAGE],
+        [9, BOI, IMAGE],
+        [8, BOI, IMAGE, EOI],
+        [9, BOI, IMAGE, EOI],
+    ]  # 5, 6, 7, 7 tokens
+    assert [span(s) for s in sequences] == [5, 6, 7, 7]
+    assert [len(row) for row in documents_of(*split_phases(sequences, P, pack))] == rows
+
+
+def test_without_packing_each_document_has_its_row():
+    sequences = captioned(random.Random(0), 10)
+    for pack in (0, 1):
+        for tokens, wanted in zip(split_phases(sequences, P, pack), split_phases(sequences, P), strict=True):
+            assert all(torch.equal(getattr(tokens, f), getattr(wanted, f)) for f in vars(tokens))
+
+
+def test_a_packed_batch_holds_what_an_unpacked_one_holds():
+    rng, captions = random.Random(0), [[10, 11], [12, 13, 14], [], [15]] * 5
+    orders, x = Recipe(0.6, 0.2).draw(20, rng), torch.randn(20, 1, 4, 4)
+    alone, packed = (arrange(captions, x, orders, CONFIG, 321, pack) for pack in (0, 40))
+    assert torch.equal(packed.latents, x) and torch.equal(packed.max_t, alone.max_t)
+    assert set(packed.max_t.tolist()) == {321, 1000} and 1 < len(packed.rest.ids) < 10
+    assert [d for row in documents_of(packed.prefix, packed.rest) for d in row] == [
+        row[0] for row in documents_of(alone.prefix, alone.rest)
+    ]
+    for phase in ("prefix", "rest"):  # and the same things are learned
+        found, wanted = (next_tokens(getattr(batch, phase), BOI) for batch in (packed, alone))
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 # ---- real pictures as a source ----

@@ -8,6 +8,7 @@ is a list of token ids in which IMAGE stands for one whole image, as in `Tokens.
 from __future__ import annotations
 
 import random
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention as flex_file
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -537,6 +539,33 @@ def test_rows_of_a_cache_serve_several_continuations(make_model):
         torch.testing.assert_close(hidden.image.unflatten(0, (3, P))[m], alone[-P:], **TOLERANCE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("room", (1, 5, 100))
+def test_a_cache_with_room_gives_what_one_without_gives(make_model, room):
+    """Text, an image denoised in several steps that are not kept, the image itself, and text again."""
+    model = make_model(dtype=torch.float64)
+    P, latents = model.config.num_patches, draw(model, 2)[0]
+    plain = roomy = model.encode(Tokens.rows([[5, 6, BOI], [7, 8, BOI]], P)).cache
+    roomy = roomy.reserve(room)
+    assert roomy.room == room and plain.room == 0
+    image = Tokens.rows([[IMAGE], [IMAGE]], P, start=[3, 3])
+    for step in (900, 500, 0):
+        t = torch.full((2,), step)
+        one, other = model.encode(image, latents, t, plain), model.encode(image, latents, t, roomy)
+        assert torch.equal(one.image, other.image)
+    plain, roomy = plain.extend(one.cache), roomy.extend(other.cache)
+    for word in (9, 10, 11):
+        if not roomy.room:
+            roomy = roomy.reserve(2)
+        tokens = Tokens.text(torch.full((2, 1), word), start=plain.length)
+        one, other = model.encode(tokens, cache=plain), model.encode(tokens, cache=roomy)
+        assert torch.equal(one.text, other.text)
+        plain, roomy = plain.extend(one.cache), roomy.extend(other.cache)
+    assert roomy.length == plain.length and torch.equal(plain.position, roomy.position)
+    for a, b in zip(plain.k + plain.v, roomy.k + roomy.v, strict=True):
+        assert torch.equal(a, b[:, :, : roomy.length])
+
+
 # ---- (4) separation ----
 
 
@@ -873,7 +902,7 @@ def test_both_ways_of_computing_attention_are_taken(monkeypatch):
     monkeypatch.setattr(
         model_file.F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or fused(*a, **k)
     )
-    for n, expected in ((724, 0), (725, 1)):  # 724² <= DENSE < 725²
+    for n, expected in ((362, 0), (363, 1)):  # 362² <= 2^17 < 363²
         x = torch.randn(1, 1, n, 4)
         attention(x, x, x, None)
         assert len(calls) == expected
@@ -946,8 +975,9 @@ def random_document(rng: random.Random, text: int = 4) -> list[int]:
     """Text and images in any order, images side by side as well, text before, between and behind."""
     pieces = [[IMAGE], [BOI, IMAGE, EOI], [IMAGE, IMAGE]]
     out: list[int] = []
+    images = rng.choice((0, 0.5, 0.5, 0.5))
     for _ in range(rng.randint(0, 4)):
-        out += rng.choice(pieces) if rng.random() < 0.5 else [rng.randint(4, 60)] * rng.randint(1, text)
+        out += rng.choice(pieces) if rng.random() < images else [rng.randint(4, 60)] * rng.randint(1, text)
     return out or [rng.choice((IMAGE, 7))]
 
 
@@ -982,7 +1012,9 @@ def cut_documents(rows: list[list[list[int]]], rng: random.Random, cuts: int) ->
 
 
 def random_parts(rng: random.Random, text: int = 4) -> Parts:
-    rows = [[random_document(rng, text) for _ in range(rng.randint(1, 4))] for _ in range(rng.randint(1, 3))]
+    rows, most = [], rng.choice((1, 4))
+    for _ in range(rng.randint(1, 3)):
+        rows.append([random_document(rng, text) for _ in range(rng.randint(1, most))])
     return cut_documents(rows, rng, rng.choice((0, 0, 1, 2, 3)))
 
 
@@ -1004,10 +1036,8 @@ def assert_mask(found: Tensor, tokens: Tokens, key: Tokens) -> None:
     wanted = hybrid_mask(tokens, key)
     real = tokens.document >= 0
     assert torch.equal(found[real], wanted[real])
-    assert (
-        found.any(2).all()
-        and not found[~real][:, :].logical_and((key.document >= 0)[:, None].expand_as(found)[~real]).any()
-    )
+    somebodys = (key.document >= 0)[:, None].expand_as(found)
+    assert found.any(2).all() and not (found & somebodys)[~real].any()
 
 
 def dense_of_segments(layout: Layout, N: int, S: int) -> Tensor:
@@ -1083,7 +1113,7 @@ def test_segments_stand_for_the_hybrid_mask_whatever_the_layout(make_config, mon
         seen["causal" if layout.causal else "segments" if layout.segments else "none"] += 1
         seen["cached", layout.segments is not None] += cache is not None
         assert_mask(dense, tokens, key)
-    assert min(seen["causal"], seen["none"], seen["cached", True]) > 2 and seen["segments"] > 50, seen
+    assert seen["causal"] and seen["none"] and min(seen["cached", True], seen["segments"]) > 50, seen
 
 
 @pytest.mark.parametrize(("P", "text"), ((1, 2), (4, 4), (16, 30)))
@@ -1100,14 +1130,14 @@ def test_short_sequences_take_the_hybrid_mask_or_a_cheaper_form_of_it(make_confi
         else:
             assert wanted.all()
         seen["mask" if layout.mask is not None else "causal" if layout.causal else "none"] += 1
-    assert seen["mask"] > 50 and min(seen["causal"], seen["none"]) > 2, seen
+    assert seen["mask"] > 50 and seen["causal"] and seen["none"], seen
 
 
 @pytest.mark.parametrize(("P", "text"), ((4, 60), (64, 60), (100, 200)))
 def test_the_block_mask_is_the_hybrid_mask_whatever_the_layout(P, text):
     """Blocks are 128 x 128: most layouts end inside one, some have full and empty ones."""
     seen = Counter()
-    for tokens, key, cache in layouts(20 + P, 25, P, text):
+    for tokens, key, cache in layouts(20 + P, 10, P, text):
         mask = make_block_mask(tokens, key, torch.device("cpu"))
         N, S = tokens.ids.shape[1], key.document.shape[1]
         assert tuple(mask.shape) == (len(tokens.ids), 1, N, S)
@@ -1146,6 +1176,8 @@ def force(patch: pytest.MonkeyPatch, form: str) -> None:
 
         patch.setattr(Layout, "choose_mask", choose_mask)
         patch.setattr(model_file, "compiled_flex", lambda: flex_attention)
+        # its eager form, not traced first: many times faster on tensors as small as these
+        patch.setattr(flex_file, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
 
 
 @dataclass
@@ -1209,11 +1241,10 @@ LAYOUTS: dict[str, Parts] = {
 }
 
 
-@pytest.mark.parametrize("separation", ("deep", "none"))
 @pytest.mark.parametrize("form", FORMS[1:])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_all_forms_of_the_mask_give_the_same_features_keys_and_values(make_model, name, form, separation):
-    model = make_model(dtype=torch.float64, separation=separation)
+def test_all_forms_of_the_mask_give_the_same_features_keys_and_values(make_model, name, form):
+    model = make_model(dtype=torch.float64)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         force(patch, "full")
         expected = read(model, LAYOUTS[name]).tensors()
@@ -1250,13 +1281,13 @@ def test_all_forms_of_the_mask_give_the_same_gradients(make_model, name, form, f
         expected = gradients(model, LAYOUTS[name])
     with pytest.MonkeyPatch.context() as patch:
         force(patch, form)
-        assert_same_gradients(gradients(model, LAYOUTS[name]), expected, 1e-5)
+        assert_same_gradients(gradients(model, LAYOUTS[name]), expected, 1e-6)
 
 
 @torch.no_grad()
 def test_all_forms_of_the_mask_agree_on_random_layouts_in_float32(make_model):
     model, rng = make_model(num_hidden_layers=2), random.Random(0)
-    for seed in range(12):
+    for seed in range(6):
         parts, found = random_parts(rng), {}
         for form in FORMS:
             with pytest.MonkeyPatch.context() as patch:
@@ -1276,20 +1307,21 @@ def changed_document(which: int, how: str) -> tuple[Parts, Tensor]:
     return [[documents[:3], documents[3:]]], torch.tensor(owners) == which
 
 
+CHANGES = [(form, how) for form in FORMS for how in ("other ids", "other latents")]
+CHANGES += [("segments", "nan"), ("segments, short", "nan")]  # under a mask of the scores, 0 * nan is nan
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("how", ("other ids", "other latents", "nan"))
+@pytest.mark.parametrize(("form", "how"), CHANGES)
 @pytest.mark.parametrize("which", range(len(DOCUMENTS)))
 def test_what_stands_in_a_document_changes_no_bit_of_its_neighbours(
     make_model, monkeypatch, form, how, which
 ):
-    if how == "nan" and form != "segments":
-        pytest.skip("0 * nan is nan where a mask is only added to the scores")
     model = make_model(num_hidden_layers=2)
     force(monkeypatch, form)
     parts, mine = changed_document(which, how)
     if how != "other ids" and not mine.any():
-        return
+        how, parts = "other ids", changed_document(which, "other ids")[0]  # a document without an image
     tokens = lay_out(parts, model.config.num_patches)[0]
     own = torch.zeros(tokens.ids.shape, dtype=torch.bool)
     row, number = (0, which) if which < 3 else (1, which - 3)
@@ -1376,7 +1408,7 @@ def test_causal_attention_is_attention_under_a_triangle(monkeypatch, heads, fuse
     generator = torch.Generator().manual_seed(0)
     H, K = heads
     q, k, v = (torch.randn(2, h, 37, 8, generator=generator) for h in (H, K, K))
-    monkeypatch.setattr(model_file, "DENSE", 0 if fused else 2**19)
+    monkeypatch.setattr(model_file, "WRITTEN_OUT", (0, 0) if fused else (2**20, 2**20))
     triangle = torch.ones(1, 1, 37, 37, dtype=torch.bool).tril()
     torch.testing.assert_close(attention(q, k, v, causal=True), attention(q, k, v, triangle), **TOLERANCE)
     assert not torch.allclose(attention(q, k, v), attention(q, k, v, triangle), atol=1e-2)
@@ -1437,6 +1469,17 @@ def test_encode_keeps_keys_and_values_only_if_it_is_asked_to(make_model):
     assert torch.equal(kept.text, dropped.text) and torch.equal(kept.image, dropped.image)
     after = model(*split_phases([STORY], model.config.num_patches), *images)[1]
     assert after.cache is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", (True, False))
+def test_keys_and_values_that_are_not_kept_are_gone_with_their_layer(make_model, keep):
+    model, alive = make_model(), []
+    first, last = model.layers[0], model.layers[-1]
+    first.register_forward_hook(lambda m, a, out: alive.extend(map(weakref.ref, out[2:])))
+    last.register_forward_pre_hook(lambda m, a: alive.append([x() is not None for x in alive]))
+    model.encode(Tokens.rows([STORY], model.config.num_patches), *draw(model, 3), keep=keep)
+    assert alive[-1] == [keep, keep]
 
 
 @SEPARATIONS

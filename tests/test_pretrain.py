@@ -11,11 +11,12 @@ import small
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import pretrain
 from data import COLORS, Shapes, all_scenes, text_document
-from load_qwen3 import load_qwen3, load_tokenizer
-from pretrain import SPECIAL, init_text, pretrain_base, save_base
+from load_qwen3 import BOI, EOI, STOCK, known_config, load_qwen3, load_tokenizer
+from pretrain import SPECIAL, init_text, pretrain_base, random_base, save_base
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +131,91 @@ def test_a_folder_that_cannot_be_written_is_named_and_nothing_stays(saved, tmp_p
     with pytest.raises(OSError, match="base could not be written.*No space left"):
         save_base(saved[1], saved[2], tmp_path / "base")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- random weights in a stock shape ----
+
+TINY = "Qwen/Qwen3-tiny"
+
+
+@pytest.fixture
+def tiny_stock(monkeypatch):
+    """One more stock shape: hidden, intermediate, layers, heads, tied; the vocabulary is the real one."""
+    monkeypatch.setitem(STOCK, TINY, (16, 24, 2, 16, False))
+
+
+@pytest.fixture(scope="module")
+def random_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random") / "new" / "base"
+    with pytest.MonkeyPatch.context() as patch, small.inside(folder.parent.parent):
+        patch.setitem(STOCK, TINY, (16, 24, 2, 16, False))
+        out = small.good(pretrain, "--random", TINY, "--out", "new/base", folder=folder.parent.parent)
+    return folder, out
+
+
+def test_a_random_base_has_the_stock_shape_and_loads_like_any_other(random_folder, tiny_stock):
+    folder, _ = random_folder
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {p.name for p in folder.iterdir()} == names
+    config, stock = load_qwen3(folder, latent_size=2, unet_channels=(4, 4)).config, known_config(TINY)
+    ids = load_tokenizer(folder).token_to_id
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim") + (
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rope_theta",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+        "qk_norm",
+        "attention_bias",
+    ):
+        assert getattr(config, field) == getattr(stock, field), field
+    assert (config.vocab_size, config.hidden_size, config.head_dim) == (151936, 16, 128)
+    assert (config.boi_id, config.eoi_id, config.eos_id) == (ids(BOI), ids(EOI), ids("<|endoftext|>"))
+
+
+@torch.no_grad()
+def test_random_weights_are_bfloat16_small_and_different_in_every_matrix(random_folder, tiny_stock):
+    folder, _ = random_folder
+    with safe_open(folder / "model.safetensors", "pt") as f:
+        tensors = {n: f.get_tensor(n) for n in f.keys()}
+    assert len(tensors) == 3 + 2 * 11
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    firsts = set()
+    for name, x in tensors.items():
+        assert x.dtype == torch.bfloat16
+        if x.dim() == 1:
+            assert (x == 1).all(), name
+        else:
+            assert abs(x.float().std() - 0.02) < 0.002 and abs(x.float().mean()) < 0.002, name
+            firsts.add(tuple(x[0, :8].tolist()))
+    assert len(firsts) == 2 + 2 * 7
+    model = load_qwen3(folder, latent_size=2, unet_channels=(4, 4))
+    logits = model.text_logits(torch.arange(12).view(2, 6))
+    assert logits.isfinite().all() and logits.std() > 1e-3
+
+
+def test_random_weights_follow_from_the_seed(random_folder, tiny_stock, tmp_path):
+    torch.manual_seed(99)  # the global generators have no say in it
+    random.seed(99)
+    for seed in (0, 1):
+        random_base(TINY, tmp_path / str(seed), seed)
+    first, second = (load_file(tmp_path / s / "model.safetensors") for s in "01")
+    assert all(torch.equal(x, first[n]) for n, x in load_file(random_folder[0] / "model.safetensors").items())
+    assert any(not torch.equal(x, first[n]) for n, x in second.items())
+
+
+@pytest.mark.parametrize("content", ("file", "folder"))
+def test_an_out_that_is_there_is_refused_and_left_alone(tiny_stock, tmp_path, content):
+    out = tmp_path / "base"
+    out.mkdir() if content == "folder" else out.write_text("mine")
+    before = small.files(tmp_path)
+    result = small.call(pretrain, "--random", TINY, "--out", out, folder=tmp_path)
+    assert result.status == 2 and "--out" in result.err and str(out) in result.err
+    assert small.files(tmp_path) == before and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_shape_that_is_not_stock_is_refused_with_the_choices(tmp_path):
+    result = small.call(pretrain, "--random", "Qwen/Qwen9", "--out", tmp_path / "x", folder=tmp_path)
+    assert result.status == 2 and "Qwen/Qwen9" in result.err and "Qwen/Qwen3-0.6B" in result.err
+    assert not (tmp_path / "x").exists()

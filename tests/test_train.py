@@ -25,10 +25,11 @@ from PIL import Image
 import checkpoint
 import train
 from checkpoint import list_checkpoints, load_trained
-from data import Recipe, make_batch
+from data import Recipe, arrange, make_batch
 from model import IMAGE, LMFusion, Tokens
 from train import Run, draw_noise, losses, lr_factor, read_metrics
 
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
 SEPARATIONS = pytest.mark.parametrize("separation", ("deep", "shallow", "none"))
 
 
@@ -206,6 +207,56 @@ def test_the_draw_loss_is_the_logistic_loss_of_whether_boi_comes_next(make_run):
     assert torch.allclose(got, torch.stack(terms).mean(), rtol=1e-4)
 
 
+# ---- packing ----
+
+
+def pack_rows(model: LMFusion, pack: int, dtype: torch.dtype = torch.float32):
+    """The same 14 documents of 3 to 24 text tokens and an image, in rows of up to `pack` tokens."""
+    rng, generator, c = random.Random(0), torch.Generator().manual_seed(0), model.config
+    captions = [[rng.randint(4, 63) for _ in range(rng.randint(0, 20))] for _ in range(14)]
+    latents = torch.randn(14, c.latent_channels, c.latent_size, c.latent_size, generator=generator).to(dtype)
+    orders = Recipe(0.6, 0.2).draw(14, rng)
+    return arrange(captions, latents, orders, c, noise_limit=300, pack=pack)
+
+
+@pytest.mark.parametrize("frozen", (True, False), ids=("frozen text", "trained text"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("dense", (2**19, 0), ids=("dense", "segments"))
+def test_packing_changes_no_loss_and_no_gradient(make_model, monkeypatch, frozen, dtype, dense):
+    """One document a row, each longer than `pack` or without packing; one or two; up to five; all in one."""
+    model = make_model(dtype=dtype)
+    model.freeze_text(frozen)
+    diffusion = train.Diffusion(1.0, "eps")
+    found = {}
+    for pack in (0, 1, 60, 150, 10**6):
+        monkeypatch.setattr("model.DENSE", 2**19 if pack == 0 else dense)
+        batch = pack_rows(model, pack, dtype)
+        noise = draw_noise(batch.latents.shape, torch.Generator().manual_seed(1))
+        out = losses(model, diffusion, batch, train.CONFIGS["small"], noise)
+        assert set(out) == {"ddpm_loss", "lm_loss", "draw_loss", "loss"}
+        (out["loss"] + out["draw_loss"]).backward()
+        gradient = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        found[pack] = len(batch.rest.ids), train.targets(model, batch), out, gradient
+    assert [rows for rows, *_ in found.values()] == [14, 14, 9, 3, 1]
+    _, counts, expected, gradient = found.pop(0)
+    assert set(gradient) >= set(model.image_parameters())
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-6  # angles, norms and losses are float32 in any case
+    for pack, (_, counts_packed, out, packed) in found.items():
+        assert counts_packed == counts and packed.keys() == gradient.keys()
+        for name, loss in expected.items():
+            assert abs(out[name] - loss) <= tolerance * loss, (pack, name)
+        for name, x in gradient.items():
+            assert (packed[name] - x).abs().max() <= tolerance * x.abs().max(), (pack, name)
+
+
+def test_a_run_that_packs_takes_the_steps_of_one_that_does_not(make_run):
+    plain, packed = make_run(), make_run("--pack", 60, "--activation-checkpointing", True)
+    assert len(packed.draw_batches()[0][0].rest.ids) < len(plain.draw_batches()[0][0].rest.ids) == 6
+    for _ in range(2):
+        assert packed.train_step() == pytest.approx(plain.train_step(), rel=1e-4)
+
+
 # ---- who is trained ----
 
 
@@ -229,6 +280,20 @@ def test_training_changes_every_image_tensor_and_no_bit_of_the_text(make_run, op
     take_steps(run)
     assert changed(before, run.model) == set(run.model.image_parameters())
     assert len(run.model.text_parameters()) == 2 + 11 * 2
+    with torch.no_grad():
+        assert torch.equal(run.model.text_logits(ids), logits)
+
+
+@pytest.mark.parametrize("base", ("llama3_rope", "qwen2_biases"))
+def test_training_on_another_base_changes_the_image_side_alone(make_run, base):
+    run = make_run("--base", FIXTURES / base, "--weight-decay", 0, "--warmup", 0, "--pack", 60)
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    ids = torch.randint(288, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = run.model.text_logits(ids)
+    take_steps(run)
+    assert changed(before, run.model) == set(run.model.image_parameters())
+    assert ("layers.0.image.self_attn.q_proj.bias" in before) == (base == "qwen2_biases")
     with torch.no_grad():
         assert torch.equal(run.model.text_logits(ids), logits)
 
