@@ -118,6 +118,8 @@ def write_folder(
         failed = team.total([float(problem is not None)])[0]
         if team.leads and not failed:
             os.rename(beside, folder)
+    except RuntimeError:  # another process has ended
+        raise
     except BaseException as error:
         problem, failed = error, 1.0
     if failed:
@@ -170,6 +172,8 @@ def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[
     if parts:
         size = int(parts[0].stem.rpartition("-")[2]) if parts[0].stem.rpartition("-")[2].isdigit() else 0
         files = [path.with_name(part_name(path.name, rank, size)) for rank in range(size)]
+    for file in sorted(set(parts) - set(files)):
+        raise ValueError(f"{file}: does not belong to the {size} parts beside it")
     for file in files:
         with open_safetensors(file) as f:
             tensors |= {name: f.get_tensor(name) for name in f.keys()}

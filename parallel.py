@@ -78,7 +78,7 @@ def join(device: str, dtype: str) -> Team:
     kind = torch.device(device).type
     backend = "nccl" if kind == "cuda" else "gloo"
     if launched:
-        if device == "cuda":
+        if kind == "cuda":  # whichever was named: each process has one of its own
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(device)
         dist.init_process_group(backend)

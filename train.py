@@ -293,15 +293,16 @@ def losses(
     behind = targets(hidden, batch.rest)
     everywhere = behind + targets(before, batch.prefix)
     learned = [(h[w >= 0], w[w >= 0]) for h, w, _ in (behind if model.text_is_frozen else everywhere)]
-    if sum(len(w) for _, w in learned):
-        features, words = map(torch.cat, zip(*learned, strict=True))
-        out["lm_loss"] = F.cross_entropy(model.logits(features).float(), words)
     drawing = [(h[d >= 0], d[d >= 0]) for h, _, d in everywhere]
-    if sum(len(d) for _, d in drawing):
+    # A mean over nothing is 0, with a gradient of 0: all processes must have one of the same parameters.
+    if learned:
+        features, words = map(torch.cat, zip(*learned, strict=True))
+        logits = model.logits(features).float()
+        out["lm_loss"] = F.cross_entropy(logits, words, reduction="sum") / max(1, len(words))
+    if drawing:
         features, draw = map(torch.cat, zip(*drawing, strict=True))
-        out["draw_loss"] = F.binary_cross_entropy_with_logits(
-            model.draw_logit(features).float(), draw.float()
-        )
+        logit, n = model.draw_logit(features).float(), max(1, len(draw))
+        out["draw_loss"] = F.binary_cross_entropy_with_logits(logit, draw.float(), reduction="sum") / n
     out["loss"] = out.get("lm_loss", 0.0) + config.lambda_ddpm * out["ddpm_loss"]
     return out
 
@@ -419,6 +420,7 @@ class Run:
         self.vae, self.codec = open_codec(config, self.source, self.team.device)
         self.team.agree("what --data holds", content(self.source))
         base = self.find_base()
+        self.team.agree("the base language model", base_content(resolve(base)) if self.team.size > 1 else b"")
         dtype = getattr(torch, config.dtype)
         overrides = config.model_overrides(self.codec.channels, self.codec.patch)
         torch.manual_seed(
@@ -429,7 +431,6 @@ class Run:
         )
         self.model.activation_checkpointing = config.activation_checkpointing
         self.overrides, self.base, self.fingerprint = overrides, str(base), fingerprint(self.model)
-        self.team.agree("the base language model", self.fingerprint.encode())
         self.model.freeze_text(config.lr_text_ratio == 0)
         self.tokenizer: Tokenizer = load_tokenizer(base)
         context, P = self.model.config.max_position_embeddings, self.model.config.num_patches
@@ -514,7 +515,9 @@ class Run:
         for (batch, noise), count in zip(batches, counts, strict=True):
             out = losses(self.model, self.diffusion, batch, config, noise)
             # a mean over this micro batch -> its share of the mean over all
-            share = {k: n / total for k, n, total in zip(PARTS, count, totals, strict=True) if k in out}
+            share = {
+                k: n / max(1, total) for k, n, total in zip(PARTS, count, totals, strict=True) if k in out
+            }
             loss = out.get("lm_loss", 0.0) * share.get("lm_loss", 0.0)
             loss = loss + config.lambda_ddpm * out["ddpm_loss"] * share["ddpm_loss"]
             loss = loss + out.get("draw_loss", 0.0) * share.get("draw_loss", 0.0)
@@ -754,6 +757,18 @@ def content(source: Shapes | PictureSource | LatentSource) -> bytes:
     return digest.digest()
 
 
+def base_content(folder: Path) -> bytes:
+    """What tells one base from another: its files, for of a cut model each process has a slice only."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name in ("config.json", "tokenizer.json") or path.suffix == ".safetensors":
+            digest.update(path.name.encode())
+            with open(path, "rb") as f:
+                while block := f.read(2**24):
+                    digest.update(block)
+    return digest.digest()
+
+
 def open_codec(
     config: TrainConfig, source: Shapes | PictureSource | LatentSource, device: str
 ) -> tuple[dict | None, PatchPCA | AutoencoderKL]:
@@ -954,7 +969,8 @@ def work(config: TrainConfig, name: str, checkpoint: Path | None, team: Team) ->
     if checkpoint:
         run.resume(checkpoint)
         if run.step >= config.steps:
-            print(f"{checkpoint} is at step {run.step} already; nothing is left of {config.steps} steps")
+            if team.leads:
+                print(f"{checkpoint} is at step {run.step} already; nothing is left of {config.steps} steps")
             return
     out.mkdir(parents=True, exist_ok=True)
     if not checkpoint and team.leads:
