@@ -113,7 +113,7 @@ class Books(TorchDispatchMode):
         for p in model.parameters():
             self.enter(p, 0.0)
         model.freeze_text(train.lr_text_ratio == 0)
-        model.activation_checkpointing = getattr(train, "activation_checkpointing", False)
+        model.activation_checkpointing = train.activation_checkpointing
         return model
 
     def latents(self, n: int, config: ModelConfig) -> Tensor:
@@ -157,9 +157,7 @@ def make_fake_batch(
 ) -> Batch:
     """A training batch with a picture and a caption of n tokens in each of the orders of `data.arrange`."""
     captions = [[ordinary_id(config)] * n] * len(orders)
-    return arrange(
-        captions, books.latents(len(orders), config), orders, config, pack=getattr(train, "pack", 0)
-    )
+    return arrange(captions, books.latents(len(orders), config), orders, config, pack=train.pack)
 
 
 def total_loss(model: LMFusion, batch: Batch, train: TrainConfig) -> Tensor:
@@ -202,7 +200,7 @@ def training_flops(config: ModelConfig, train: TrainConfig, caption_tokens: int)
 def micro_batch(train: TrainConfig, world_size: int) -> int:
     """Pictures that one process computes at once."""
     share = train.batch_size // world_size
-    return min(getattr(train, "micro_batch", 0) or share, share)
+    return min(train.micro_batch or share, share)
 
 
 def optimizer_bytes(config: ModelConfig, train: TrainConfig) -> tuple[float, float]:

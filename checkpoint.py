@@ -99,13 +99,16 @@ def write_folder(
         problem = error
     for name, group in tensors.items():
         mine = {}
+        size = (
+            team.size if len(group) >= team.size else 1
+        )  # every part must exist: a few tensors are one file
         for i, (k, v) in enumerate(group.items()):
             value = whole(v.detach())  # gathered from all, so all come by here, whatever went wrong
-            if i % team.size == team.rank:
+            if i % size == team.rank:
                 mine[k] = value.cpu().contiguous()
         try:
             if problem is None and mine:
-                path = beside / part_name(name, team.rank, team.size)
+                path = beside / part_name(name, team.rank, size)
                 save_file(mine, str(path), metadata={"format": "pt"})
                 sync(path)
         except BaseException as error:  # safetensors has an error type of its own for input and output
@@ -115,20 +118,21 @@ def write_folder(
             for name, text in {info_name: json.dumps(info, indent=1) + "\n", **(extra or {})}.items():
                 (beside / name).write_text(text, encoding="utf-8")
                 sync(beside / name)
-        failed = team.total([float(problem is not None)])[0]
+    except BaseException as error:
+        problem = error
+    failed = team.total([float(problem is not None)])[0]
+    try:
         if team.leads and not failed:
             os.rename(beside, folder)
-    except RuntimeError:  # another process has ended
-        raise
     except BaseException as error:
-        problem, failed = error, 1.0
+        problem = error
+    failed = team.total([float(problem is not None)])[0] or failed  # none goes on before the folder stands
     if failed:
         if team.leads:
             shutil.rmtree(beside, ignore_errors=True)
         if problem is not None and not isinstance(problem, Exception):  # Ctrl-C
             raise problem
         raise OSError(f"{folder} could not be written: {problem or 'another process failed'}") from None
-    team.wait()
 
 
 def sync(path: Path) -> None:

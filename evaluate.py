@@ -148,7 +148,9 @@ def perplexity(model, documents: list[list[int]]) -> float:
 @torch.inference_mode()
 def text_report(trained: Trained, documents: list[str]) -> dict:
     """Is the text what it was? Every text tensor and the logits compared bit by bit with the base's."""
-    base = load_qwen3(trained.info["base"], **{**trained.info["model"], "unet_channels": (4, 4)})
+    base = load_qwen3(
+        trained.info["base"], **{**trained.info["model"], "unet_channels": (4, 4), "separation": "none"}
+    )
     device, dtype = trained.model.boi_head.device, trained.model.boi_head.dtype
     base.to(device=device, dtype=dtype)
     ids = [encode_text(trained, d, room=0) + [base.config.eos_id] for d in documents]

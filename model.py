@@ -352,10 +352,12 @@ class Cache:
 
     def extend(self, new: Cache) -> Cache:
         """A cache with the slots of `new` behind these. Without room, both stay as they are."""
-        k = [join(a, self.length, b) for a, b in zip(self.k, new.k, strict=True)]
-        v = [join(a, self.length, b) for a, b in zip(self.v, new.v, strict=True)]
-        if self.room >= new.length:  # then it has been written there
-            k, v = self.k, self.v
+        S, k, v = self.length, self.k, self.v
+        if not self.room or k[0][:, :, S:].data_ptr() != new.k[0].data_ptr():  # else it stands there already
+            k = [join(a, S, b) for a, b in zip(k, new.k, strict=True)]
+            v = [join(a, S, b) for a, b in zip(v, new.v, strict=True)]
+            if self.room >= new.length:
+                k, v = self.k, self.v
         fields = ("image", "position", "document")
         return Cache(k, v, *(torch.cat((getattr(self, f), getattr(new, f)), dim=1) for f in fields))
 
@@ -551,6 +553,8 @@ class Block(nn.Module):
         k, v = k_new, v_new
         if past is not None:
             k, v = join(past[0], past[2], k_new), join(past[1], past[2], v_new)  # (B, K, S + N, d)
+            if past[0].shape[2] >= k.shape[2]:  # written into the room of a cache: there it is to be found
+                k_new, v_new = k[:, :, past[2] :], v[:, :, past[2] :]
         attended = layout.attend(q, k, v)  # (B, H, N, d)
         to_text, to_image = layout.split(attended)
         text = None if text is None else self.text.output(text, to_text)

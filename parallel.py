@@ -14,6 +14,7 @@ import hashlib
 import os
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -67,6 +68,12 @@ class Team:
                     )
 
 
+def own_device(device: str) -> str:
+    """Under torchrun each process has a GPU of its own, whichever was named."""
+    cuda = device.partition(":")[0] == "cuda"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if cuda and "LOCAL_RANK" in os.environ else device
+
+
 def join(device: str, dtype: str) -> Team:
     """The team this process belongs to, by torchrun's environment.
 
@@ -75,13 +82,13 @@ def join(device: str, dtype: str) -> Team:
     launched = "WORLD_SIZE" in os.environ and "RANK" in os.environ
     if not launched and dtype == "float32":
         return Team(device=device)
+    device = own_device(device)
     kind = torch.device(device).type
     backend = "nccl" if kind == "cuda" else "gloo"
-    if launched:
-        if kind == "cuda":  # whichever was named: each process has one of its own
-            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-            torch.cuda.set_device(device)
-        dist.init_process_group(backend)
+    if kind == "cuda" and torch.device(device).index is not None:
+        torch.cuda.set_device(device)
+    if launched:  # long patience: the first process may download a base while the others wait
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     size = dist.get_world_size()

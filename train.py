@@ -51,10 +51,10 @@ from evaluate import TIMESTEPS, errors_by_timestep
 from latents import INDEX, LatentShards, LatentSource
 from load_qwen3 import fingerprint, known_config, load_qwen3, load_tokenizer, read_json, resolve
 from model import SEPARATIONS, Hidden, LMFusion, Tokens, replace
-from parallel import Team, alike, fill, join, leave, release, shard, whole
+from parallel import Team, alike, fill, join, leave, own_device, release, shard, whole
 from pictures import load_pictures
 from sample import generate_images
-from vae import AutoencoderKL, load_vae
+from vae import AutoencoderKL, load_vae, read_vae_config, resolve_vae
 
 
 @dataclass(frozen=True)
@@ -282,18 +282,22 @@ def losses(
     eps_pred = diffusion.eps_from_output(model.unet_output(hidden), x_t, t)
     out = {"ddpm_loss": diffusion.loss(eps_pred, eps, t, config.loss_weighting)}  # Eq. (3)
 
-    def targets(part: Hidden | None, tokens: Tokens) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def of_text(part: Hidden | None, tokens: Tokens) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Features (T, D), next words (T,), and whether an image comes next (T,), if there is text."""
         if part is None or part.text is None:
             return []
-        words, draw = next_tokens(tokens, model.config.boi_id)
-        return [(part.text, words.to(x0.device), draw.to(x0.device))]
+        return [(part.text, *next_tokens(tokens, model.config.boi_id))]
+
+    def pick(features: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Those with something to learn; `wanted` is in main memory, and no device has to be waited for."""
+        i = (wanted >= 0).nonzero().squeeze(1)
+        return features[i.to(features.device)], wanted[i].to(features.device)
 
     # Eq. (1): text behind an image. If the text is frozen, none before it carries a gradient: no logits.
-    behind = targets(hidden, batch.rest)
-    everywhere = behind + targets(before, batch.prefix)
-    learned = [(h[w >= 0], w[w >= 0]) for h, w, _ in (behind if model.text_is_frozen else everywhere)]
-    drawing = [(h[d >= 0], d[d >= 0]) for h, _, d in everywhere]
+    behind = of_text(hidden, batch.rest)
+    everywhere = behind + of_text(before, batch.prefix)
+    learned = [pick(h, w) for h, w, _ in (behind if model.text_is_frozen else everywhere)]
+    drawing = [pick(h, d) for h, _, d in everywhere]
     # A mean over nothing is 0, with a gradient of 0: all processes must have one of the same parameters.
     if learned:
         features, words = map(torch.cat, zip(*learned, strict=True))
@@ -405,27 +409,22 @@ def restore_optimizers(
 class Run:
     """Everything that one run of training holds."""
 
-    def __init__(self, config: TrainConfig, name: str, team: Team | None = None):
-        self.config, self.name, self.out, self.team = (
-            config,
-            name,
-            Path(config.out),
-            team or Team(device=config.device),
-        )
+    def __init__(self, config: TrainConfig, name: str, team: Team | None = None, former: str | None = None):
+        self.config, self.name, self.out = config, name, Path(config.out)
+        self.team = team or Team(device=config.device)
         if config.batch_size % self.team.size:
             raise ValueError(
                 f"--batch-size {config.batch_size} is not a multiple of {self.team.size} processes"
             )
         self.source = open_source(config)
         self.vae, self.codec = open_codec(config, self.source, self.team.device)
-        self.team.agree("what --data holds", content(self.source))
-        base = self.find_base()
-        self.team.agree("the base language model", base_content(resolve(base)) if self.team.size > 1 else b"")
+        alone = self.team.size == 1
+        self.team.agree("what --data holds", b"" if alone else content(self.source))
+        base = self.find_base(former)
+        self.team.agree("the base language model", b"" if alone else base_content(resolve(base)))
         dtype = getattr(torch, config.dtype)
         overrides = config.model_overrides(self.codec.channels, self.codec.patch)
-        torch.manual_seed(
-            config.seed
-        )  # of the U-Net's first weights, whether or not a base was just pretrained
+        torch.manual_seed(config.seed)  # of the U-Net, whether or not a base was just pretrained
         self.model = load_qwen3(
             base, device=self.team.device, prepare=lambda model: shard(model, self.team, dtype), **overrides
         )
@@ -454,12 +453,20 @@ class Run:
         self.ids: dict[str, list[int]] = {}  # captions already tokenised
         self.validation = self.make_validation()
 
-    def find_base(self) -> str | Path:
-        """Where the base language model lies. One process fetches or pretrains it, the others wait."""
+    def find_base(self, former: str | None) -> str | Path:
+        """Where the base language model lies. One process fetches or pretrains it, the others wait.
+
+        former: where the tiny one was when the run that is resumed began.
+        """
         base: str | Path = ""
         for first in (True, False):
             if self.team.leads == first:
-                base = resolve(self.config.base) if self.config.base else ensure_base(self.config.seed)
+                if self.config.base:
+                    base = resolve(self.config.base)
+                elif isinstance(former, str) and Path(former).is_dir():
+                    base = Path(former)
+                else:
+                    base = ensure_base(self.config.seed)
             self.team.wait()
         return self.config.base or base
 
@@ -511,7 +518,7 @@ class Run:
         batches = self.draw_batches()
         counts = [targets(self.model, batch) for batch, _ in batches]
         totals = team.total([float(sum(c)) for c in zip(*counts, strict=True)])
-        means = [0.0] * len(PARTS)
+        means: dict[str, Tensor | float] = dict.fromkeys(PARTS, 0.0)
         for (batch, noise), count in zip(batches, counts, strict=True):
             out = losses(self.model, self.diffusion, batch, config, noise)
             # a mean over this micro batch -> its share of the mean over all
@@ -522,10 +529,9 @@ class Run:
             loss = loss + config.lambda_ddpm * out["ddpm_loss"] * share["ddpm_loss"]
             loss = loss + out.get("draw_loss", 0.0) * share.get("draw_loss", 0.0)
             (loss * team.size).backward()  # gradients of the processes are averaged
-            means = [
-                m + out[k].item() * share[k] if k in out else m for m, k in zip(means, PARTS, strict=True)
-            ]
-        means = team.total(means)
+            for k in share:
+                means[k] = means[k] + out[k].detach().double() * share[k]
+        means = team.total([float(m) for m in means.values()])
         result = {k: m for k, m, total in zip(PARTS, means, totals, strict=True) if total}
         result["loss"] = result.get("lm_loss", 0.0) + config.lambda_ddpm * result["ddpm_loss"]
         norm = whole(nn.utils.clip_grad_norm_(self.trained.values(), config.clip)).item()
@@ -672,7 +678,13 @@ class Run:
                 fill(p, tensors[name])
             for name, value in average.items():
                 fill(self.average[name], value)
+        ours, theirs = ((x or {}).get("fingerprint") for x in (self.vae, info.get("vae")))
+        if ours != theirs:
+            raise ValueError(
+                f"the latents of --data {self.config.data} are not by the VAE that {folder} was trained with"
+            )
         self.codec = load_codec(folder, info, self.codec.channels, self.config.vae, self.team.device)
+        self.validation = self.make_validation()  # by that codec, whatever --data is now
         restore_optimizers(folder / "optimizer.safetensors", info["optimizer"], self.trained, self.optimizers)
         self.step = info["step"]
         metrics = self.out / "metrics.jsonl"  # lines of steps that the kill took with it
@@ -737,7 +749,8 @@ def open_source(config: TrainConfig) -> Shapes | PictureSource | LatentSource:
                 f"the built-in shapes are {Shapes.size} pixels a side; --image-size is {config.image_size}"
             )
         return Shapes()
-    if (Path(config.data) / INDEX).is_file():
+    folder = Path(config.data)
+    if (folder / INDEX).is_file() or any(folder.glob("shard-*.safetensors")):
         val = LatentShards(config.val_data) if config.val_data else None
         return LatentSource(LatentShards(config.data), val)
     val = load_pictures(config.val_data, config.image_size) if config.val_data else None
@@ -850,7 +863,7 @@ def parse(args: list[str] | None = None) -> tuple[TrainConfig, str, bool, bool]:
                 raise ValueError(
                     f"--resume: {field} was {saved[field]} in this run and cannot become {given[field]}"
                 )
-        config = TrainConfig(**saved)
+        config = TrainConfig(**saved | {"out": str(out)})  # where it lies now
     return dataclasses.replace(config, **given), name, resume, dry
 
 
@@ -908,9 +921,11 @@ def train(run: Run) -> None:
             )
             window, window_start, waited = [], now, 0.0
         if last or run.step % config.checkpoint_every == 0:
+            pause = time.perf_counter()
             run.save()
             if leads:
                 run.draw_curves()
+            waited += time.perf_counter() - pause
     bar.close()
     seconds = time.perf_counter() - start
     if not leads:
@@ -925,9 +940,14 @@ def dry_run(config: TrainConfig) -> None:
     """Print what a run would take of memory and arithmetic; no model is made, and no stock one fetched."""
     import budget  # which imports this file
 
-    tokenizer = pretrain.train_tokenizer(random.Random(config.seed))
-    model = known_config(config.base) if config.base else pretrain.tiny_config(tokenizer)
+    if config.base:
+        model = known_config(config.base)
+    else:
+        model = pretrain.tiny_config(pretrain.train_tokenizer(random.Random(config.seed)))
     channels, factor = (4, 8) if config.vae else (config.latent_channels, config.latent_patch)
+    if config.vae and Path(config.vae).is_dir():
+        vae = read_vae_config(resolve_vae(config.vae) / "config.json")
+        channels, factor = vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1)
     model = replace(model, **config.model_overrides(channels, factor))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     print(budget.table(budget.report(model, config, size)))
@@ -944,7 +964,7 @@ def main() -> None:
             f"{out} already holds a run ({found[-1].name}); --resume continues it, another --out starts "
             "elsewhere, and deleting the folder starts over"
         )
-    check_device(config.device)
+    check_device(own_device(config.device))
     cli.tune_cpu()
     team = join(config.device, config.dtype)
     try:
@@ -965,7 +985,8 @@ def work(config: TrainConfig, name: str, checkpoint: Path | None, team: Team) ->
     """A run from its start or from a checkpoint to its end."""
     out = Path(config.out)
     team.agree("their configuration", json.dumps(dataclasses.asdict(config)).encode())
-    run = Run(config, name, team)
+    former = read_json(checkpoint / "checkpoint.json").get("base") if checkpoint else None
+    run = Run(config, name, team, former)
     if checkpoint:
         run.resume(checkpoint)
         if run.step >= config.steps:
