@@ -156,13 +156,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.head_dim = d
 
-    def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x (T, D) -> queries, keys, values side by side (T, H + 2K, d): Eq. (7) for text, (8) for images."""
+    def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """x (T, D) -> queries and keys (T, H + K, d), values (T, K, d): Eq. (7) for text, (8) for images."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, d)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
         qk = apply_rope(torch.cat((self.q_norm(q), self.k_norm(k)), dim=1), rope)  # (T, H + K, d)
-        return torch.cat((qk, v), dim=1)
+        return qk, v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -209,8 +209,8 @@ class Expert(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x (T, D) -> (T, H + 2K, d)."""
+    def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """x (T, D) -> queries and keys (T, H + K, d), values (T, K, d)."""
         return self.self_attn.qkv(self.input_layernorm(x), rope)
 
     def output(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -545,11 +545,10 @@ class Block(nn.Module):
         Returns both streams after the layer, and this call's own keys and values (B, K, N, d).
         """
         H, K = self.heads
-        qkv = layout.merge(  # (B, H + 2K, N, d)
-            None if text is None else self.text.qkv(text, layout.rope_text),
-            None if image is None else self.image.qkv(image, layout.rope_image),
-        )
-        q, k_new, v_new = qkv.split((H, K, K), dim=1)
+        of_text = (None, None) if text is None else self.text.qkv(text, layout.rope_text)
+        of_image = (None, None) if image is None else self.image.qkv(image, layout.rope_image)
+        qk, v_new = map(layout.merge, of_text, of_image)  # (B, H + K, N, d), (B, K, N, d)
+        q, k_new = qk.split((H, K), dim=1)
         k, v = k_new, v_new
         if past is not None:
             k, v = join(past[0], past[2], k_new), join(past[1], past[2], v_new)  # (B, K, S + N, d)
