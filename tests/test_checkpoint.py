@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small
@@ -311,3 +312,29 @@ def test_the_last_run_file_is_read_and_a_run_that_is_gone_is_named(tmp_path):
         checkpoint.LAST_RUN.write_text("runs/deleted\n")
         with pytest.raises(ValueError, match="runs/deleted: no such checkpoint folder"):
             find_checkpoint(None)
+
+
+# ---- parts of several processes ----
+
+
+@pytest.mark.parametrize("count", (1, 2, 3))
+def test_what_two_processes_write_is_read_back_however_few_the_tensors(tmp_path, count):
+    """One tensor, the range of a VAE's latents, is one file: no part may be missing for want of tensors."""
+    group = {f"t{i}": torch.randn(3) for i in range(count)}
+    for rank in range(2):  # neither leads, so that the folder stays where both write it
+        team = SimpleNamespace(rank=rank, size=2, leads=False, wait=lambda: None, total=lambda x: x)
+        write_folder(tmp_path / "step", {"group.safetensors": group}, {}, "info.json", team=team)
+    folder = tmp_path / ".step.tmp"
+    assert len(list(folder.iterdir())) == (1 if count == 1 else 2)
+    read = read_tensors(folder / "group.safetensors", group)
+    assert all(torch.equal(read[name], x) for name, x in group.items())
+
+
+def test_a_copied_run_goes_on_where_it_lies_now(tmp_path):
+    small.good(train, *small.photo_flags(Path("old"), "--steps", 1), folder=tmp_path)
+    before = small.files(tmp_path / "old")
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    flags = ("--config", "small", "--resume", "--out", "new", "--steps", "2")
+    small.good(train, *flags, folder=tmp_path)
+    assert small.files(tmp_path / "old") == before
+    assert [p.name for p in list_checkpoints(tmp_path / "new")] == ["step-000002"]
