@@ -1,8 +1,9 @@
-# make demo: from nothing to a sheet of pictures.   make test: the test suite.   Both make .venv on first use.
+# make demo: from nothing to a sheet of pictures.   make chat: on to conversations and edits.
+# make test: the test suite.                        All make .venv on first use.
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo chat test lint clean
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -13,6 +14,13 @@ demo: .venv/ready
 	$(PY) train.py --config small $(if $(wildcard runs/small/step-*/checkpoint.json),--resume)
 	$(PY) sample.py --prompts prompts.txt --labels --out runs/demo.png --gif runs/demo.gif
 	@echo "open runs/demo.png; then try: $(PY) sample.py --prompt \"a big red circle in the center on a blue background\""
+
+chat: .venv/ready
+	$(PY) train.py --config small $(if $(wildcard runs/small/step-*/checkpoint.json),--resume)
+	$(PY) train.py --config small-chat $(if $(wildcard runs/small-chat/step-*/checkpoint.json),--resume)
+	rm -rf runs/chat
+	$(PY) sample.py --chat-file messages.json --think --out runs/chat
+	@echo "open runs/chat/chat.md; then try: $(PY) sample.py --chat --think"
 
 test: .venv/ready
 	$(PY) -m pytest

@@ -19,10 +19,10 @@ import cli
 from checkpoint import check_device
 from data import BEHIND, DROPPED, FIRST, arrange
 from diffusion import Diffusion
+from generate import continue_text
 from load_qwen3 import STOCK, known_config, text_names
 from model import LMFusion, Tokens
 from pretrain import init_text
-from sample import continue_text
 from train import CONFIGS, draw_noise, losses, make_optimizers
 
 

@@ -296,7 +296,7 @@ def cache_bytes(cache: Cache) -> float:
 
 @torch.no_grad()  # in inference mode, products would reach the books under names not counted
 def sampling(config: ModelConfig, train: TrainConfig, caption_tokens: int) -> dict[str, float]:
-    """FLOPs and bytes of one picture as `sample.generate_images` paints it: with a caption and without."""
+    """FLOPs and bytes of one picture as `generate.generate_images` paints it: with a caption and without."""
     books, P = Books(), config.num_patches
     model = books.model(config, train)
     rows = [[ordinary_id(config)] * caption_tokens + [config.boi_id], [config.boi_id]]

@@ -31,7 +31,8 @@ from model import LMFusion
 from parallel import Team, whole
 from vae import AutoencoderKL, load_vae
 
-LAST_RUN = Path("runs/last-small")  # names the folder of the last run of `train.py --config small`
+# each names the folder of the last run of `train.py --config ...`
+LAST_RUNS = {"small": Path("runs/last-small"), "small-chat": Path("runs/last-small-chat")}
 
 
 @dataclass
@@ -147,14 +148,14 @@ def list_checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")) if p.name[5:].isdigit() else -1)
 
 
-def find_checkpoint(folder: str | Path | None) -> Path:
-    """A checkpoint's own folder; a run's last one; with None, the last run of `small`."""
+def find_checkpoint(folder: str | Path | None, config: str = "small") -> Path:
+    """A checkpoint's own folder; a run's last one; with None, the last run of that named configuration."""
     if folder is None:
-        if not LAST_RUN.is_file():
+        if not LAST_RUNS[config].is_file():
             raise ValueError(
-                "no --checkpoint given, and no run of `python train.py --config small` to take it from"
+                f"no --checkpoint given, and no run of `python train.py --config {config}` to take it from"
             )
-        folder = LAST_RUN.read_text().strip()
+        folder = LAST_RUNS[config].read_text().strip()
     folder = Path(folder)
     if (folder / "checkpoint.json").is_file():
         return folder
@@ -228,13 +229,14 @@ def load_trained(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     vae: str | None = None,
+    config: str = "small",
 ) -> Trained:
     """The model of a checkpoint, on the base it was trained on (`base`, `vae`: where they lie now, if moved).
 
     Takes the moving average of the weights where there is one. ValueError for a base with another fingerprint
     and for whatever is missing, cut short or of another shape.
     """
-    folder = find_checkpoint(checkpoint)
+    folder = find_checkpoint(checkpoint, config)
     info = read_json(folder / "checkpoint.json")
     try:
         base, overrides = base or info["base"], dict(info["model"])

@@ -1,10 +1,9 @@
 """What the model reads: captioned shapes, text, and real pictures; latents; batches.
 
-    shapes     "a small red circle in the top left on a blue background" and a 32 x 32 picture of it
-    text       captions in several wordings, questions about them, and a little knowledge: what `train.py`
-               pretrains the tiny language model of `small` on
+    shapes     the built-in pictures of world.py
     pictures   a folder of name.png + name.txt, a metadata.jsonl, or WebDataset tars
     batches    sequences of text ids and IMAGE, cut into the two phases of model.py
+    tasks      caption, generate, edit, chat: what the second stage of training mixes
 
 `python data.py encode --data ... --vae ... --base ... --out DIR` makes real pictures into shards of latents
 and token ids, once, so that training decodes no picture again (latents.py).
@@ -14,178 +13,23 @@ Shapes: M pictures, S pixels a side; pictures are uint8 (M, 3, S, S); latents (M
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from diffusion import T
+from dialogues import Shot, conversation, picture_conversation
+from diffusion import Diffusion, T
 from model import IMAGE, PAD, ModelConfig, Tokens
-from pictures import Pictures
-
-# ------------------------------------------------------------------------------------------------------------
-# The built-in world: one shape on a plain background
-
-COLORS = {
-    "red": (222, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 225),
-    "yellow": (248, 220, 50),
-    "orange": (246, 138, 30),
-    "purple": (140, 56, 180),
-    "white": (246, 246, 246),
-    "black": (18, 18, 18),
-}
-SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 5.5, "big": 9.0}  # radius in pixels of a 32 x 32 picture
-PLACES = {
-    "center": (16, 16),
-    "top left": (10, 10),
-    "top right": (10, 22),
-    "bottom left": (22, 10),
-    "bottom right": (22, 22),
-}  # row and column of the middle
-JITTER = 1  # a shape's middle is off by up to this many pixels each way
-PIXELS = 32
-
-
-@dataclass(frozen=True)
-class Scene:
-    """The five attributes of a built-in picture."""
-
-    size: str
-    color: str
-    shape: str
-    place: str
-    background: str
-
-    @property
-    def caption(self) -> str:
-        return (
-            f"a {self.size} {self.color} {self.shape} in the {self.place} on a {self.background} background"
-        )
-
-
-ATTRIBUTES = ("background", "color", "place", "shape", "size")
-
-
-@lru_cache
-def all_scenes(held_out: bool) -> tuple[Scene, ...]:
-    """Every combination whose two colours differ: nine tenths to train on, one tenth held out."""
-    scenes = [
-        Scene(size, color, shape, place, background)
-        for size in SIZES
-        for color in COLORS
-        for shape in SHAPES
-        for place in PLACES
-        for background in COLORS
-        if color != background
-    ]
-    return tuple(s for s in scenes if (hashlib.sha256(s.caption.encode()).digest()[0] % 10 == 0) == held_out)
-
-
-@lru_cache
-def coverage() -> Tensor:
-    """Each shape's share of each pixel: (shape, size, place, jitter row, jitter column, 32, 32), 0 .. 1."""
-    sub = 8  # sub-pixels a side, for smooth edges
-    grid = (torch.arange(PIXELS * sub) + 0.5) / sub
-    masks = []
-    for shape in SHAPES:
-        for r in SIZES.values():
-            for row, column in PLACES.values():
-                for dy in range(-JITTER, JITTER + 1):
-                    for dx in range(-JITTER, JITTER + 1):
-                        y, x = (grid - row - dy)[:, None], (grid - column - dx)[None, :]
-                        if shape == "circle":
-                            inside = y**2 + x**2 <= r**2
-                        elif shape == "square":
-                            inside = torch.maximum(y.abs(), x.abs()) <= 0.88 * r
-                        elif shape == "triangle":
-                            inside = (y <= 0.8 * r) & (2 * x.abs() - y <= r)
-                        else:
-                            arm = torch.minimum(y.abs(), x.abs()) <= 0.3 * r
-                            inside = arm & (torch.maximum(y.abs(), x.abs()) <= r)
-                        masks.append(inside.float().view(PIXELS, sub, PIXELS, sub).mean((1, 3)))
-    side = 2 * JITTER + 1
-    return torch.stack(masks).view(len(SHAPES), len(SIZES), len(PLACES), side, side, PIXELS, PIXELS)
-
-
-def render(scenes: list[Scene], rng: random.Random | None = None) -> Tensor:
-    """Pictures (M, 3, 32, 32), uint8; without `rng` every shape sits exactly in its place."""
-    shapes, sizes, places = list(SHAPES), list(SIZES), list(PLACES)
-    index = [
-        (
-            shapes.index(s.shape),
-            sizes.index(s.size),
-            places.index(s.place),
-            *(rng.randrange(2 * JITTER + 1) if rng else JITTER for _ in range(2)),
-        )
-        for s in scenes
-    ]
-    mask = coverage()[tuple(torch.tensor(index).T)][:, None]  # (M, 1, 32, 32)
-    color = torch.tensor([COLORS[s.color] for s in scenes], dtype=torch.float32)[:, :, None, None]
-    background = torch.tensor([COLORS[s.background] for s in scenes], dtype=torch.float32)[:, :, None, None]
-    return (background + mask * (color - background)).round().to(torch.uint8)
-
-
-WORDINGS = (
-    "a {size} {color} {shape} in the {place} on a {background} background",
-    "on a {background} background, in the {place}, a {size} {color} {shape}",
-    "the background is {background} and the {shape} in the {place} is {size} and {color}",
-    "a {color} {shape} that is {size}, in the {place}, with {background} behind it",
-)
-QUESTIONS = (
-    ("what color is the background", "background"),
-    ("what color is the {shape}", "color"),
-    ("where is the {shape}", "place"),
-    ("what shape is it", "shape"),
-    ("how big is the {shape}", "size"),
-)
-FACTS = (
-    "grass is green",
-    "the sky is blue",
-    "snow is white",
-    "coal is black",
-    "a lemon is yellow",
-    "blood is red",
-    "a carrot is orange",
-    "a plum is purple",
-    "a triangle has three corners",
-    "a square has four corners",
-    "a circle has no corners",
-    "a cross has four arms",
-    "a ball is a circle",
-    "a wheel is a circle",
-    "a window is a square",
-    "a roof is a triangle",
-    "the opposite of small is big",
-    "the opposite of big is small",
-    "the opposite of top is bottom",
-    "the opposite of left is right",
-    "the opposite of right is left",
-    "the opposite of black is white",
-    "red and yellow make orange",
-    "blue and yellow make green",
-    "red and blue make purple",
-)
-
-
-def text_document(rng: random.Random) -> str:
-    """One document of built-in text: to go on with it, a model must remember what a caption said."""
-    if rng.random() < 0.1:
-        return ". ".join(rng.sample(FACTS, 4)) + "."
-    words = vars(rng.choice(all_scenes(held_out=False)))
-    text = rng.choice(WORDINGS).format(**words)
-    for question, attribute in rng.sample(QUESTIONS, rng.randint(1, 4)):
-        text += f". {question.format(**words)}? {words[attribute]}"
-    return text + ". " + rng.choice(WORDINGS).format(**words) + "."
-
+from pictures import Edits, Pictures
+from template import IM_START, Picture, encode, spoken
+from template import render as render_chat
+from world import PIXELS, all_scenes, draw_edit, draw_shift, render
 
 # ------------------------------------------------------------------------------------------------------------
 # Latents
@@ -247,14 +91,32 @@ class Batch:
     prefix: Tokens  # all text before the first image
     rest: Tokens  # the first image and everything after it
     latents: Tensor  # (M, C, h, w), clean
-    max_t: Tensor  # (M,) exclusive upper end of the training timesteps
+    max_t: Tensor  # (M,) exclusive upper end of the training timesteps; 0: stays clean, has no diffusion loss
+
+    def noised(self, diffusion: Diffusion, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Eq. (2), where clean images stay clean and have t = 0: x_t, t, and the numbers of the others.
+
+        Those are None if all are noisy. If none is, they are the first alone, whose loss must not count.
+        """
+        x_t, noisy = diffusion.q_sample(self.latents, t, eps), self.max_t > 0  # the latter in main memory
+        if noisy.all():
+            return x_t, t, None
+        which = noisy.nonzero().squeeze(1) if noisy.any() else torch.tensor([0])
+        keep = noisy.to(t.device)
+        x_t = torch.where(keep[:, None, None, None], x_t, self.latents)
+        return x_t, t * keep, which.to(t.device)
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(self.prefix, self.rest, self.latents.to(device), self.max_t)
 
 
-def split_phases(sequences: list[list[int]], num_patches: int, pack: int = 0) -> tuple[Tokens, Tokens]:
-    """Sequences of ids and IMAGE, each with at least one IMAGE -> prefix and rest (see LMFusion.forward).
+def split_phases(
+    sequences: list[list[int]],
+    num_patches: int,
+    pack: int = 0,
+    spoken: list[list[bool]] | None = None,
+) -> tuple[Tokens, Tokens]:
+    """Sequences of ids and IMAGE -> prefix and rest (see LMFusion.forward); `spoken` as in `Tokens`.
 
     pack > 0: neighbours share a row, as documents of their own, as long as they have `pack` tokens together.
     Their order stays, so that their images stay in row order.
@@ -268,17 +130,24 @@ def split_phases(sequences: list[list[int]], num_patches: int, pack: int = 0) ->
             room = pack
         rows[-1].append(i)
         room -= length
-    cut = [s.index(IMAGE) for s in sequences]
-    prefix = Tokens.packed([[sequences[i][: cut[i]] for i in row] for row in rows], num_patches)
-    rest = [[sequences[i][cut[i] :] for i in row] for row in rows]
-    return prefix, Tokens.packed(rest, num_patches, start=[[cut[i] for i in row] for row in rows])
+    cut = [s.index(IMAGE) if IMAGE in s else len(s) for s in sequences]
+
+    def part(values: list[list], begins: bool) -> list[list[list]]:
+        """What stands before each cut, or behind it, row by row."""
+        return [[values[i][: cut[i]] if begins else values[i][cut[i] :] for i in row] for row in rows]
+
+    own = [part(spoken, begins) if spoken else None for begins in (True, False)]
+    prefix = Tokens.packed(part(sequences, True), num_patches, spoken=own[0])
+    start = [[cut[i] for i in row] for row in rows]
+    return prefix, Tokens.packed(part(sequences, False), num_patches, start, spoken=own[1])
 
 
 def next_tokens(tokens: Tokens, boi_id: int) -> tuple[Tensor, Tensor]:
     """What each text token of `tokens` is to predict, in the order of `Hidden.text`: two tensors (T_text,).
 
     First the id of the next text token for L_LM, -100 where there is none to learn: no loss where the input
-    is BOI, none at the end of a document or before padding, and BOI itself is no target of the frozen head.
+    is BOI, none at the end of a document or before padding, none where the next token is another speaker's,
+    and BOI itself is no target of the frozen head.
     Second whether an image starts next (1, 0, or -100 at BOI and at the end), for the row that decides when
     to draw.
     """
@@ -286,6 +155,8 @@ def next_tokens(tokens: Tokens, boi_id: int) -> tuple[Tensor, Tensor]:
     same = tokens.document[:, 1:] == tokens.document[:, :-1]
     following[:, :-1] = torch.where(same, tokens.ids[:, 1:], PAD)
     known = (tokens.ids >= 0) & (tokens.ids != boi_id) & (following >= 0)
+    if tokens.spoken is not None:
+        known[:, :-1] &= tokens.spoken[:, 1:]
     word = torch.where(known & (following != boi_id), following, -100)
     draw = torch.where(known, (following == boi_id).long(), -100)
     text = tokens.ids >= 0
@@ -348,6 +219,107 @@ def make_batch(
     return arrange(captions, latents, recipe.draw(len(captions), rng), config, recipe.noise_limit)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Tasks of the second stage (Section 5.2; train.py --init-from DIR --task ...)
+
+TASKS = ("caption", "generate", "edit", "chat")
+
+
+def parse_tasks(text: str) -> dict[str, float]:
+    """ "edit" or "generate=2,edit=1" -> the share of each task; ValueError names the choices."""
+    shares: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, weight = (x.strip() for x in item.partition("="))
+        if name not in TASKS:
+            raise ValueError(f"--task {text}: {name!r} is not one of {', '.join(TASKS)}")
+        try:
+            shares[name] = float(weight) if "=" in item else 1.0
+        except ValueError:
+            raise ValueError(f"--task {text}: the weight {weight!r} of {name} is not a number") from None
+        if not 0 < shares[name] < math.inf:
+            raise ValueError(f"--task {text}: the weight of {name} must be positive")
+    total = sum(shares.values())
+    return {name: weight / total for name, weight in shares.items()}
+
+
+@dataclass
+class Document:
+    """One sequence to train on, and what its images are."""
+
+    ids: list[int]  # IMAGE stands for a picture
+    pictures: list  # one for each IMAGE: what `pixels` of the source takes
+    max_t: list[int]  # of each picture, as in `Batch`
+    spoken: list[bool]  # of each id: whether the model is to say it
+
+    def __len__(self) -> int:
+        """Ids from the first picture on: what carries a gradient."""
+        return len(self.ids) - (self.ids.index(IMAGE) if IMAGE in self.ids else len(self.ids))
+
+
+def caption_document(
+    picture, caption: list[int], order: str, config: ModelConfig, recipe: Recipe
+) -> Document:
+    """Caption and picture in one of the three orders, as in `arrange`; nothing is said about when to draw."""
+    if order == BEHIND:
+        ids = [config.boi_id, IMAGE, config.eoi_id, *caption, config.eos_id]
+        return Document(ids, [picture], [recipe.noise_limit], [False] * 2 + [True] * (len(ids) - 2))
+    ids = [*(caption if order == FIRST else []), config.boi_id, IMAGE]
+    return Document(ids, [picture], [T], [False] * len(ids))
+
+
+def edit_document(source, target, instruction: list[int], dropped: bool, config: ModelConfig) -> Document:
+    """Section 5.2:  BOI | source | EOI instruction BOI | target.
+
+    Our choice: without the instruction there is nothing to change, and the source itself is the target. That
+    is what guidance compares with, so it strengthens the change and keeps the rest.
+    """
+    ids = [config.boi_id, IMAGE, config.eoi_id, *([] if dropped else instruction), config.boi_id, IMAGE]
+    return Document(ids, [source, source if dropped else target], [0, T], [False] * len(ids))
+
+
+def chat_document(
+    messages: list[dict], dropped: bool, tokenizer: Tokenizer, config: ModelConfig, rng: random.Random
+) -> Document:
+    """A conversation up to a picture of its last message, which is to be painted; the others are clean.
+
+    So training sees of every picture what sampling will: one noisy image, which comes last. A conversation
+    that ends in words, and a quarter of the others, is read to its end with all pictures clean, for the text
+    behind them and the decision to draw. dropped: BOI and the picture alone, for guidance.
+    """
+    pieces = render_chat(messages, generate=False)
+    pictures = [p.content for p in pieces if isinstance(p, Picture)]
+    ids = encode(tokenizer, pieces, config.boi_id, config.eoi_id)
+    own = spoken(tokenizer, ids)
+    places = [i for i, token in enumerate(ids) if token == IMAGE]
+    last_turn = max(i for i, token in enumerate(ids) if token == tokenizer.token_to_id(IM_START))
+    painted = [n for n, i in enumerate(places) if i > last_turn]  # in the assistant's last message
+    if not painted or (rng.random() < 0.25 and not dropped):
+        return Document(ids, pictures, [0] * len(pictures), own)
+    n = rng.choice(painted)
+    if dropped:
+        return Document([config.boi_id, IMAGE], [pictures[n]], [T], [False] * 2)
+    end = places[n] + 1
+    return Document(ids[:end], pictures[: n + 1], [0] * n + [T], own[:end])
+
+
+def collate(documents: list[Document], latents: Tensor, config: ModelConfig, pack: int = 0) -> Batch:
+    """A batch of documents and the latents (M, C, h, w) of their pictures, in order.
+
+    Every batch has an image, for the gradient of every module must exist in every process: where there is
+    none, an empty clean one of its own.
+    """
+    sequences = [d.ids for d in documents]
+    own, max_t = [d.spoken for d in documents], [t for d in documents for t in d.max_t]
+    if not max_t:
+        sequences, own, max_t = [*sequences, [config.boi_id, IMAGE]], [*own, [False, False]], [0]
+        latents = torch.zeros(1, config.latent_channels, config.latent_size, config.latent_size)
+    return Batch(*split_phases(sequences, config.num_patches, pack, own), latents, torch.tensor(max_t))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sources
+
+
 ALL = slice(None)  # of a batch: what one process does, where there is only one
 
 
@@ -360,6 +332,31 @@ class Shapes:
         """`share` of n training pictures (n, 3, 32, 32), uint8, and captions; the draw is that of all n."""
         scenes = rng.choices(all_scenes(held_out=False), k=n)
         return render(scenes, rng)[share], [s.caption for s in scenes[share]]
+
+    def captioned(self, rng: random.Random) -> tuple[Shot, str]:
+        """One training picture and its caption."""
+        scene = rng.choice(all_scenes(held_out=False))
+        return Shot(scene, draw_shift(rng)), scene.caption
+
+    def edited(self, rng: random.Random) -> tuple[Shot, Shot, str]:
+        """A training picture, the same with one attribute changed, and the instruction."""
+        edit, shift = draw_edit(rng), draw_shift(rng)
+        return Shot(edit.source, shift), Shot(edit.target, shift), edit.instruction
+
+    def conversation(self, rng: random.Random) -> list[dict]:
+        """Messages with Shots in them."""
+        return conversation(rng, thinking=rng.random() < 0.4)
+
+    def validation_edits(self, n: int) -> tuple[list[Shot], list[Shot], list[str]]:
+        """n edits to held-out scenes, as in `edited`; the same ones whenever asked."""
+        rng = random.Random(0)
+        edits = [(draw_edit(rng, held_out=True), draw_shift(rng)) for _ in range(n)]
+        shots = [[Shot(e.source, s) for e, s in edits], [Shot(e.target, s) for e, s in edits]]
+        return shots[0], shots[1], [e.instruction for e, _ in edits]
+
+    def pixels(self, shots: list[Shot]) -> Tensor:
+        """Shots -> uint8 (M, 3, 32, 32)."""
+        return render([s.scene for s in shots], shifts=[s.shift for s in shots])
 
     def validation(self, n: int) -> tuple[Tensor, list[str]]:
         """n held-out combinations; the same ones whenever asked."""
@@ -383,9 +380,20 @@ def pick(pictures: Pictures, index: Sequence[int]) -> Pictures:
 
 
 class PictureSource:
-    """Real pictures as a data source; without others for validation, every 20th is set aside."""
+    """Real pictures as a data source; without others for validation, every 20th is set aside.
 
-    def __init__(self, train: Pictures, val: Pictures | None):
+    With `edits` there are (image, instruction, image) triples as well, or alone; of those, too, every 20th
+    is set aside.
+    """
+
+    def __init__(self, train: Pictures | None, val: Pictures | None, edits: Edits | None = None):
+        self.edits = edits
+        self.order = list(range(len(edits.instructions))) if edits else []
+        self.order, self.held_out = [i for i in self.order if i % 20], self.order[::20]
+        if edits and not self.order:
+            raise ValueError("one edit is too few: training and validation need one each at least")
+        if train is None:  # the pictures of the edits, and what was asked for
+            train = Pictures(edits.targets, edits.instructions, edits.names, [])
         if val is None:
             n = len(train.captions)
             if n < 2:
@@ -393,6 +401,34 @@ class PictureSource:
             val = pick(train, range(0, n, 20))
             train = pick(train, [i for i in range(n) if i % 20])
         self.train, self.val, self.size = train, val, train.pixels.shape[-1]
+
+    def captioned(self, rng: random.Random) -> tuple[Tensor, str]:
+        """One training picture (3, S, S), uint8, and its caption."""
+        i = rng.randrange(len(self.train.captions))
+        return self.train.pixels[i], self.train.captions[i]
+
+    def edited(self, rng: random.Random) -> tuple[Tensor, Tensor, str]:
+        """A picture before and after, and the instruction."""
+        i = rng.choice(self.order)
+        return self.edits.sources[i], self.edits.targets[i], self.edits.instructions[i]
+
+    def validation_edits(self, n: int) -> tuple[Tensor, Tensor, list[str]]:
+        """Up to n edits that training never shows: every 20th."""
+        index = self.held_out[:n]
+        return (
+            self.edits.sources[index],
+            self.edits.targets[index],
+            [self.edits.instructions[i] for i in index],
+        )
+
+    def conversation(self, rng: random.Random) -> list[dict]:
+        """Messages around a captioned picture or, as often where there are some, an edit."""
+        edit = self.edited(rng) if self.edits and rng.random() < 0.5 else None
+        return picture_conversation(rng, *self.captioned(rng), edit)
+
+    def pixels(self, pictures: list[Tensor]) -> Tensor:
+        """(M, 3, S, S), uint8."""
+        return torch.stack(list(pictures))
 
     def sample(self, n: int, rng: random.Random, share: slice = ALL) -> tuple[Tensor, list[str]]:
         """`share` of n training pictures (n, 3, S, S), uint8, drawn with replacement, and their captions."""

@@ -28,26 +28,24 @@ from tqdm import tqdm
 import cli
 import figures
 from checkpoint import Trained, check_device, load_trained, write_atomic
-from data import (
+from data import Batch, Recipe, make_batch
+from diffusion import Diffusion, T
+from generate import continue_text, describe_images, encode_text, generate_images
+from load_qwen3 import load_qwen3
+from model import LMFusion, Tokens
+from world import (
     ATTRIBUTES,
     COLORS,
     JITTER,
     PLACES,
     SHAPES,
     SIZES,
-    Batch,
-    Recipe,
     Scene,
     all_scenes,
     coverage,
-    make_batch,
     render,
     text_document,
 )
-from diffusion import Diffusion, T
-from load_qwen3 import load_qwen3
-from model import LMFusion, Tokens
-from sample import continue_text, describe_images, encode_text, generate_images
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 
@@ -107,14 +105,17 @@ def in_batches(work, n: int, size: int, what: str) -> list:
 def errors_by_timestep(
     model: LMFusion, diffusion: Diffusion, batch: Batch, noise: Tensor, weighting: str
 ) -> list[float]:
-    """The diffusion loss of a batch at each of TIMESTEPS, all its images under this `noise` (M, C, h, w)."""
+    """The diffusion loss of a batch at each of TIMESTEPS, its images under this `noise` (M, C, h, w)."""
     errors = []
     for value in TIMESTEPS:
         t = torch.full((len(noise),), value, device=noise.device)
-        x_t = diffusion.q_sample(batch.latents, t, noise)
+        x_t, t, which = batch.noised(diffusion, t, noise)
         hidden = model(batch.prefix, batch.rest, x_t, t)[1]
-        eps = diffusion.eps_from_output(model.unet_output(hidden), x_t, t)
-        errors.append(diffusion.loss(eps, noise, t, weighting).item())
+        output, eps = model.unet_output(hidden, which), noise
+        if which is not None:
+            x_t, t, eps = x_t[which], t[which], noise[which]
+        predicted = diffusion.eps_from_output(output, x_t, t)
+        errors.append(diffusion.loss(predicted, eps, t, weighting).item())
     return errors
 
 

@@ -78,6 +78,32 @@ def sheet(pictures: Tensor, captions: list[str], columns: int = 6, side: int = 1
     return page
 
 
+def cases(
+    rows: list[tuple[list[Tensor], list[str]]], titles: list[str], side: int = 96, width: int = 900
+) -> Image.Image:
+    """Rows of pictures, uint8 (3, S, S), under their titles, with paragraphs of text to their right."""
+    font, gap, top, line = ImageFont.load_default(12), 10, 26, 16
+    page = Image.new("RGB", (width, top + len(rows) * (side + gap)), PAPER)
+    draw = ImageDraw.Draw(page)
+    left = gap + len(titles) * (side + gap)
+    for j, title in enumerate(titles):
+        draw.text((gap + j * (side + gap), 6), title, GREY, ImageFont.load_default(11))
+    for i, (pictures, paragraphs) in enumerate(rows):
+        y = top + i * (side + gap)
+        for j, picture in enumerate(pictures):
+            x = gap + j * (side + gap)
+            page.paste(to_image(picture, side), (x, y))
+            draw.rectangle((x - 1, y - 1, x + side, y + side), outline=GREY)
+        lines = [
+            (text, INK if k == 0 else GREY)
+            for k, paragraph in enumerate(paragraphs)
+            for text in wrap(paragraph, font, width - left - gap, 4)
+        ]
+        for k, (text, color) in enumerate(lines[: side // line]):
+            draw.text((left, y + k * line), text, color, font)
+    return page
+
+
 def grid(pictures: Tensor, side: int | None = None) -> Image.Image:
     """Pictures (n, 3, S, S), uint8, side by side without captions, about as many rows as columns."""
     columns = max(1, round(len(pictures) ** 0.5 + 0.49))

@@ -11,6 +11,7 @@
 A shard is whole or not there: a kill loses the one in work. The same command goes on behind the last whole
 one, and what comes out is, bit by bit, what an undisturbed run writes. Each shard's header says how it was
 made and where in the source it begins and ends. A sample that cannot be decoded is left out and named.
+Lines of a metadata.jsonl that are edits (see pictures.py) are left out and counted.
 
 Shapes: n pictures of a shard, M of a batch, S pixels a side; latents (M, C, h, w), h = w = S / factor.
 """
@@ -38,7 +39,8 @@ import cli
 from checkpoint import check_device, write_atomic
 from cli import setting
 from load_qwen3 import load_tokenizer, open_safetensors, read_json, resolve
-from pictures import Sample, list_samples, listing, read_sample
+from pictures import Sample, list_samples, listing, no_pictures, read_sample
+from template import encode_plain
 from vae import load_vae
 
 FORMAT = 1  # of index.json and of the shards
@@ -142,8 +144,8 @@ def encode_source(config: EncodeConfig, codec) -> LatentShards:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; at least 1 is needed")
     if config.image_size % codec.patch:
         raise ValueError(f"--image-size {config.image_size} is not a multiple of the VAE's {codec.patch}")
-    samples, tokenizer, out = list_samples(config.data), load_tokenizer(config.base), Path(config.out)
-    tokenizer.encode_special_tokens = True  # "<|im_end|>" in a caption is text
+    listed, tokenizer, out = list_samples(config.data), load_tokenizer(config.base), Path(config.out)
+    samples = [sample for sample in listed if sample.kind != "edit"]
     names = json.dumps([sample.name for sample in samples])
     settings = Settings(
         vae_fingerprint=codec.fingerprint(),
@@ -174,11 +176,13 @@ def encode_source(config: EncodeConfig, codec) -> LatentShards:
             start = piece["end"]
             pieces.append(piece)
     count, skipped = sum(p["skipped_count"] for p in pieces), [x for p in pieces for x in p["skipped"]]
+    edits = len(listed) - len(samples)
     bad = f"skipped {count:,} of {len(samples):,} samples: {listing(skipped[:NAMED])}"
     bad += f" and {count - NAMED:,} more" if count > NAMED else ""
     if not any(piece["count"] for piece in pieces):
-        expected = "(name.png + name.txt, metadata.jsonl, or tars by name)"
-        raise ValueError(f"{config.data}: no captioned pictures; {bad if samples else expected}")
+        raise ValueError(f"{config.data}: {no_pictures(bad if count else '', edits)}")
+    if edits:
+        print(f"left out {edits:,} edits (lines with a source)", file=sys.stderr)
     if count:
         print(bad, file=sys.stderr)
     write_index(config, settings, pieces)
@@ -202,7 +206,7 @@ def encode_shard(
             continue
         batch.append((name, picture))
         texts.append(caption.encode())
-        ids.append(tokenizer.encode(caption, add_special_tokens=False).ids)
+        ids.append(encode_plain(tokenizer, caption))  # "<|im_end|>" in a caption is text
         if len(batch) == config.batch_size:
             latents.append(encode_batch(batch, codec, config))
             batch = []

@@ -233,12 +233,14 @@ class Tokens:
     image     (B, N)  number of the image within its sequence, from 1, in order; 0 at text and padding
     position  (B, N)  RoPE position within the document; one a token, image patches in row-major order
     document  (B, N)  tokens see only their own document; -1 at padding
+    spoken    (B, N)  of a conversation: whether the model is to say this token; None: all of them
     """
 
     ids: Tensor
     image: Tensor
     position: Tensor
     document: Tensor
+    spoken: Tensor | None = None
 
     @staticmethod
     def text(ids: Tensor, start: int = 0) -> Tokens:
@@ -268,31 +270,38 @@ class Tokens:
         num_patches: int,
         start: list[list[int]] | None = None,
         images_before: list[int] | None = None,
+        spoken: list[list[list[bool]]] | None = None,
     ) -> Tokens:
-        """Like `rows`, with several documents behind one another in a row; each has positions of its own."""
+        """Like `rows`, with several documents behind one another in a row; each has positions of its own.
+
+        `spoken` says of each id, and of each IMAGE, whether it is the model's to say.
+        """
         P, columns = num_patches, []
         for r, documents in enumerate(rows):
-            ids, image, position, document = ([] for _ in range(4))
+            ids, image, position, document, own = ([] for _ in range(5))
             for number, row in enumerate(documents):
                 count = images_before[r] if images_before else 0
                 before = len(ids)
-                for i in row:
+                for i, mine in zip(row, spoken[r][number] if spoken else [True] * len(row), strict=True):
                     count += i == IMAGE
                     ids += [IMAGE] * P if i == IMAGE else [i]
                     image += [count] * P if i == IMAGE else [0]
+                    own += [mine] * (P if i == IMAGE else 1)
                 first = start[r][number] if start else 0
                 position += range(first, first + len(ids) - before)
                 document += [number] * (len(ids) - before)
-            columns.append((ids, image, position, document))
+            columns.append((ids, image, position, document, own))
         width = max(len(ids) for ids, *_ in columns)
-        for ids, image, position, document in columns:  # padding, on the right
+        for ids, image, position, document, own in columns:  # padding, on the right
             n = width - len(ids)
             position += range(position[-1] + 1 if position else 0, (position[-1] + 1 if position else 0) + n)
             ids += [PAD] * n
             image += [0] * n
             document += [-1] * n
-        parts = (torch.tensor(x, dtype=torch.long) for x in zip(*columns, strict=True))
-        return Tokens(*(x.view(len(rows), width) for x in parts))
+            own += [False] * n
+        *parts, own = (torch.tensor(x, dtype=torch.long) for x in zip(*columns, strict=True))
+        tokens = Tokens(*(x.view(len(rows), width) for x in parts))
+        return dataclasses.replace(tokens, spoken=own.view(len(rows), width).bool()) if spoken else tokens
 
 
 def hybrid_mask(query: Tokens, key: Tokens | Cache) -> Tensor:
@@ -360,6 +369,30 @@ class Cache:
                 k, v = self.k, self.v
         fields = ("image", "position", "document")
         return Cache(k, v, *(torch.cat((getattr(self, f), getattr(new, f)), dim=1) for f in fields))
+
+    def keep(self, n: int) -> Cache:
+        """The first n slots; the others become room."""
+        return Cache(self.k, self.v, self.image[:, :n], self.position[:, :n], self.document[:, :n])
+
+    def stack(self, other: Cache) -> Cache:
+        """The sequences of both, padded on the right."""
+        S = max(self.length, other.length)
+
+        def both(a: Tensor, b: Tensor, value: int = 0) -> Tensor:
+            """Two tensors (B, ..., slots[, d]) as one; what is filled in is `value`."""
+            dim = min(2, a.dim() - 1)
+            out = a.new_full((len(a) + len(b), *a.shape[1:dim], S, *a.shape[dim + 1 :]), value)
+            out[: len(a)].narrow(dim, 0, self.length).copy_(a.narrow(dim, 0, self.length))
+            out[len(a) :].narrow(dim, 0, other.length).copy_(b.narrow(dim, 0, other.length))
+            return out
+
+        return Cache(
+            [both(a, b) for a, b in zip(self.k, other.k, strict=True)],
+            [both(a, b) for a, b in zip(self.v, other.v, strict=True)],
+            both(self.image, other.image),
+            both(self.position, other.position),
+            both(self.document, other.document, -1),
+        )
 
     def rows(self, index: Tensor) -> Cache:
         """The sequences `index`, in that order; one may come up several times."""
@@ -714,10 +747,16 @@ class LMFusion(nn.Module):
         """
         return text.detach() @ self.boi_head
 
-    def unet_output(self, hidden: Hidden) -> Tensor:
-        """Eq. (14): image features -> F (M, C, h, w), float32; see `Diffusion.eps_from_output`."""
+    def unet_output(self, hidden: Hidden, which: Tensor | None = None) -> Tensor:
+        """Eq. (14): image features -> F (M, C, h, w), float32, of all images or of some (their numbers).
+
+        See `Diffusion.eps_from_output`.
+        """
         h_in, skips, t = hidden.unet
-        return self.unet_up(hidden.image.view_as(h_in), t, h_in, skips).float()
+        image = hidden.image.view_as(h_in)
+        if which is not None:
+            image, h_in, t, skips = image[which], h_in[which], t[which], [s[which] for s in skips]
+        return self.unet_up(image, t, h_in, skips).float()
 
     def text_logits(self, ids: Tensor) -> Tensor:
         """The frozen language model alone: ids (B, N) -> logits (B, N, V)."""

@@ -2,6 +2,8 @@
 
     folder      DIR with name.png (or .jpg, .jpeg, .webp) and name.txt side by side
     metadata    DIR/metadata.jsonl, each line {"file_name": "name.png", "text": "a caption"}, relative to DIR
+    edits       the same file, {"source": "before.png", "text": "make the sky red", "file_name": "after.png"}:
+                image, instruction, image; only `load_edits` loads these lines, and no others
     tars        DIR/train-00000.tar or "DIR/train-*.tar"; members whose paths agree up to the first dot of the
                 file name are one sample: `.png` (...) is its picture, `.txt` its caption
 
@@ -9,7 +11,7 @@ Everything is decoded once, at the start, into one uint8 tensor: an epoch then c
 file is found before the first step, not in the middle of the night. A bad sample is left out and named.
 latents.py goes through the same samples one by one, by `list_samples` and `read_sample`.
 
-Shapes: M pictures, S pixels a side.
+Shapes: M pictures, E edits, S pixels a side.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import os
 import sys
 import tarfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +52,17 @@ class Pictures:
 
 
 @dataclass
+class Edits:
+    """Edits (image, instruction, image), and what was left out of them."""
+
+    sources: Tensor  # (E, 3, S, S) uint8: before
+    targets: Tensor  # (E, 3, S, S) uint8: after
+    instructions: list[str]
+    names: list[str]  # of the targets
+    skipped: list[tuple[str, str]]  # name, reason
+
+
+@dataclass
 class Span:
     """Bytes of a file: all of it, or a member of a tar."""
 
@@ -71,12 +84,14 @@ class Span:
 
 @dataclass
 class Sample:
-    """Where the two halves of a sample are, unread; or the problem with it."""
+    """Where the parts of a sample are, unread; or the problem with it."""
 
     name: str
-    picture: Span | None = None
-    caption: Span | str | None = None
+    picture: Span | None = None  # of an edit, the one after it
+    caption: Span | str | None = None  # of an edit, the instruction
+    source: Span | None = None  # the picture before an edit; None for a captioned picture
     problem: str = ""
+    kind: str = "caption"  # or "edit"; "" for a line that does not say which
 
 
 def load_pictures(source: str | list[str], size: int, max_memory: int = MAX_MEMORY) -> Pictures:
@@ -84,37 +99,75 @@ def load_pictures(source: str | list[str], size: int, max_memory: int = MAX_MEMO
 
     source: a folder, a metadata.jsonl, a tar, a glob of these, or a list. Pictures are turned upright,
     put on white where transparent, cropped to the square in their middle and resized. A bad sample is left
-    out, listed in `skipped`, and named in one line on stderr.
+    out, listed in `skipped`, and named in one line on stderr. Edits are passed over.
     ValueError: nothing there, not a tar, no good sample at all, or more than `max_memory` bytes of pixels.
+    """
+    pixels, captions, names, skipped = load("caption", read_sample, 1, source, size, max_memory)
+    return Pictures(pixels[0], captions, names, skipped)
+
+
+def load_edits(source: str | list[str], size: int, max_memory: int = MAX_MEMORY) -> Edits:
+    """Every edit of `source`: two tensors (E, 3, S, S) uint8 with S = `size`, always in the same order.
+
+    The same as `load_pictures` in all else: an edit is bad if either picture or the instruction is, both
+    pictures count in `max_memory`, and captioned pictures are passed over.
+    """
+    pixels, instructions, names, skipped = load("edit", read_edit, 2, source, size, max_memory)
+    return Edits(pixels[0], pixels[1], instructions, names, skipped)
+
+
+def load(
+    kind: str, read: Callable, parts: int, source: str | list[str], size: int, max_memory: int
+) -> tuple[Tensor, list[str], list[str], list[tuple[str, str]]]:
+    """The samples of one kind: pixels (parts, M, 3, S, S), texts, names, and what was left out.
+
+    read: a sample and the size -> its `parts` pictures (3, S, S), and its text. Errors as in load_pictures.
     """
     if size < 1:
         raise ValueError(f"size is {size}; a picture has at least 1 pixel a side")
     sources = [source] if isinstance(source, str) else list(source)
-    samples = list_samples(sources)
-    memory = len(samples) * 3 * size**2
+    listed = list_samples(sources)
+    samples = [sample for sample in listed if sample.kind in (kind, "")]
+    memory = parts * len(samples) * 3 * size**2
     if memory > max_memory:
         raise ValueError(
-            f"{', '.join(sources)}: {len(samples):,} pictures of {size} x {size} pixels take "
+            f"{', '.join(sources)}: {parts * len(samples):,} pictures of {size} x {size} pixels take "
             f"{memory / 2**30:.2f} GiB, and {max_memory / 2**30:.2f} are allowed; make it fewer or smaller"
         )
-    pixels = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
-    result = Pictures(pixels, captions=[], names=[], skipped=[])
-    for sample in tqdm(samples, desc="pictures", unit="picture", disable=None):
+    pixels = torch.empty(parts, len(samples), 3, size, size, dtype=torch.uint8)
+    texts, names, skipped = [], [], []
+    unit, word = ("edit", "edits") if kind == "edit" else ("picture", "samples")
+    for sample in tqdm(samples, desc=f"{unit}s", unit=unit, disable=None):
         try:
-            pixels[len(result.names)], caption = read_sample(sample, size)
+            *images, text = read(sample, size)
         except (ValueError, OSError) as e:
-            result.skipped.append((sample.name, str(e)))
+            skipped.append((sample.name, str(e)))
             continue
-        result.captions.append(caption)
-        result.names.append(sample.name)
-    bad = f"{len(result.skipped):,} of {len(samples):,} samples: {listing(result.skipped)}"
-    if not result.names:
-        reason = f"; skipped {bad}" if samples else " (name.png + name.txt, metadata.jsonl, or tars by name)"
-        raise ValueError(f"{', '.join(sources)}: no captioned pictures{reason}")
-    if result.skipped:
-        print(f"skipped {bad}", file=sys.stderr)
-    result.pixels = pixels[: len(result.names)]
-    return result
+        pixels[:, len(names)] = torch.stack(images)
+        texts.append(text)
+        names.append(sample.name)
+    bad = f"skipped {len(skipped):,} of {len(samples):,} {word}: {listing(skipped)}" if skipped else ""
+    if not names:
+        edits = sum(sample.kind == "edit" for sample in listed)
+        reason = no_edits(bad) if kind == "edit" else no_pictures(bad, edits)
+        raise ValueError(f"{', '.join(sources)}: {reason}")
+    if bad:
+        print(bad, file=sys.stderr)
+    return pixels[:, : len(names)], texts, names, skipped
+
+
+def no_pictures(bad: str, edits: int) -> str:
+    """What to say where there is no captioned picture, but perhaps bad samples, told in `bad`, or edits."""
+    reason = f"; {bad}" if bad else ""
+    if edits:
+        reason += f"; {edits:,} edits (lines with a source), which are for --task edit"
+    return f"no captioned pictures{reason or ' (name.png + name.txt, metadata.jsonl, or tars by name)'}"
+
+
+def no_edits(bad: str) -> str:
+    """What to say where there is no edit, but perhaps bad ones, told in `bad`."""
+    reason = f"; {bad}" if bad else ""
+    return f"no edits: rows of a metadata.jsonl with source, text and file_name{reason}"
 
 
 def listing(skipped: list[tuple[str, str]], most: int = 10) -> str:
@@ -128,13 +181,30 @@ def listing(skipped: list[tuple[str, str]], most: int = 10) -> str:
 
 
 def read_sample(sample: Sample, size: int) -> tuple[Tensor, str]:
-    """The picture (3, S, S) uint8 and the caption; ValueError or OSError says what is wrong with it."""
+    """The picture (3, S, S) uint8 and the caption; ValueError or OSError says what is wrong with it.
+
+    Of an edit: the picture after it, and the instruction.
+    """
     caption = read_caption(sample)  # first: it is the cheaper half
     return decode_picture(sample.picture.read("file", MAX_FILE), size), caption
 
 
+def read_edit(sample: Sample, size: int) -> tuple[Tensor, Tensor, str]:
+    """The pictures before and after an edit, (3, S, S) uint8 each, and the instruction.
+
+    ValueError or OSError says what is wrong with it.
+    """
+    target, instruction = read_sample(sample, size)
+    try:
+        source = decode_picture(sample.source.read("file", MAX_FILE), size)
+    except ValueError as e:
+        raise ValueError(f"source: {e}") from None
+    return source, target, instruction
+
+
 def read_caption(sample: Sample) -> str:
-    """The caption without surrounding blanks; ValueError says what is wrong with the sample."""
+    """The caption or instruction without surrounding blanks; ValueError: what is wrong with the sample."""
+    what = "instruction" if sample.kind == "edit" else "caption"
     if sample.problem:
         raise ValueError(sample.problem)
     if sample.picture is None or sample.caption is None:
@@ -145,11 +215,11 @@ def read_caption(sample: Sample) -> str:
         else:
             text = sample.caption.read("caption", 8 * MAX_CAPTION).decode("utf-8-sig").strip()
     except UnicodeError:
-        raise ValueError("caption is not UTF-8") from None
+        raise ValueError(f"{what} is not UTF-8") from None
     if not text:
-        raise ValueError("empty caption")
+        raise ValueError(f"empty {what}")
     if len(text) > MAX_CAPTION:
-        raise ValueError(f"caption longer than {MAX_CAPTION:,} characters")
+        raise ValueError(f"{what} longer than {MAX_CAPTION:,} characters")
     return text
 
 
@@ -188,7 +258,10 @@ def square_rgb(image: Image.Image, size: int) -> Image.Image:
 
 
 def list_samples(source: str | list[str]) -> list[Sample]:
-    """Every sample of `source` (see load_pictures), unread, in its fixed order; ValueError: no such file."""
+    """Every sample of `source` (see load_pictures), of both kinds, unread, in its fixed order.
+
+    ValueError: no such file, or not a tar.
+    """
     sources = [source] if isinstance(source, str) else list(source)
     return [sample for path in expand(sources) for sample in find_samples(path)]
 
@@ -236,17 +309,32 @@ def pair(files: Iterable[tuple[str, str, str, Span]]) -> list[Sample]:
 
 
 def jsonl_sample(line: bytes, number: str, folder: Path) -> Sample:
-    """One line of a metadata.jsonl; `number` names it where it does not name a file."""
+    """One line of a metadata.jsonl, an edit if it has a source; `number` names it where no file does."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         row = None
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
-        return Sample(number, problem='not {"file_name": "...", "text": "..."}')
-    path = os.path.normpath(row["file_name"])
-    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-        return Sample(row["file_name"], problem=f"not inside {folder}")
-    return Sample(row["file_name"], Span(folder / path), row["text"])
+    if not isinstance(row, dict):
+        return Sample(number, problem='not {"file_name": "...", "text": "..."}', kind="")
+    kind = "edit" if "source" in row else "caption"
+    keys = ("source", "text", "file_name") if kind == "edit" else ("file_name", "text")
+    if not all(isinstance(row.get(key), str) for key in keys):
+        form = ", ".join(f'"{key}": "..."' for key in keys)
+        return Sample(number, problem=f"not {{{form}}}", kind=kind)
+    picture = file_inside(folder, row["file_name"])
+    source = file_inside(folder, row["source"]) if kind == "edit" else None
+    problem = ""
+    if picture is None:
+        problem = f"not inside {folder}"
+    elif kind == "edit" and source is None:
+        problem = f"source: not inside {folder}"
+    return Sample(row["file_name"], picture, row["text"], source, problem, kind)
+
+
+def file_inside(folder: Path, name: str) -> Span | None:
+    """A file by its path from `folder`; None if that leads out of it."""
+    path = os.path.normpath(name)
+    return None if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir else Span(folder / path)
 
 
 def tar_samples(path: Path) -> list[Sample]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,12 +20,15 @@ from tqdm import tqdm
 
 import cli
 from checkpoint import write_folder
-from data import next_tokens, text_document
+from data import next_tokens
+from dialogues import as_text, conversation
 from load_qwen3 import BOI, EOI, STOCK, known_config, text_names
 from model import LMFusion, ModelConfig, Tokens, replace
+from template import END_THINK, IM_END, IM_START, THINK, encode, render, spoken
+from world import text_document
 
 EOS = "<|endoftext|>"
-SPECIAL = (EOS, "<|im_start|>", "<|im_end|>", BOI, EOI)
+SPECIAL = (EOS, IM_START, IM_END, BOI, EOI, THINK, END_THINK)
 SIZES = dict(
     hidden_size=128,
     intermediate_size=384,
@@ -36,7 +40,8 @@ SIZES = dict(
     tie_word_embeddings=True,
     max_position_embeddings=1024,
 )
-STEPS, BATCH, LR, WARMUP = 800, 32, 2e-3, 50
+STEPS, BATCH, LR, MUON_LR, WARMUP = 2600, 32, 2e-3, 8e-3, 50
+PLAIN, TALK = 0.3, 0.7  # for this share of the steps documents alone, then this share of conversations
 
 
 def train_tokenizer(rng: random.Random) -> Tokenizer:
@@ -45,13 +50,34 @@ def train_tokenizer(rng: random.Random) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=640,
+        vocab_size=800,
         special_tokens=list(SPECIAL),
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator([text_document(rng) for _ in range(5000)], trainer)
+    tokenizer.train_from_iterator(sample_text(rng, 5000), trainer)
     return tokenizer
+
+
+def sample_text(rng: random.Random, n: int) -> Iterator[str]:
+    """n documents and the messages of n conversations, without control tokens."""
+    yield from ("system\n", "user\n", "assistant\n")
+    for _ in range(n):
+        yield text_document(rng)
+        for message in as_text(conversation(rng, thinking=rng.random() < 0.5)):
+            yield message["content"]
+            yield message.get("reasoning_content", "")
+
+
+def draw_document(rng: random.Random, tokenizer: Tokenizer, talk: float) -> tuple[list[int], list[bool]]:
+    """A document or, with probability `talk`, a conversation: its ids, with EOS, and which to learn."""
+    if rng.random() >= talk:
+        pieces = [text_document(rng)]
+    else:
+        pieces = render(as_text(conversation(rng, thinking=rng.random() < 0.5)), generate=False)
+    token = tokenizer.token_to_id
+    ids = encode(tokenizer, pieces, token(BOI), token(EOI)) + [token(EOS)]
+    return ids, spoken(tokenizer, ids)
 
 
 def init_text(model: LMFusion) -> None:
@@ -63,6 +89,8 @@ def init_text(model: LMFusion) -> None:
             nn.init.normal_(p, std=p.shape[1] ** -0.5)
             if name.endswith(("o_proj.weight", "down_proj.weight")):  # residual branches start small
                 p.data /= math.sqrt(2 * model.config.num_hidden_layers)
+        elif name.endswith("q_norm.weight"):  # attention that can pick one word out starts sooner
+            nn.init.constant_(p, 2.0)
 
 
 def tiny_config(tokenizer: Tokenizer, **sizes) -> ModelConfig:
@@ -89,28 +117,41 @@ def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> N
     model = LMFusion(config)
     init_text(model)
     parameters = [p for n, p in model.text_parameters().items()]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min(1.0, (i + 1) / WARMUP) * (0.03 + 0.97 * (1 + math.cos(math.pi * i / steps)) / 2),
+    matrices = [p for n, p in model.text_parameters().items() if p.dim() == 2 and n.startswith("layers.")]
+    others = [p for n, p in model.text_parameters().items() if not (p.dim() == 2 and n.startswith("layers."))]
+    optimizers = (
+        torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
+        torch.optim.Muon(
+            matrices, lr=MUON_LR, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
     )
 
+    def factor(i: int) -> float:
+        """Warm-up, then a cosine to 3%."""
+        return min(1.0, (i + 1) / WARMUP) * (0.03 + 0.97 * (1 + math.cos(math.pi * i / steps)) / 2)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]
+
     bar = tqdm(range(steps), desc="pretraining the tiny language model", unit="step", disable=None)
-    batches: list[list[list[int]]] = []
-    for _ in bar:
+    batches: list[list[tuple[list[int], list[bool]]]] = []
+    for step in bar:
         if not batches:  # documents of like length together
-            pool = [tokenizer.encode(text_document(rng)).ids + [config.eos_id] for _ in range(16 * BATCH)]
-            pool.sort(key=len)
+            talk = 0.0 if step < PLAIN * steps else TALK
+            pool = [draw_document(rng, tokenizer, talk) for _ in range(16 * BATCH)]
+            pool.sort(key=lambda document: len(document[0]))
             batches = [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
             rng.shuffle(batches)
-        tokens = Tokens.rows(batches.pop(), num_patches=1)
+        rows = [([ids], [own]) for ids, own in batches.pop()]
+        tokens = Tokens.packed([r for r, _ in rows], num_patches=1, spoken=[s for _, s in rows])
         targets, _ = next_tokens(tokens, config.boi_id)
-        loss = F.cross_entropy(model.logits(model.encode(tokens).text), targets, ignore_index=-100)
+        learned = targets >= 0
+        loss = F.cross_entropy(model.logits(model.encode(tokens).text[learned]), targets[learned])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     save_base(model, tokenizer, folder)
 

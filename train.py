@@ -31,13 +31,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cli
-import data
+import dialogues
 import figures
 import pretrain
+import template
+import world
 from checkpoint import (
-    LAST_RUN,
+    LAST_RUNS,
     Trained,
     check_device,
+    find_checkpoint,
     list_checkpoints,
     load_codec,
     read_tensors,
@@ -45,15 +48,33 @@ from checkpoint import (
     write_folder,
 )
 from cli import setting
-from data import FIRST, Batch, PatchPCA, PictureSource, Recipe, Shapes, arrange, next_tokens
+from data import (
+    BEHIND,
+    DROPPED,
+    FIRST,
+    Batch,
+    Document,
+    PatchPCA,
+    PictureSource,
+    Recipe,
+    Shapes,
+    arrange,
+    caption_document,
+    chat_document,
+    collate,
+    edit_document,
+    next_tokens,
+    parse_tasks,
+)
 from diffusion import Diffusion
 from evaluate import TIMESTEPS, errors_by_timestep
+from generate import edit_images, generate_images
 from latents import INDEX, LatentShards, LatentSource
 from load_qwen3 import fingerprint, known_config, load_qwen3, load_tokenizer, read_json, resolve
 from model import SEPARATIONS, Hidden, LMFusion, Tokens, replace
 from parallel import Team, alike, fill, join, leave, own_device, release, shard, whole
-from pictures import load_pictures
-from sample import generate_images
+from pictures import load_edits, load_pictures
+from template import IM_END, IM_START, encode_plain
 from vae import AutoencoderKL, load_vae, read_vae_config, resolve_vae
 
 
@@ -69,6 +90,12 @@ class TrainConfig:
         "(a path or a glob)",
     )
     val_data: str = setting("", "likewise, for validation; empty: every 20th picture of --data")
+    init_from: str = setting("", "run or checkpoint whose image side this run starts from (second stage)")
+    task: str = setting(
+        "",
+        "caption, generate, edit, chat, or a mixture with weights (generate=2,chat=3); empty: captioned "
+        "pictures, as --caption-first has it",
+    )
     out: str = setting("runs/small", "folder of the run")
     seed: int = setting(0, "of everything random")
     device: str = setting("cpu", "cpu, cuda, ...")
@@ -96,6 +123,7 @@ class TrainConfig:
     lambda_ddpm: float = setting(5.0, "lambda of Eq. (4)")
     caption_first: float = setting(0.8, "share of samples with the caption before the picture")
     caption_drop: float = setting(0.1, "share of those whose caption is dropped, for guidance")
+    edit_drop: float = setting(0.2, "share of edits whose instruction is dropped: the source comes back")
     noise_limit: int = setting(500, "timesteps of a picture before its caption are below this")
     # optimisation
     steps: int = setting(250_000, "training steps")
@@ -112,6 +140,7 @@ class TrainConfig:
     lr_text_ratio: float = setting(
         0.0, "learning rate of the text side over that of the image side; 0 freezes it"
     )
+    draw_lr_ratio: float = setting(1.0, "learning rate of the row that decides when to draw, over --lr")
     warmup: int = setting(4000, "steps of linear warm-up")
     weight_decay: float = setting(0.1, "on matrices")
     clip: float = setting(1.0, "largest norm of the gradient")
@@ -144,6 +173,7 @@ class TrainConfig:
         for name in (
             "lr_final",
             "lr_text_ratio",
+            "draw_lr_ratio",
             "warmup",
             "weight_decay",
             "lambda_ddpm",
@@ -156,7 +186,7 @@ class TrainConfig:
                 raise ValueError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative"
                 )
-        for name in ("caption_first", "caption_drop", "ema"):
+        for name in ("caption_first", "caption_drop", "edit_drop", "ema"):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name == "ema" and value == 1):
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie between 0 and 1")
@@ -176,6 +206,8 @@ class TrainConfig:
                 f"--latent-channels {self.latent_channels} is more than the {3 * self.latent_patch**2} "
                 "numbers of a patch"
             )
+        if self.task:
+            parse_tasks(self.task)
         if self.noise_limit > 1000:
             raise ValueError(f"--noise-limit is {self.noise_limit}; there are 1000 timesteps")
 
@@ -195,8 +227,15 @@ class TrainConfig:
         )
 
     @property
+    def tasks(self) -> dict[str, float]:
+        """The share of each task; none in the first stage."""
+        return parse_tasks(self.task) if self.task else {}
+
+    @property
     def recipe(self) -> Recipe:
-        return Recipe(self.caption_first, self.caption_drop, self.noise_limit)
+        """With only captions and pictures to make, a task is a recipe of the first stage."""
+        first = self.tasks.get("generate", 0.0) if self.tasks else self.caption_first
+        return Recipe(first, self.caption_drop, self.noise_limit)
 
 
 def paper(base: str, **changes) -> TrainConfig:
@@ -228,7 +267,7 @@ CONFIGS = {
         loss_weighting="v",
         schedule_shift=2.0,
         noise_limit=200,
-        steps=4500,
+        steps=3600,
         batch_size=64,
         optimizer="muon",
         muon_lr=8e-3,
@@ -238,8 +277,34 @@ CONFIGS = {
         weight_decay=0.01,
     ),
 }
+CONFIGS["small-chat"] = dataclasses.replace(
+    CONFIGS["small"],
+    init_from="runs/small",
+    task="generate=2,caption=1,edit=3,chat=6",
+    out="runs/small-chat",
+    micro_batch=16,
+    draw_lr_ratio=10.0,
+    steps=2000,
+)
+# What a second stage takes from the first, unless told the same again.
+INHERITED = (
+    "separation",
+    "image_size",
+    "vae",
+    "latent_patch",
+    "latent_channels",
+    "whiten",
+    "unet_channels",
+    "unet_attention",
+    "patch_positions",
+    "prediction",
+    "loss_weighting",
+    "schedule_shift",
+    "noise_limit",
+)
 FREE_ON_RESUME = {
     "base",
+    "init_from",
     "out",
     "steps",
     "device",
@@ -277,10 +342,15 @@ def losses(
     x0 = batch.latents
     t = (noise[0] * batch.max_t).long().to(x0.device)  # uniform below each picture's limit
     eps = noise[1].to(x0)
-    x_t = diffusion.q_sample(x0, t, eps)  # Eq. (2)
+    x_t, t, which = batch.noised(diffusion, t, eps)  # Eq. (2)
     before, hidden = model(batch.prefix, batch.rest, x_t, t)
-    eps_pred = diffusion.eps_from_output(model.unet_output(hidden), x_t, t)
+    output = model.unet_output(hidden, which)
+    if which is not None:
+        x_t, t, eps = x_t[which], t[which], eps[which]
+    eps_pred = diffusion.eps_from_output(output, x_t, t)
     out = {"ddpm_loss": diffusion.loss(eps_pred, eps, t, config.loss_weighting)}  # Eq. (3)
+    if not (batch.max_t > 0).any():  # a mean over nothing
+        out["ddpm_loss"] = 0.0 * out["ddpm_loss"]
 
     def of_text(part: Hidden | None, tokens: Tokens) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Features (T, D), next words (T,), and whether an image comes next (T,), if there is text."""
@@ -320,7 +390,7 @@ def targets(model: LMFusion, batch: Batch) -> list[int]:
     (words, draw), (words_before, draw_before) = next_tokens(batch.rest, boi), next_tokens(batch.prefix, boi)
     learned = words if model.text_is_frozen else torch.cat((words, words_before))
     counts = (learned >= 0).sum().item(), (torch.cat((draw, draw_before)) >= 0).sum().item()
-    return [len(batch.latents), *counts]
+    return [int((batch.max_t > 0).sum()), *counts]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -338,6 +408,8 @@ def make_optimizers(model: LMFusion, config: TrainConfig) -> list[torch.optim.Op
         if not p.requires_grad:
             continue
         ratio = config.lr_text_ratio if name in text else 1.0
+        if name == "boi_head":
+            ratio = config.draw_lr_ratio
         if config.optimizer == "muon" and p.dim() == 2 and name.startswith("layers."):
             muon.append({"params": [p], "peak": config.muon_lr * ratio})
         else:
@@ -441,6 +513,9 @@ class Run:
                 f"a caption beside the {P} patches of a picture"
             )
         self.room = context - P - 3  # for a caption
+        self.tasks = {} if set(config.tasks) <= {"caption", "generate"} else config.tasks
+        if self.tasks:
+            check_tasks(self.tasks, self.source, self.tokenizer, config.data)
         if isinstance(self.source, LatentSource):
             model = self.model.config
             for shards in (self.source.train, self.source.val):
@@ -473,14 +548,12 @@ class Run:
     def tokenise(self, caption: str) -> list[int]:
         """Token ids of a caption; one that leaves no room for the picture in the context is cut."""
         if caption not in self.ids:
-            self.tokenizer.encode_special_tokens = True
-            self.ids[caption] = self.tokenizer.encode(caption, add_special_tokens=False).ids[: self.room]
+            self.ids[caption] = encode_plain(self.tokenizer, caption)[: self.room]
         return self.ids[caption]
 
     def fits(self, caption: str) -> bool:
         """Whether `tokenise` leaves a caption whole."""
-        cut = self.tokenise(caption)
-        return len(cut) == len(self.tokenizer.encode(caption, add_special_tokens=False).ids)
+        return len(self.tokenise(caption)) == len(encode_plain(self.tokenizer, caption))
 
     def load(self, n: int, rng: random.Random, share: slice) -> tuple[Tensor, list[list[int]]]:
         """`share` of n training samples: latents (M, C, h, w) and captions as ids."""
@@ -496,6 +569,8 @@ class Run:
         All that is random follows from the seed and the step's number, and is drawn for the whole batch: it
         does not depend on how many processes share it, or on the size of the micro batches.
         """
+        if self.tasks:
+            return self.draw_task_batches()
         config, rng = self.config, random.Random(f"{self.config.seed}-{self.step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         share = self.team.share(config.batch_size)
@@ -511,6 +586,48 @@ class Run:
             )
             batches.append((batch.to(self.team.device), (noise[0][part], noise[1][part])))
         return batches
+
+    def draw_task_batches(self) -> list[tuple[Batch, tuple[Tensor, Tensor]]]:
+        """Likewise for a mixture of tasks: each document follows from the seed, the step and its number."""
+        config, model = self.config, self.model.config
+        shape = (model.latent_channels, model.latent_size, model.latent_size)
+        drawn = []
+        for number in range(config.batch_size)[self.team.share(config.batch_size)]:
+            rng = random.Random(f"{config.seed}-{self.step}-{number}")
+            drawn.append((self.draw_document(rng), rng.getrandbits(63)))
+        size = config.micro_batch or len(drawn)
+        if size < len(drawn):  # those of like length together: less padding
+            drawn.sort(key=lambda x: len(x[0]))
+        batches = []
+        for i in range(0, len(drawn), size):
+            documents, seeds = zip(*drawn[i : i + size], strict=True)
+            pictures = [p for d in documents for p in d.pictures]
+            latents = self.codec.encode(self.source.pixels(pictures)) if pictures else torch.zeros(0, *shape)
+            batch = collate(documents, latents, model, config.pack)
+            noise = [
+                draw_noise((len(d.pictures), *shape), torch.Generator().manual_seed(seed))
+                for d, seed in zip(documents, seeds, strict=True)
+            ]
+            if not pictures:  # `collate` put one there
+                noise = [(torch.zeros(1), torch.zeros(1, *shape))]
+            u, eps = (torch.cat(x) for x in zip(*noise, strict=True))
+            batches.append((batch.to(self.team.device), (u, eps)))
+        return batches
+
+    def draw_document(self, rng: random.Random) -> Document:
+        """One document of a mixture of tasks."""
+        config, model = self.config, self.model.config
+        task = rng.choices(list(self.tasks), list(self.tasks.values()))[0]
+        dropped = rng.random() < (config.edit_drop if task == "edit" else config.caption_drop)
+        if task == "chat":
+            return chat_document(self.source.conversation(rng), dropped, self.tokenizer, model, rng)
+        if task == "edit":
+            source, target, instruction = self.source.edited(rng)
+            ids = self.tokenise(instruction)[: max(1, self.room - model.num_patches - 1)]
+            return edit_document(source, target, ids, dropped, model)
+        picture, caption = self.source.captioned(rng)
+        order = BEHIND if task == "caption" else DROPPED if dropped else FIRST
+        return caption_document(picture, self.tokenise(caption), order, model, config.recipe)
 
     def train_step(self) -> dict[str, float]:
         """One step; returns the losses of the whole batch."""
@@ -558,18 +675,37 @@ class Run:
     # ---- watching ----
 
     def make_validation(self) -> dict:
-        """Fixed latents, noise and captions; every process holds and computes the same."""
+        """Fixed latents, noise and captions; every process holds and computes the same.
+
+        Where edits are all that is trained, they are edits: the context is the picture before.
+        """
+        context = None
         if isinstance(self.source, LatentSource):
             latents, ids, _ = self.source.validation(96)
             ids = [row[: self.room] for row in ids]
+        elif set(self.tasks) == {"edit"}:
+            before, after, words = self.source.validation_edits(96)
+            context, latents = (self.codec.encode(self.source.pixels(x)) for x in (before, after))
+            ids = [self.tokenise(w) for w in words]
         else:
             pictures, captions = self.source.validation(96)
             latents, ids = self.codec.encode(pictures), [self.tokenise(c) for c in captions]
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
         size = self.config.micro_batch or len(ids)  # what fits in memory
+        tensors = {"latents": latents, "noise": noise, "context": context}
         return {"ids": ids, "size": size} | {
-            k: v.to(self.team.device) for k, v in {"latents": latents, "noise": noise}.items()
+            k: v if v is None else v.to(self.team.device) for k, v in tensors.items()
         }
+
+    def validation_batch(self, rows: list[list[int]], part: slice) -> tuple[Batch, Tensor]:
+        """Some of the validation pictures under these captions or instructions; and the noise."""
+        latents, noise, context = (self.validation[k] for k in ("latents", "noise", "context"))
+        latents, noise, model = latents[part], noise[part], self.model.config
+        if context is None:
+            return arrange(rows[part], latents, [FIRST] * len(latents), model), noise
+        documents = [edit_document(None, None, row, False, model) for row in rows[part]]
+        both = torch.stack((context[part], latents), 1).flatten(0, 1)  # before, after, before, ...
+        return collate(documents, both, model), noise.repeat_interleave(2, 0)
 
     def validate(self) -> dict:
         """The training error of fixed pictures under the right and under another caption, by timestep."""
@@ -578,18 +714,20 @@ class Run:
         for key, rows in (("right", ids), ("permuted", ids[1:] + ids[:1])):
             errors = torch.zeros(len(TIMESTEPS), dtype=torch.float64)
             for i in range(0, n, size):
-                part = slice(i, i + size)
-                latents, noise = self.validation["latents"][part], self.validation["noise"][part]
-                batch = arrange(rows[part], latents, [FIRST] * len(latents), self.model.config)
+                batch, noise = self.validation_batch(rows, slice(i, i + size))
                 weighting = self.config.loss_weighting
                 found = errors_by_timestep(self.model, self.diffusion, batch, noise, weighting)
-                errors += torch.tensor(found, dtype=torch.float64) * len(latents)
+                errors += torch.tensor(found, dtype=torch.float64) * min(size, n - i)
             out[key] = (errors / n).tolist()
         release(self.model)
         return out
 
     def draw_sheet(self) -> None:
-        """OUT/sheet-STEP.png: fixed prompts, painted with fixed noise."""
+        """OUT/sheet-STEP.png: fixed prompts, painted with fixed noise; OUT/edits-STEP.png: fixed edits."""
+        if "edit" in self.tasks:
+            self.draw_edits()
+        if set(self.tasks) == {"edit"}:
+            return
         # a caption that training cuts would be an error in sampling
         prompts = [p for p in self.source.prompts() if self.fits(p)]
         if not prompts:
@@ -600,6 +738,20 @@ class Run:
             release(self.model)
         if self.team.leads:
             figures.save_image(figures.sheet(pictures, prompts), self.out / f"sheet-{self.step:06d}.png")
+
+    def draw_edits(self) -> None:
+        """OUT/edits-STEP.png: pictures of the validation set before and after, as the model edits them."""
+        before, _, words = self.source.validation_edits(9)
+        before = self.source.pixels(before)
+        trained = Trained(self.model, self.tokenizer, self.diffusion, self.codec, {}, self.out)
+        words = [self.tokenizer.decode(self.tokenise(w)) for w in words]  # cut as in training
+        with self.averaged():
+            after = edit_images(trained, before, words, seeds=list(range(len(words))))
+            release(self.model)
+        if self.team.leads:
+            pictures = torch.stack((before, after), 1).flatten(0, 1)
+            page = figures.sheet(pictures, [x for w in words for x in ("", w)])
+            figures.save_image(page, self.out / f"edits-{self.step:06d}.png")
 
     def averaged(self):
         """A context in which the model has the averaged weights, if there are any."""
@@ -659,9 +811,33 @@ class Run:
             return
         for old in list_checkpoints(self.out)[:-1]:
             shutil.rmtree(old, ignore_errors=True)
-        if self.name == "small":
-            LAST_RUN.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(LAST_RUN, str(self.out) + "\n")
+        if self.name in LAST_RUNS:
+            last = LAST_RUNS[self.name]
+            last.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(last, str(self.out) + "\n")
+
+    def fill_from(self, folder: Path, info: dict, weights: Path) -> None:
+        """The trained tensors and the codec of a checkpoint, in place of this run's own."""
+        tensors = read_tensors(weights, self.trained)
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                fill(p, tensors[name])
+        ours, theirs = ((x or {}).get("fingerprint") for x in (self.vae, info.get("vae")))
+        if ours != theirs:
+            raise ValueError(
+                f"the latents of --data {self.config.data} are not by the VAE that {folder} was trained with"
+            )
+        self.codec = load_codec(folder, info, self.codec.channels, self.config.vae, self.team.device)
+        self.validation = self.make_validation()  # by that codec, whatever --data is now
+
+    def start_from(self, folder: Path) -> None:
+        """Begin a second stage: the image side of a checkpoint (its moving average, if it has one)."""
+        info = read_json(folder / "checkpoint.json")
+        if info.get("fingerprint") != self.fingerprint:
+            raise ValueError(f"{self.base} is not the language model that {folder} was trained on")
+        self.fill_from(folder, info, folder / ("ema.safetensors" if info.get("ema") else "model.safetensors"))
+        if self.average is not None:
+            self.average = {n: p.detach().clone() for n, p in self.trained.items()}
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint, exactly."""
@@ -671,20 +847,11 @@ class Run:
                 raise ValueError(f"{folder / 'checkpoint.json'}: {name} is missing or no {kind.__name__}")
         if info.get("fingerprint") != self.fingerprint:
             raise ValueError(f"{self.base} is not the language model that {folder} was trained on")
-        tensors = read_tensors(folder / "model.safetensors", self.trained)
         average = read_tensors(folder / "ema.safetensors", self.trained) if self.average is not None else {}
+        self.fill_from(folder, info, folder / "model.safetensors")
         with torch.no_grad():
-            for name, p in self.trained.items():
-                fill(p, tensors[name])
             for name, value in average.items():
                 fill(self.average[name], value)
-        ours, theirs = ((x or {}).get("fingerprint") for x in (self.vae, info.get("vae")))
-        if ours != theirs:
-            raise ValueError(
-                f"the latents of --data {self.config.data} are not by the VAE that {folder} was trained with"
-            )
-        self.codec = load_codec(folder, info, self.codec.channels, self.config.vae, self.team.device)
-        self.validation = self.make_validation()  # by that codec, whatever --data is now
         restore_optimizers(folder / "optimizer.safetensors", info["optimizer"], self.trained, self.optimizers)
         self.step = info["step"]
         metrics = self.out / "metrics.jsonl"  # lines of steps that the kill took with it
@@ -754,7 +921,9 @@ def open_source(config: TrainConfig) -> Shapes | PictureSource | LatentSource:
         val = LatentShards(config.val_data) if config.val_data else None
         return LatentSource(LatentShards(config.data), val)
     val = load_pictures(config.val_data, config.image_size) if config.val_data else None
-    return PictureSource(load_pictures(config.data, config.image_size), val)
+    edits = load_edits(config.data, config.image_size) if {"edit", "chat"} & set(config.tasks) else None
+    alone = set(config.tasks) == {"edit"}
+    return PictureSource(None if alone else load_pictures(config.data, config.image_size), val, edits)
 
 
 def content(source: Shapes | PictureSource | LatentSource) -> bytes:
@@ -812,7 +981,7 @@ def open_codec(
 
 def ensure_base(seed: int) -> Path:
     """The tiny Qwen3, pretrained unless a former run has left it."""
-    recipe = Path(data.__file__).read_bytes() + Path(pretrain.__file__).read_bytes()
+    recipe = b"".join(Path(m.__file__).read_bytes() for m in (world, dialogues, template, pretrain))
     folder = Path("runs") / f"base-small-{hashlib.sha256(recipe + str(seed).encode()).hexdigest()[:8]}"
     if not folder.is_dir():
         print(f"pretraining a tiny Qwen3 on built-in text, once, into {folder}", flush=True)
@@ -864,7 +1033,43 @@ def parse(args: list[str] | None = None) -> tuple[TrainConfig, str, bool, bool]:
                     f"--resume: {field} was {saved[field]} in this run and cannot become {given[field]}"
                 )
         config = TrainConfig(**saved | {"out": str(out)})  # where it lies now
+    elif given.get("init_from", config.init_from):
+        config = inherit(dataclasses.replace(config, **given), given)
+        given = {}
     return dataclasses.replace(config, **given), name, resume, dry
+
+
+def inherit(config: TrainConfig, given: dict) -> TrainConfig:
+    """The configuration of a second stage: what the model is comes from the checkpoint of --init-from."""
+    try:
+        folder = find_checkpoint(config.init_from)
+    except ValueError as error:
+        raise ValueError(f"--init-from {error}; train a first stage there, or name another") from None
+    info, saved = read_json(folder / "checkpoint.json"), saved_config(folder / "checkpoint.json")
+    for field in INHERITED:
+        if field in given and given[field] != saved[field]:
+            raise ValueError(
+                f"--init-from {config.init_from}: {field} was {saved[field]} there and cannot become "
+                f"{given[field]}"
+            )
+    changes = {field: saved[field] for field in INHERITED}
+    if "base" not in given:
+        changes["base"] = info.get("base", "")
+    return dataclasses.replace(config, **changes)
+
+
+def check_tasks(tasks: dict[str, float], source, tokenizer: Tokenizer, where: str) -> None:
+    """ValueError for tasks that the data or the tokenizer do not give."""
+    if isinstance(source, LatentSource):
+        raise ValueError(f"--task {','.join(tasks)}: {where} holds captioned latents; this takes pictures")
+    if "edit" in tasks:
+        source.edited(random.Random(0))
+    if "chat" in tasks:
+        for token in (IM_START, IM_END):
+            if tokenizer.token_to_id(token) is None:
+                raise ValueError(
+                    f"--task chat: the base has no chat tokens: {token} is not in its vocabulary"
+                )
 
 
 def train(run: Run) -> None:
@@ -993,6 +1198,8 @@ def work(config: TrainConfig, name: str, checkpoint: Path | None, team: Team) ->
             if team.leads:
                 print(f"{checkpoint} is at step {run.step} already; nothing is left of {config.steps} steps")
             return
+    elif config.init_from:
+        run.start_from(find_checkpoint(config.init_from))
     out.mkdir(parents=True, exist_ok=True)
     if not checkpoint and team.leads:
         write_atomic(out / "metrics.jsonl", "")

@@ -11,6 +11,7 @@ import copy
 import functools
 import hashlib
 import io
+import json
 import os
 import resource
 import signal
@@ -134,6 +135,25 @@ def write_photos(folder: Path, n: int = 24, seed: int = 0) -> Path:
 @functools.cache
 def photos() -> Path:
     return write_photos(Path(session.name) / "photos")
+
+
+def write_edits(folder: Path, n: int = 24, seed: int = 0) -> Path:
+    """A folder of pictures with `n` edits of them in metadata.jsonl; the same and captions in all.jsonl."""
+    write_photos(folder, n + 1, seed)
+    names = [f"{i:03d}.png" for i in range(n + 1)]
+    edits = [
+        {"source": before, "text": f"make it number {i + 1}", "file_name": after}
+        for i, (before, after) in enumerate(zip(names, names[1:], strict=False))
+    ]
+    captions = [{"file_name": name, "text": f"a photo called {name}"} for name in names]
+    for file, rows in (("metadata.jsonl", edits), ("all.jsonl", captions + edits)):
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@functools.cache
+def edits() -> Path:
+    return write_edits(Path(session.name) / "edits")
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Mistakes of a user: each ends in one line that names the thing, a status that is not 0, and nothing broken.
 
 A case is a command line, what its one line on stderr must say, and what to prepare. `@base`, `@run`,
-`@shapes` and `@photos` stand for the folders of small.py; other paths are relative to a fresh folder, and
-`~` is a blank.
+`@shapes`, `@photos` and `@edits` stand for the folders of small.py; other paths are relative to a fresh
+folder, and `~` is a blank.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Case:
 def expand(args: str) -> list[str]:
     """`@name` -> a folder, `~` inside a word -> a blank, `''` -> an empty word."""
     folders = {"@base": small.base, "@other": small.other_base, "@photos": small.photos}
-    folders |= {"@run": small.photo_run, "@shapes": small.shapes_run}
+    folders |= {"@run": small.photo_run, "@shapes": small.shapes_run, "@edits": small.edits}
     words = [str(folders[w]()) if w in folders else w for w in args.split()]
     return ["" if w == "''" else w.replace("~", " ") for w in words]
 
@@ -59,9 +59,8 @@ def one_line(result: small.Result) -> str:
 
 
 def good_files(here: Path) -> dict[str, str]:
-    return small.files(
-        here, small.base(), small.other_base(), small.photos(), small.photo_run(), small.shapes_run()
-    )
+    ours = (small.base, small.other_base, small.photos, small.edits, small.photo_run, small.shapes_run)
+    return small.files(here, *(folder() for folder in ours))
 
 
 def check(case: Case, here: Path) -> small.Result:
@@ -76,6 +75,8 @@ def check(case: Case, here: Path) -> small.Result:
         assert words in line, line
     assert {k: after.get(k) for k in before} == before
     assert not [name for name in after if name.endswith(".tmp")]
+    if case.module is train:
+        assert after.keys() == before.keys()
     return result
 
 
@@ -140,6 +141,11 @@ def write(name: str, data: bytes = b"") -> Callable[[Path], None]:
     return prepare
 
 
+def without_chat_tokens(base: Path) -> None:
+    text = (base / "tokenizer.json").read_text()
+    (base / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|im_begin|>"))
+
+
 def broken_pictures(here: Path) -> None:
     small.write_photos(here / "broken", n=3)
     for path in (here / "broken").glob("*.png"):
@@ -185,6 +191,8 @@ TRAIN = {
         ("--caption-first is 1.5", "between 0 and 1"),
     ),
     "a negative share": ("--config small --caption-drop -0.1", ("--caption-drop is -0.1",)),
+    "a share of edits above one": ("--config small --edit-drop 2", ("--edit-drop is 2.0",)),
+    "a negative rate of the row for BOI": ("--config small --draw-lr-ratio -1", ("--draw-lr-ratio is -1",)),
     "an average that never moves": ("--config small --ema 1", ("--ema is 1",)),
     "an average beyond one": ("--config small --ema 2", ("--ema is 2",)),
     "more timesteps than there are": ("--config small --noise-limit 1001", ("--noise-limit is 1001", "1000")),
@@ -351,6 +359,117 @@ TRAIN = {
         "--config small --resume --out run --steps 3",
         ("checkpoint.json", "step"),
         run_info(step="two"),
+    ),
+    # tasks
+    "an unknown task": (
+        "--config small --task paint",
+        ("--task paint", "caption, generate, edit, chat"),
+    ),
+    "an unknown task among others": ("--config small --task edit=2,draw=1", ("'draw' is not one of",)),
+    "a task too few": ("--config small --task edit,", ("--task edit,", "'' is not one of")),
+    "a weight without its task": ("--config small --task =2", ("'' is not one of",)),
+    "a weight that is a word": ("--config small --task edit=much", ("the weight 'much' of edit",)),
+    "a weight that is missing": ("--config small --task edit=", ("the weight '' of edit",)),
+    "a weight of zero": ("--config small --task edit=0,chat=1", ("weight of edit must be positive",)),
+    "a negative weight": ("--config small --task chat=-1", ("weight of chat must be positive",)),
+    "a weight without bounds": ("--config small --task chat=inf", ("weight of chat must be positive",)),
+    "a weight that is no number": ("--config small --task chat=nan", ("weight of chat must be positive",)),
+    "edits without sources": (
+        f"{PHOTO} @base --task edit",
+        ("no edits: rows of a metadata.jsonl with source, text and file_name",),
+    ),
+    "a mixture with edits without sources": (f"{PHOTO} @base --task generate,edit", ("no edits",)),
+    "one edit": (
+        f"{FEW} --base @base --data one --task edit",
+        ("one edit is too few",),
+        lambda h: small.write_edits(h / "one", n=1),
+    ),
+    "captions of edits": (
+        f"{FEW} --base @base --data @edits --task caption",
+        ("no captioned pictures", "24 edits", "--task edit"),
+    ),
+    "conversations about edits alone": (
+        f"{FEW} --base @base --data @edits --task chat",
+        ("no captioned pictures", "24 edits"),
+    ),
+    "other edits for validation": (
+        f"{FEW} --base @base --data @edits --task edit --val-data @edits",
+        ("--val-data", "every 20th edit of --data"),
+    ),
+    "conversations on a base without chat tokens": (
+        f"{PHOTO} base --task chat",
+        ("--task chat", "no chat tokens: <|im_start|> is not in its vocabulary"),
+        copy_base(without_chat_tokens),
+    ),
+    # the first stage
+    "the second stage without the first": (
+        "--config small-chat",
+        ("--init-from runs/small: no such checkpoint folder", "train a first stage"),
+    ),
+    "no such first stage": (
+        f"{PHOTO} @base --init-from nowhere",
+        ("--init-from nowhere: no such checkpoint folder",),
+    ),
+    "a first stage that is a file": (
+        f"{PHOTO} @base --init-from file",
+        ("--init-from file: no such checkpoint folder",),
+        write("file", b"x"),
+    ),
+    "a first stage that has no checkpoint": (
+        f"{PHOTO} @base --init-from empty",
+        ("--init-from empty: holds no checkpoint",),
+        lambda h: (h / "empty").mkdir(),
+    ),
+    "half a checkpoint.json of the first stage": (
+        f"{PHOTO} @base --init-from run",
+        ("run/step-000002/checkpoint.json", "JSON"),
+        copy_run(cut("checkpoint.json")),
+    ),
+    "a first stage of another program": (
+        f"{PHOTO} @base --init-from run",
+        ("checkpoint.json: config is missing",),
+        copy_run(lambda f: (f / "checkpoint.json").write_text("{}")),
+    ),
+    "a field too few in the first stage": (
+        f"{PHOTO} @base --init-from run",
+        ("checkpoint.json: field activation_checkpointing of config is missing",),
+        run_info(config={}),
+    ),
+    "half the weights of the first stage": (
+        f"{PHOTO} @base --init-from run",
+        ("run/step-000002/model.safetensors: not a whole safetensors file",),
+        copy_run(cut("model.safetensors")),
+    ),
+    "a first stage without its latents": (
+        f"{PHOTO} @base --init-from run",
+        ("latents.safetensors: no such file",),
+        copy_run(lambda f: (f / "latents.safetensors").unlink()),
+    ),
+    "another base than the first stage's": (
+        f"{PHOTO} @other --init-from @run",
+        ("other-base is not the language model that", "was trained on"),
+    ),
+    "the base of the first stage is gone": (
+        f"{FEW} --data @photos --init-from run",
+        ("/gone: no such folder",),
+        run_info(base="/gone"),
+    ),
+    "another model than the first stage's": (
+        f"{PHOTO} @base --init-from @run --prediction eps",
+        ("--init-from", "prediction was v there and cannot become eps"),
+    ),
+    "other sizes than the first stage's": (
+        f"{PHOTO} @base --init-from @run --unet-channels 8,16",
+        ("unet_channels was (8, 12) there and cannot become (8, 16)",),
+    ),
+    "latents of a VAE in the first stage, linear ones in the second": (
+        f"{PHOTO} @base --init-from run --vae ''",
+        ("--data", "are not by the VAE that run/step-000002 was trained with"),
+        run_info(vae={"path": "/gone", "fingerprint": "0"}),
+    ),
+    "linear latents of the first stage, a VAE of the second": (
+        f"{PHOTO} @base --init-from @run --vae nowhere",
+        ("nowhere",),
     ),
     # places
     "an output folder that is a file": (f"{PHOTO} @base --out taken", ("taken",), write("taken")),

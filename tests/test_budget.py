@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import small
 import torch
 from conftest import TINY
 from torch.utils.flop_counter import FlopCounterMode
@@ -262,6 +263,31 @@ def test_the_table_ends_with_the_peak(make_config):
     peak = report["training_bytes"]["peak"] / 2**30
     assert lines[-1] == f"predicted peak of one process: {peak:.1f} GiB"
     assert "| optimizer | 0.00 GiB |" in lines and any("TFLOP" in x for x in lines)
+
+
+def dry(folder: Path, *flags: object) -> list[str]:
+    """The lines of a dry run on the tiny base and the tiny photos; nothing is written."""
+    words = small.photo_flags(Path("new"), "--dry-run", *flags)
+    out = small.good(train, *words, folder=folder)
+    assert list(folder.iterdir()) == []
+    return out.splitlines()
+
+
+def test_the_budget_of_captions_or_pictures_alone_is_that_of_their_recipe(make_config):
+    config, fixed = make_config(num_hidden_layers=1), with_fields(FIXED, caption_drop=0.0, batch_size=1)
+    found = []
+    for task, first in (("generate", 1.0), ("caption", 0.0)):
+        ways = with_fields(fixed, task=task), with_fields(fixed, caption_first=first)
+        one, same = (budget.training_flops(config, way, 20) for way in ways)
+        assert one == same
+        found.append((one, budget.training_bytes(config, ways[0], 1, 20)["activations"]))
+    assert found[0][0]["prefill"] > found[1][0]["prefill"] and found[0][1] < found[1][1]
+
+
+def test_a_dry_run_of_a_second_stage_is_of_captioned_pictures_and_says_so(tmp_path):
+    lines = dry(tmp_path, "--init-from", small.photo_run(), "--task", "edit=2,chat=1")
+    assert "captioned pictures" in lines[0] and "edit=2,chat=1" in lines[0]
+    assert lines[2:] == dry(tmp_path)
 
 
 @pytest.mark.parametrize("processes", [0, 3])

@@ -302,16 +302,28 @@ def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "new\n"
 
 
-def test_the_last_run_file_is_read_and_a_run_that_is_gone_is_named(tmp_path):
+@pytest.mark.parametrize("config", checkpoint.LAST_RUNS)
+def test_the_last_run_file_is_read_and_a_run_that_is_gone_is_named(tmp_path, config):
     with small.inside(tmp_path):
-        with pytest.raises(ValueError, match="no --checkpoint given, and no run"):
-            find_checkpoint(None)
-        checkpoint.LAST_RUN.parent.mkdir()
-        checkpoint.LAST_RUN.write_text(f"{small.shapes_run()}\n")
-        assert find_checkpoint(None).parent == small.shapes_run()
-        checkpoint.LAST_RUN.write_text("runs/deleted\n")
+        with pytest.raises(ValueError, match=f"no --checkpoint given, and no run of .*--config {config}`"):
+            find_checkpoint(None, config)
+        last, *others = sorted(checkpoint.LAST_RUNS.values(), key=lambda p: p != checkpoint.LAST_RUNS[config])
+        last.parent.mkdir()
+        last.write_text(f"{small.shapes_run()}\n")
+        for other in others:  # another configuration's
+            other.write_text(f"{small.photo_run()}\n")
+        assert find_checkpoint(None, config).parent == small.shapes_run()
+        assert load_trained(None, config=config).folder.parent == small.shapes_run()
+        last.write_text("runs/deleted\n")
         with pytest.raises(ValueError, match="runs/deleted: no such checkpoint folder"):
-            find_checkpoint(None)
+            find_checkpoint(None, config)
+
+
+def test_the_last_run_of_small_is_the_default(tmp_path):
+    with small.inside(tmp_path):
+        checkpoint.LAST_RUNS["small"].parent.mkdir()
+        checkpoint.LAST_RUNS["small"].write_text(f"{small.shapes_run()}\n")
+        assert find_checkpoint(None).parent == load_trained(None).folder.parent == small.shapes_run()
 
 
 # ---- parts of several processes ----

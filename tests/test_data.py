@@ -1,7 +1,9 @@
-"""data.py: the built-in world and its split, the linear latents, targets, sequences and their proportions."""
+"""data.py: sources, the linear latents, targets, sequences and their proportions, documents of tasks."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import random
 import re
@@ -10,31 +12,39 @@ from collections import Counter
 import pytest
 import small
 import torch
+from conftest import build_tokenizer
+from test_world import HELD_OUT, TRAIN, check_edit, differing
+from tokenizers import AddedToken, Tokenizer
 
 import data
 from data import (
-    ATTRIBUTES,
-    COLORS,
-    JITTER,
-    PLACES,
-    SHAPES,
-    SIZES,
+    BEHIND,
+    DROPPED,
+    FIRST,
+    TASKS,
+    Batch,
+    Document,
     PatchPCA,
     PictureSource,
     Recipe,
-    Scene,
     Shapes,
-    all_scenes,
     arrange,
-    coverage,
+    caption_document,
+    chat_document,
+    collate,
+    edit_document,
     make_batch,
     next_tokens,
-    render,
+    parse_tasks,
     split_phases,
-    text_document,
 )
+from dialogues import THINK_PROMPT, Shot
+from diffusion import Diffusion
 from model import IMAGE, ModelConfig, Tokens
-from pictures import load_pictures
+from pictures import Edits, Pictures, load_pictures
+from template import check_messages, encode, text_of
+from template import render as render_chat
+from world import COLORS, PLACES, Edit, all_scenes, render
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -52,42 +62,7 @@ CONFIG = ModelConfig(
 BOI, EOI, EOS, P = 1, 2, 3, 4
 
 
-# ---- the built-in world ----
-
-
-def test_there_are_enough_attributes_and_held_out_combinations():
-    assert len(COLORS) >= 8 and len(SHAPES) >= 4 and len(SIZES) >= 2 and len(PLACES) >= 5
-    scenes = all_scenes(True) + all_scenes(False)
-    assert len({s.background for s in scenes}) >= 8
-    assert len(all_scenes(held_out=True)) >= 200
-
-
-def test_both_parts_together_are_every_combination_once():
-    every = {
-        (size, color, shape, place, background)
-        for size in SIZES
-        for color in COLORS
-        for shape in SHAPES
-        for place in PLACES
-        for background in COLORS
-        if color != background
-    }
-    got = [(s.size, s.color, s.shape, s.place, s.background) for s in all_scenes(True) + all_scenes(False)]
-    assert len(got) == len(set(got)) and set(got) == every
-
-
-@pytest.mark.parametrize("held_out", (True, False))
-def test_every_value_of_every_attribute_occurs_in_each_part(held_out):
-    wanted = dict(background=COLORS, color=COLORS, place=PLACES, shape=SHAPES, size=SIZES)
-    for attribute in ATTRIBUTES:
-        assert {getattr(s, attribute) for s in all_scenes(held_out)} == set(wanted[attribute])
-
-
-def test_captions_name_their_scene_and_no_other():
-    scenes = all_scenes(True) + all_scenes(False)
-    assert len({s.caption for s in scenes}) == len(scenes)
-    for s in scenes[::97]:
-        assert all(getattr(s, attribute) in s.caption for attribute in ATTRIBUTES)
+# ---- the built-in pictures as a source ----
 
 
 def test_training_never_shows_a_held_out_combination_and_validation_shows_nothing_else():
@@ -116,82 +91,55 @@ def test_sampled_pictures_show_what_their_captions_say():
         assert min(COLORS, key=lambda c: (middle - torch.tensor(COLORS[c])).square().sum()) == scene.color
 
 
-def test_text_never_mentions_a_held_out_combination():
-    patterns = [
-        re.compile(
-            re.sub(r"{(\w+)}", r"(?P<\1>[a-z ]+?)", re.escape(w).replace(r"\{", "{").replace(r"\}", "}"))
-        )
-        for w in data.WORDINGS
-    ]
-    held_out, rng, found = set(all_scenes(held_out=True)), random.Random(0), set()
-    for _ in range(8000):
-        for sentence in re.split(r"[.?] ?", text_document(rng)):
-            for match in (p.fullmatch(sentence) for p in patterns):
-                if match:
-                    found.add(Scene(**match.groupdict()))
-    assert not found & held_out
-    assert len(found) > 0.9 * len(all_scenes(held_out=False))  # the patterns do find what is there
-
-
-def test_questions_in_the_text_are_answered_rightly():
-    rng, scenes, asked = random.Random(0), {s.caption: s for s in all_scenes(held_out=False)}, Counter()
+def test_one_picture_of_the_built_in_world_and_its_caption():
+    rng, seen, shifts = random.Random(0), set(), set()
     for _ in range(1000):
-        caption, *rest = text_document(rng).split(". ")
-        if caption not in scenes:  # another wording, or facts
-            continue
-        for sentence in rest[:-1]:
-            question, answer = sentence.split("? ")
-            attribute = {"background": "background", "what color": "color", "where": "place"} | {
-                "what shape": "shape",
-                "how big": "size",
-            }
-            kind = next(v for k, v in attribute.items() if k in question)
-            assert answer == getattr(scenes[caption], kind)
-            asked[kind] += 1
-    assert set(asked) == set(ATTRIBUTES)
+        shot, caption = Shapes().captioned(rng)
+        assert caption == shot.scene.caption and shot.scene in TRAIN
+        seen.add(shot.scene)
+        shifts.add(shot.shift)
+    assert len(seen) > 700 and len(shifts) == 9
 
 
-# ---- pictures ----
+def test_shots_are_rendered_where_they_say():
+    shots = [Shapes().captioned(random.Random(n))[0] for n in range(20)]
+    pixels = Shapes().pixels(shots)
+    assert pixels.shape == (20, 3, 32, 32) and pixels.dtype == torch.uint8
+    for shot, picture in zip(shots, pixels, strict=True):
+        assert torch.equal(picture, render([shot.scene])[0].roll(shot.shift, (1, 2)))
 
 
-def centre_of_mass(mask: torch.Tensor) -> tuple[float, float]:
-    """Row and column, in pixels from the upper left corner of the picture."""
-    at = torch.arange(mask.shape[0], dtype=torch.float64) + 0.5
-    mask = mask.double() / mask.double().sum()
-    return (mask.sum(1) * at).sum().item(), (mask.sum(0) * at).sum().item()
+def check_shots(before: Shot, after: Shot, instruction: str) -> None:
+    """An edit moves nothing but what it says."""
+    assert before.shift == after.shift
+    check_edit(Edit(before.scene, after.scene, *differing(before.scene, after.scene), instruction))
 
 
-def shown(pictures: torch.Tensor, scene: Scene) -> torch.Tensor:
-    """How much of each pixel the shape covers, read off pictures of one scene."""
-    a, b = torch.tensor(COLORS[scene.background]), torch.tensor(COLORS[scene.color])
-    channel = int((b - a).abs().argmax())
-    return (pictures[:, channel].float() - a[channel]) / (b[channel] - a[channel])
+def test_built_in_edits_are_of_training_pictures():
+    rng, shifts = random.Random(0), set()
+    for _ in range(300):
+        before, after, instruction = Shapes().edited(rng)
+        check_shots(before, after, instruction)
+        assert {before.scene, after.scene} <= TRAIN
+        shifts.add(before.shift)
+    assert len(shifts) == 9
 
 
-def test_without_rng_every_shape_sits_exactly_in_its_place():
-    for shape in ("circle", "square", "cross"):  # their centre of mass is their middle
-        for place, (row, column) in PLACES.items():
-            scene = Scene("big", "black", shape, place, "white")
-            y, x = centre_of_mass(shown(render([scene]), scene)[0])
-            assert abs(y - row) < 0.02 and abs(x - column) < 0.02
-    assert torch.equal(render([scene]), render([scene]))
+def test_built_in_validation_edits_lead_to_held_out_scenes_and_stay_the_same():
+    found, again = Shapes().validation_edits(96), Shapes().validation_edits(96)
+    assert found == again and [len(x) for x in found] == [96] * 3
+    for before, after, instruction in zip(*found, strict=True):
+        check_shots(before, after, instruction)
+        assert after.scene in HELD_OUT
+    assert len({s.shift for s in found[0]}) == 9
 
 
-def test_jitter_moves_a_shape_by_at_most_one_pixel_each_way_and_by_all_of_these():
-    assert JITTER == 1
-    for shape in SHAPES:
-        scene, shifts = Scene("small", "white", shape, "top left", "black"), Counter()
-        y0, x0 = centre_of_mass(shown(render([scene]), scene)[0])
-        for mask in shown(render([scene] * 200, random.Random(0)), scene):
-            y, x = centre_of_mass(mask)
-            shifts[round(y - y0), round(x - x0)] += 1
-            assert abs(y - y0 - round(y - y0)) < 0.02 and abs(x - x0 - round(x - x0)) < 0.02
-        assert set(shifts) == {(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
-
-
-def test_no_shape_is_cut_off_by_the_border():
-    area = coverage().sum((-2, -1)).flatten(2)  # (shape, size, place x jitter)
-    assert torch.allclose(area, area[..., :1].expand_as(area), atol=0.05)
+def test_two_fifths_of_the_built_in_conversations_are_with_thoughts():
+    rng, n = random.Random(0), 1500
+    prompts = [Shapes().conversation(rng)[0] for _ in range(n)]
+    thinking = [p == {"role": "system", "content": THINK_PROMPT} for p in prompts]
+    assert sum(thinking) / n == pytest.approx(0.4, abs=0.05)
+    assert all(p["role"] == "user" for p, t in zip(prompts, thinking, strict=True) if not t)
 
 
 # ---- linear latents ----
@@ -260,14 +208,17 @@ def test_a_patch_stays_where_it_is():
 # ---- targets ----
 
 
-def brute_force_targets(row: list[int]) -> tuple[list[int], list[int]]:
-    """Of each text token of a sequence: the next text token, and whether an image starts next."""
+def brute_force_targets(row: list[int], own: list[bool] | None = None) -> tuple[list[int], list[int]]:
+    """Of each text token of a sequence: the next text token, and whether an image starts next.
+
+    Only where the next token is the model's `own`.
+    """
     words, draws = [], []
     for i, token in enumerate(row):
         if token == IMAGE:
             continue
         last = i + 1 == len(row)
-        if last or token == BOI or row[i + 1] == IMAGE:
+        if last or token == BOI or row[i + 1] == IMAGE or not (own is None or own[i + 1]):
             words.append(-100)
             draws.append(-100)
         elif row[i + 1] == BOI:
@@ -326,12 +277,49 @@ def test_targets_of_packed_documents_are_those_of_each_alone():
         assert draw.tolist() == [x for _, draws in expected for x in draws]
 
 
+def test_what_others_say_is_no_target():
+    rng = random.Random(2)
+    for _ in range(50):
+        rows = [random_rows(rng, rng.randint(1, 4)) for _ in range(3)]
+        own = [[[rng.random() < 0.5 for _ in document] for document in row] for row in rows]
+        word, draw = next_tokens(Tokens.packed(rows, P, spoken=own), BOI)
+        pairs = [pair for row in zip(rows, own, strict=True) for pair in zip(*row, strict=True)]
+        expected = [brute_force_targets(*pair) for pair in pairs]
+        assert word.tolist() == [x for words, _ in expected for x in words]
+        assert draw.tolist() == [x for _, draws in expected for x in draws]
+
+
+def test_targets_of_two_speakers_written_out():
+    """5 6 7 are another's, 8 9 and the picture the model's, and so are 10 and EOS behind it."""
+    row = [5, 6, 7, 8, 9, BOI, IMAGE, EOI, 10, EOS, 11]
+    own = [False] * 3 + [True] * 7 + [False]
+    prefix, rest = split_phases([row], P, spoken=[own])
+    word, draw = next_tokens(prefix, BOI)
+    assert word.tolist() == [-100, -100, 8, 9, -100, -100] and draw.tolist() == [-100, -100, 0, 0, 1, -100]
+    word, draw = next_tokens(rest, BOI)
+    assert word.tolist() == [10, EOS, -100, -100] and draw.tolist() == [0, 0, -100, -100]
+    nobody = split_phases([row], P, spoken=[[False] * len(row)])
+    assert all((x == -100).all() for tokens in nobody for x in next_tokens(tokens, BOI))
+
+
+def taught(batch: Batch, boi_id: int) -> list[torch.Tensor]:
+    """The targets of both phases."""
+    both = (next_tokens(tokens, boi_id) for tokens in (batch.prefix, batch.rest))
+    return [torch.cat(x) for x in zip(*both, strict=True)]
+
+
 # ---- sequences ----
 
 
 def row_ids(tokens: Tokens, r: int) -> list[int]:
     """Ids of a row without padding, patches as IMAGE."""
     return [i for i in tokens.ids[r].tolist() if i >= IMAGE]
+
+
+def alike(a: Tokens, b: Tokens, but: str = "") -> bool:
+    """Do two plans agree, apart from one field?"""
+    pairs = [(x, vars(b)[name]) for name, x in vars(a).items() if name != but]
+    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 
 def kinds(batch, captions: list[list[int]]) -> list[str]:
@@ -394,7 +382,7 @@ def test_a_dropped_caption_leaves_no_trace():
     empty = make_batch([[]], latents(1), never, CONFIG, random.Random(0))
     for batch in dropped:
         for tokens, wanted in ((batch.prefix, empty.prefix), (batch.rest, empty.rest)):
-            assert all(torch.equal(getattr(tokens, f), getattr(wanted, f)) for f in vars(wanted))
+            assert alike(tokens, wanted)
 
 
 def test_positions_and_image_numbers_go_on_where_the_first_phase_ended():
@@ -407,6 +395,44 @@ def test_positions_and_image_numbers_go_on_where_the_first_phase_ended():
             assert torch.equal(torch.cat(halves), getattr(whole, field)[r][whole.document[r] >= 0]), field
     assert not (prefix.ids == IMAGE).any()
     assert (rest.ids[:, 0] == IMAGE).all()
+
+
+def test_what_is_the_models_own_goes_with_its_tokens_into_both_phases():
+    rng = random.Random(3)
+    for pack in (0, 40):
+        rows = captioned(rng, 8)
+        own = [[rng.random() < 0.5 for _ in row] for row in rows]
+        prefix, rest = split_phases(rows, P, pack, own)
+        for tokens in (prefix, rest):
+            assert tokens.spoken.shape == tokens.ids.shape and not tokens.spoken[tokens.document < 0].any()
+        halves = [
+            flags
+            for r, row in enumerate(documents_of(prefix, rest))
+            for d in range(len(row))
+            for flags in [[x for t in (prefix, rest) for x in t.spoken[r][t.document[r] == d].tolist()]]
+        ]
+        wanted = [
+            [x for i, x in zip(row, mine, strict=True) for _ in range(P if i == IMAGE else 1)]
+            for row, mine in zip(rows, own, strict=True)
+        ]
+        assert halves == wanted
+    plain = split_phases(rows, P, pack)
+    for tokens, with_own in zip(plain, (prefix, rest), strict=True):
+        assert tokens.spoken is None
+        assert alike(tokens, with_own, but="spoken")
+
+
+def test_a_sequence_without_a_picture_is_all_in_the_first_phase():
+    prefix, rest = split_phases([[5, 6, 7], [8, BOI, IMAGE, EOI], [9]], P)
+    assert [row_ids(prefix, r) for r in range(3)] == [[5, 6, 7], [8, BOI], [9]]
+    assert [row_ids(rest, r) for r in range(3)] == [[], [IMAGE] * P + [EOI], []]
+    assert (rest.document[[0, 2]] == -1).all() and len(prefix.ids) == len(rest.ids) == 3
+    assert next_tokens(prefix, BOI)[0].tolist() == [6, 7, -100, -100, -100, -100]
+    packed = split_phases([[5, 6, 7], [8, BOI, IMAGE, EOI], [9]], P, pack=40)
+    assert documents_of(*packed) == [[[5, 6, 7], [8, BOI, *[IMAGE] * P, EOI], [9]]]
+    assert rest.position[1, : P + 1].tolist() == list(range(2, P + 3))
+    own = packed[1].document[0] == 1
+    assert packed[1].position[0][own].tolist() == list(range(2, P + 3))
 
 
 # ---- packing ----
@@ -487,7 +513,7 @@ def test_without_packing_each_document_has_its_row():
     sequences = captioned(random.Random(0), 10)
     for pack in (0, 1):
         for tokens, wanted in zip(split_phases(sequences, P, pack), split_phases(sequences, P), strict=True):
-            assert all(torch.equal(getattr(tokens, f), getattr(wanted, f)) for f in vars(tokens))
+            assert alike(tokens, wanted)
 
 
 def test_a_packed_batch_holds_what_an_unpacked_one_holds():
@@ -534,3 +560,380 @@ def test_one_picture_alone_is_an_error():
     one = load_pictures(str(small.photos()), 16)
     with pytest.raises(ValueError, match="one picture is too few"):
         PictureSource(data.pick(one, [0]), None)
+
+
+# ---- noise ----
+
+
+def noisy_batch(max_t: list[int]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(len(max_t))
+    x, eps = torch.randn(2, len(max_t), 3, 4, 4, generator=generator)
+    t = torch.randint(1, 1000, (len(max_t),), generator=generator)
+    batch = Batch(*split_phases([[BOI] + [IMAGE] * len(max_t)], P), x, torch.tensor(max_t))
+    return batch, t, eps
+
+
+def test_clean_images_stay_clean_and_the_others_get_noise():
+    batch, t, eps = noisy_batch([0, 1000, 0, 500, 1, 0])
+    diffusion = Diffusion()
+    x_t, times, which = batch.noised(diffusion, t, eps)
+    assert which.tolist() == [1, 3, 4]
+    for i, limit in enumerate(batch.max_t.tolist()):
+        if limit:
+            a = diffusion.alpha_bar[t[i]].item()
+            expected = math.sqrt(a) * batch.latents[i] + math.sqrt(1 - a) * eps[i]
+            assert torch.allclose(x_t[i], expected, atol=1e-6) and times[i] == t[i]
+        else:
+            assert torch.equal(x_t[i], batch.latents[i]) and times[i] == 0
+
+
+def test_where_all_images_are_noisy_nothing_is_picked_out():
+    batch, t, eps = noisy_batch([1000, 500])
+    x_t, times, which = batch.noised(Diffusion(), t, eps)
+    assert which is None and torch.equal(times, t)
+    assert torch.equal(x_t, Diffusion().q_sample(batch.latents, t, eps))
+
+
+def test_where_no_image_is_noisy_the_first_stands_for_them_and_all_are_clean():
+    batch, t, eps = noisy_batch([0, 0, 0])
+    x_t, times, which = batch.noised(Diffusion(), t, eps)
+    assert which.tolist() == [0] and torch.equal(x_t, batch.latents) and times.tolist() == [0] * 3
+
+
+# ---- tasks ----
+
+
+@pytest.mark.parametrize(
+    ("text", "shares"),
+    [
+        ("edit", {"edit": 1.0}),
+        ("generate=2,edit=1,chat=1", {"generate": 0.5, "edit": 0.25, "chat": 0.25}),
+        ("caption,chat", {"caption": 0.5, "chat": 0.5}),
+        (" generate = 3 , edit ", {"generate": 0.75, "edit": 0.25}),
+        ("edit=0.001,chat=0.003", {"edit": 0.25, "chat": 0.75}),
+    ],
+)
+def test_tasks_and_their_shares(text, shares):
+    assert parse_tasks(text) == pytest.approx(shares) and list(parse_tasks(text)) == list(shares)
+
+
+def test_every_task_can_be_named():
+    assert set(TASKS) == {"caption", "generate", "edit", "chat"}
+    assert parse_tasks(",".join(TASKS)) == dict.fromkeys(TASKS, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "'' is not one of caption, generate, edit, chat"),
+        ("edits", "'edits' is not one of"),
+        ("edit,", "'' is not one of"),
+        ("=2", "'' is not one of"),
+        ("Edit", "'Edit' is not one of"),
+        ("edit=", "the weight '' of edit is not a number"),
+        ("chat=much", "the weight 'much' of chat is not a number"),
+        ("chat=1=2", "the weight '1=2' of chat is not a number"),
+        ("edit=0", "the weight of edit must be positive"),
+        ("edit=1,chat=-1", "the weight of chat must be positive"),
+        ("edit=nan", "the weight of edit must be positive"),
+        ("edit=inf", "the weight of edit must be positive"),
+    ],
+)
+def test_wrong_tasks_are_errors_in_words(text, what):
+    with pytest.raises(ValueError, match=re.escape(what)) as error:
+        parse_tasks(text)
+    assert str(error.value).startswith(f"--task {text}: ")
+
+
+@pytest.mark.parametrize("order", (FIRST, DROPPED, BEHIND))
+def test_a_captioned_picture_is_the_same_document_in_both_stages(order):
+    recipe, captions = Recipe(noise_limit=321), [[10, 11, 12], [20], []]
+    documents = [caption_document(f"{c}", c, order, CONFIG, recipe) for c in captions]
+    x = torch.randn(3, 4, 4, 4)
+    batch, wanted = collate(documents, x, CONFIG), arrange(captions, x, [order] * 3, CONFIG, 321)
+    assert torch.equal(batch.latents, x) and torch.equal(batch.max_t, wanted.max_t)
+    for phase in ("prefix", "rest"):
+        assert alike(getattr(batch, phase), getattr(wanted, phase), but="spoken")
+    assert [d.pictures for d in documents] == [["[10, 11, 12]"], ["[20]"], ["[]"]]
+    word, draw = taught(batch, BOI)
+    assert not (draw == 1).any()  # nothing is said about when to draw
+    learned = word[word >= 0].tolist()
+    assert learned == ([10, 11, 12, EOS, 20, EOS, EOS] if order == BEHIND else [])
+
+
+def test_documents_of_a_captioned_picture_written_out():
+    forms = {o: caption_document("x", [10, 11], o, CONFIG, Recipe()) for o in (FIRST, DROPPED, BEHIND)}
+    assert forms[FIRST] == Document([10, 11, BOI, IMAGE], ["x"], [1000], [False] * 4)
+    assert forms[DROPPED] == Document([BOI, IMAGE], ["x"], [1000], [False] * 2)
+    assert forms[BEHIND].ids == [BOI, IMAGE, EOI, 10, 11, EOS] and forms[BEHIND].max_t == [500]
+    assert forms[BEHIND].spoken[3:] == [True] * 3  # of what stands before these nothing can be learned
+    assert [len(forms[o]) for o in forms] == [1, 1, 5]
+
+
+def test_an_edit_written_out():
+    document = edit_document("before", "after", [10, 11], False, CONFIG)
+    assert document.ids == [BOI, IMAGE, EOI, 10, 11, BOI, IMAGE]
+    assert document.pictures == ["before", "after"] and document.max_t == [0, 1000]
+    assert document.spoken == [False] * 7 and len(document) == 6
+    dropped = edit_document("before", "after", [10, 11], True, CONFIG)  # nothing to change: the source again
+    assert dropped == Document([BOI, IMAGE, EOI, BOI, IMAGE], ["before"] * 2, [0, 1000], [False] * 5)
+
+
+def test_a_batch_of_documents_holds_them_in_order():
+    documents = [
+        edit_document("a", "b", [10, 11], False, CONFIG),
+        Document([5, 6, 7], [], [], [False, True, True]),
+        caption_document("c", [12], BEHIND, CONFIG, Recipe(noise_limit=7)),
+    ]
+    x = torch.randn(3, 4, 4, 4)
+    for pack in (0, 60):
+        batch = collate(documents, x, CONFIG, pack)
+        assert [d for row in documents_of(batch.prefix, batch.rest) for d in row] == [
+            spread(d.ids) for d in documents
+        ]
+        assert torch.equal(batch.latents, x) and batch.max_t.tolist() == [0, 1000, 7]
+        learned = [next_tokens(t, BOI)[0] for t in (batch.prefix, batch.rest)]
+        assert [w[w >= 0].tolist() for w in learned] == [[6, 7], [12, EOS]]
+    assert len(batch.rest.ids) == 1
+
+
+def test_a_batch_without_a_picture_gets_an_empty_clean_one():
+    documents = [Document([5, 6, 7], [], [], [False, True, True]), Document([8], [], [], [True])]
+    for pack in (0, 60):
+        batch = collate(documents, torch.zeros(0, 4, 4, 4), CONFIG, pack)
+        assert batch.max_t.tolist() == [0] and torch.equal(batch.latents, torch.zeros(1, 4, 4, 4))
+        found = [d for row in documents_of(batch.prefix, batch.rest) for d in row]
+        assert found == [[5, 6, 7], [8], [BOI] + [IMAGE] * P]
+        word, draw = next_tokens(batch.prefix, BOI)
+        assert word.tolist() == [6, 7] + [-100] * 3 and draw.tolist() == [0, 0] + [-100] * 3
+    assert documents[0].ids == [5, 6, 7] and len(documents) == 2  # and the caller's are what they were
+    assert [len(d) for d in documents] == [0, 0]
+
+
+# ---- conversations ----
+
+
+def chat_tokenizer() -> Tokenizer:
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>")])
+    return tokenizer
+
+
+TOKENIZER = chat_tokenizer()
+CHAT = dataclasses.replace(
+    CONFIG,
+    vocab_size=TOKENIZER.get_vocab_size(),
+    boi_id=TOKENIZER.token_to_id("<|vision_start|>"),
+    eoi_id=TOKENIZER.token_to_id("<|vision_end|>"),
+)
+
+
+def said(ids: list[int]) -> str:
+    """Token ids as text, with <|image_pad|> for a picture."""
+    groups = itertools.groupby(ids, key=lambda i: i == IMAGE)
+    return "".join(
+        "<|image_pad|>" * len(list(run)) if image else TOKENIZER.decode(list(run), skip_special_tokens=False)
+        for image, run in groups
+    )
+
+
+def image(name: str) -> dict:
+    return {"type": "image", "image": name}
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+TWO_TURNS = [
+    {"role": "system", "content": "think."},
+    {"role": "user", "content": [image("shown"), text("paint it red")]},
+    {"role": "assistant", "content": [text("here:"), image("first")], "reasoning_content": "so: red"},
+    {"role": "user", "content": [text("two more, <|im_start|>assistant\nplease")]},
+    {
+        "role": "assistant",
+        "content": [text("one:"), image("second"), text("two:"), image("third"), text("done.")],
+        "reasoning_content": "two pictures",
+    },
+]
+
+
+def documents(messages: list[dict], n: int = 400, dropped: bool = False) -> list[Document]:
+    rng = random.Random(0)
+    return [chat_document(messages, dropped, TOKENIZER, CHAT, rng) for _ in range(n)]
+
+
+def test_one_picture_of_the_last_message_is_painted_and_what_stands_behind_it_is_cut_off():
+    whole = encode(TOKENIZER, render_chat(TWO_TURNS, generate=False), CHAT.boi_id, CHAT.eoi_id)
+    at, count = [i for i, token in enumerate(whole) if token == IMAGE], Counter()
+    names = ["shown", "first", "second", "third"]
+    assert len(at) == 4 and said(whole) == text_of(render_chat(TWO_TURNS, generate=False))
+    for d in documents(TWO_TURNS):
+        count[tuple(d.max_t)] += 1
+        n = len(d.pictures)
+        assert d.pictures == names[:n] and len(d.spoken) == len(d.ids)
+        if any(d.max_t):  # painted: the last picture, and nothing behind it
+            assert n in (3, 4) and d.max_t == [0] * (n - 1) + [1000]
+            assert d.ids == whole[: at[n - 1] + 1]
+        else:  # read to the end
+            assert n == 4 and d.ids == whole
+        assert len(d) == len(d.ids) - at[0]
+    shares = [count[t] / 400 for t in ((0, 0, 0, 0), (0, 0, 1000), (0, 0, 0, 1000))]
+    assert len(count) == 3 and shares == pytest.approx([0.25, 0.375, 0.375], abs=0.08)
+
+
+def test_a_dropped_conversation_is_a_picture_of_its_last_message_alone():
+    count = Counter()
+    for d in documents(TWO_TURNS, dropped=True):
+        assert d.ids == [CHAT.boi_id, IMAGE] and d.max_t == [1000] and d.spoken == [False] * 2
+        count.update(d.pictures)
+    assert set(count) == {"second", "third"} and min(count.values()) > 150
+
+
+@pytest.mark.parametrize("dropped", (True, False))
+def test_a_conversation_that_ends_in_words_is_read_to_its_end(dropped):
+    messages = [*TWO_TURNS, {"role": "user", "content": "thanks"}, {"role": "assistant", "content": "bye."}]
+    whole = encode(TOKENIZER, render_chat(messages, generate=False), CHAT.boi_id, CHAT.eoi_id)
+    for d in documents(messages, 40, dropped):
+        assert d.ids == whole and d.max_t == [0] * 4
+        assert d.pictures == ["shown", "first", "second", "third"]
+    silent = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello."}]
+    for d in documents(silent, 10, dropped):
+        assert (d.pictures, d.max_t, len(d)) == ([], [], 0)
+
+
+def test_only_what_the_assistant_says_is_spoken():
+    d = next(d for d in documents(TWO_TURNS) if not any(d.max_t))
+    turns = re.findall(r"<\|im_start\|>(assistant\n.*?<\|im_end\|>)", said(d.ids), re.S)
+    mine = said([i for i, own in zip(d.ids, d.spoken, strict=True) if own])
+    # the words that a user typed like a turn are the user's
+    turns = [t for t in turns if not t.startswith("assistant\nplease")]
+    assert mine == "".join(turns) and len(turns) == 2
+    assert mine.endswith(
+        "<think>\ntwo pictures\n</think>\n\none:"
+        "<|vision_start|><|image_pad|><|vision_end|>two:<|vision_start|><|image_pad|><|vision_end|>"
+        "done.<|im_end|>"
+    )
+
+
+def test_what_a_conversation_teaches():
+    """The words of the assistant, the end of its turn, and where its pictures begin; nobody else's."""
+    d = next(d for d in documents(TWO_TURNS) if not any(d.max_t))
+    batch = collate([d], torch.zeros(4, 4, 4, 4), CHAT)
+    word, draw = taught(batch, CHAT.boi_id)
+    assert (draw == 1).sum() == 3  # not before the user's
+    learned = said([i for i in word.tolist() if i >= 0])
+    assert learned.count("<|im_end|>") == 2 and "<|vision" not in learned and "<|im_start|>" not in learned
+    # what follows a picture's EOI is learned, EOI itself is not
+    turns = learned.split("<|im_end|>")
+    assert turns[0].endswith("here:") and turns[1].endswith("one:two:done.") and "paint" not in learned
+
+
+def test_a_painted_picture_teaches_what_stands_before_it():
+    d = next(d for d in documents(TWO_TURNS) if d.max_t == [0, 0, 1000])
+    batch = collate([d], torch.zeros(3, 4, 4, 4), CHAT)
+    assert (next_tokens(batch.rest, CHAT.boi_id)[1] == 1).sum() == 2
+    which = batch.noised(Diffusion(), torch.full((3,), 400), torch.ones(3, 4, 4, 4))[2]
+    assert which.tolist() == [2]
+
+
+def test_documents_of_the_built_in_conversations():
+    """Of every one: painted last, clean before, and its pictures in order; a quarter is read to its end."""
+    rng, read = random.Random(0), Counter()
+    for _ in range(300):
+        messages = Shapes().conversation(rng)
+        d = chat_document(messages, False, TOKENIZER, CHAT, rng)
+        parts = [p for m in messages if isinstance(m["content"], list) for p in m["content"]]
+        shots = [p["image"] for p in parts if "image" in p]
+        own = [p for p in messages[-1]["content"] if "image" in p]
+        assert d.ids.count(IMAGE) == len(d.pictures) == len(d.max_t)
+        assert d.pictures == shots[: len(d.pictures)] and not any(d.max_t[:-1])
+        if d.max_t and d.max_t[-1]:
+            assert own and len(d.pictures) > len(shots) - len(own) and d.ids[-1] == IMAGE
+        else:
+            assert d.pictures == shots and TOKENIZER.token_to_id("<|im_end|>") in d.ids[-3:]
+        if own:
+            read[bool(d.max_t[-1])] += 1
+    assert read[False] / read.total() == pytest.approx(0.25, abs=0.1)
+
+
+# ---- edits of real pictures ----
+
+
+def some_edits(n: int) -> Edits:
+    """Edits that differ in every pixel: sources are even, targets odd."""
+    pixels = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 16, 16)
+    words, names = [f"make it {i}" for i in range(n)], [f"e{i}" for i in range(n)]
+    return Edits(2 * pixels, 2 * pixels + 1, words, names, [])
+
+
+def some_pictures(n: int) -> Pictures:
+    """Pictures as bright as their numbers, and 200."""
+    pixels = 200 + torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 16, 16)
+    return Pictures(pixels, [f"photo {i}" for i in range(n)], [f"p{i}" for i in range(n)], [])
+
+
+def test_every_twentieth_edit_is_held_out():
+    source, rng, seen = PictureSource(some_pictures(40), None, some_edits(45)), random.Random(0), set()
+    for _ in range(1500):
+        before, after, instruction = source.edited(rng)
+        number = int(instruction.split()[-1])
+        assert (before == 2 * number).all() and (after == 2 * number + 1).all()
+        assert before.shape == after.shape == (3, 16, 16)
+        seen.add(number)
+    held_out = {0, 20, 40}
+    assert seen == set(range(45)) - held_out
+    before, after, instructions = source.validation_edits(96)
+    assert instructions == [f"make it {i}" for i in sorted(held_out)]
+    assert before[:, 0, 0, 0].tolist() == [0, 40, 80] and after[:, 0, 0, 0].tolist() == [1, 41, 81]
+    assert source.validation_edits(2)[2] == instructions[:2]
+    assert len(source.train.captions) == 38  # the pictures are set aside on their own
+
+
+def test_edits_alone_are_pictures_as_well_and_none_held_out_is_shown():
+    source, rng = PictureSource(None, None, some_edits(45)), random.Random(0)
+    held_out = set(source.validation_edits(96)[2])
+    assert source.size == 16 and len(held_out) == 3
+    seen = {source.captioned(rng)[1] for _ in range(1500)}
+    assert seen == {f"make it {i}" for i in range(45)} - held_out
+    picture, words = source.captioned(rng)
+    assert (picture == 2 * int(words.split()[-1]) + 1).all()  # after the edit
+    assert set(source.validation(96)[1]) == held_out
+    assert not held_out & set(source.sample(1000, rng)[1])
+
+
+def test_one_edit_alone_is_an_error_and_two_are_not():
+    for train in (None, some_pictures(5)):
+        with pytest.raises(ValueError, match="one edit is too few"):
+            PictureSource(train, None, some_edits(1))
+        source = PictureSource(train, None, some_edits(2))
+        assert source.edited(random.Random(0))[2] == "make it 1"
+        assert source.validation_edits(9)[2] == ["make it 0"]
+
+
+def test_conversations_around_real_pictures_are_half_edits_where_there_are_some():
+    rng, n = random.Random(0), 600
+    with_edits = PictureSource(some_pictures(30), None, some_edits(30))
+    without, count = PictureSource(some_pictures(30), None), Counter()
+    for source in (with_edits, without):
+        for _ in range(n):
+            messages = source.conversation(rng)
+            check_messages(messages)
+            found = [p["image"] for m in messages for p in m["content"] if "image" in p]
+            count[source is with_edits, len(found)] += 1
+            assert len(found) == 1 or (found[0] + 1 == found[1]).all()
+            pixels = source.pixels(found)
+            assert pixels.shape == (len(found), 3, 16, 16) and pixels.dtype == torch.uint8
+            assert all(torch.equal(a, b) for a, b in zip(pixels, found, strict=True))
+    assert count[True, 2] / n == pytest.approx(0.5, abs=0.08)
+    assert count[True, 1] == n - count[True, 2] and count[False, 1] == n
+
+
+def test_captioned_pictures_keep_their_captions():
+    source, rng = PictureSource(some_pictures(41), None), random.Random(0)
+    seen = set()
+    for _ in range(800):
+        picture, caption = source.captioned(rng)
+        assert (picture == 200 + int(caption.split()[-1])).all()
+        seen.add(caption)
+    assert seen == {f"photo {i}" for i in range(41) if i % 20}

@@ -14,8 +14,11 @@ from PIL import Image
 
 import evaluate
 from checkpoint import load_trained
-from data import COLORS, PLACES, SHAPES, SIZES, Scene, all_scenes, render
-from evaluate import perplexity, prompt_match, read_scenes, text_report, validation_error
+from data import FIRST, Document, Recipe, caption_document, collate, edit_document
+from diffusion import Diffusion, T
+from evaluate import errors_by_timestep, perplexity, prompt_match, read_scenes, text_report, validation_error
+from model import Tokens
+from world import COLORS, PLACES, SHAPES, SIZES, Scene, all_scenes, render
 
 HELD_OUT = list(all_scenes(held_out=True))
 
@@ -144,6 +147,40 @@ def test_a_perfect_model_has_no_validation_error(monkeypatch):
     monkeypatch.setattr(trained.diffusion, "eps_from_output", lambda *_: seen["e"])
     report = validation_error(trained, render(HELD_OUT[:3]), [s.caption for s in HELD_OUT[:3]])
     assert report["right"] == report["permuted"] == [0.0] * 5
+
+
+@pytest.mark.parametrize("prediction", ("eps", "v"))
+@pytest.mark.parametrize("weighting", ("none", "v"))
+def test_the_error_of_edits_is_that_of_the_pictures_after_them(prediction, weighting):
+    """Against one document at a time: the context clean at t = 0, and only the noisy images counted."""
+    trained = small.perturbed()
+    model, diffusion = trained.model, Diffusion(prediction=prediction)
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    documents = [
+        edit_document(None, None, [40, 41, 42], False, config),
+        caption_document(None, [50, 51], FIRST, config, Recipe()),
+        edit_document(None, None, [60], False, config),
+        Document([7, 8], [], [], [True, True]),
+    ]
+    latents, noise = torch.randn(2, 5, 16, 8, 8, generator=generator)
+    batch = collate(documents, latents, config)
+    assert batch.max_t.tolist() == [0, T, T, 0, T]
+    found = errors_by_timestep(model, diffusion, batch, noise, weighting)
+    assert len(found) == len(evaluate.TIMESTEPS)
+    for t, value in zip(evaluate.TIMESTEPS, found, strict=True):
+        a, errors = diffusion.alpha_bar[t].item(), []
+        for document, images in zip(documents, ([0, 1], [2], [3, 4]), strict=False):
+            x, eps, last = latents[images].clone(), noise[images[-1]], len(images) - 1
+            x[last] = math.sqrt(a) * x[last] + math.sqrt(1 - a) * eps
+            times = torch.tensor([0] * last + [t])
+            with torch.no_grad():
+                _, hidden = model(None, Tokens.rows([document.ids], config.num_patches), x, times)
+                predicted = model.unet_output(hidden)[last]
+            if prediction == "v":
+                predicted = math.sqrt(1 - a) * x[last] + math.sqrt(a) * predicted
+            errors.append((predicted - eps).square().mean().item() / (a if weighting == "v" else 1))
+        assert value == pytest.approx(sum(errors) / len(errors), rel=1e-4)
 
 
 # ---- the command ----

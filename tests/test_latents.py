@@ -169,6 +169,48 @@ def test_ten_bad_samples_are_named_and_the_rest_is_counted(tmp_path, capfd):
     assert line.startswith("skipped 22 of 30 samples: 001.png ") and line.endswith(" and 12 more")
 
 
+def write_lines(folder: Path, every_edit: int) -> str:
+    """The pictures of `source` by a metadata.jsonl that begins with a broken line.
+
+    Unless `every_edit` is 0, an edit follows each `every_edit`th picture, and a bad edit ends the file.
+    """
+    shutil.copytree(source(), folder)
+    lines: list = ["neither of both"]
+    for i, path in enumerate(sorted(folder.glob("*.png"))):
+        lines.append({"file_name": path.name, "text": path.with_suffix(".txt").read_text()})
+        if every_edit and i % every_edit == 0:
+            lines.append({"source": "001.png", "text": "make it green", "file_name": path.name})
+    if every_edit:
+        lines.append({"source": None, "text": "make it red", "file_name": "001.png"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(folder)
+
+
+def test_edits_are_left_out_and_counted(tmp_path, capfd):
+    """What is written is, bit by bit, what it is without them."""
+    encode_source(config(tmp_path / "a", data=write_lines(tmp_path / "plain", 0)), linear())
+    assert "left out" not in capfd.readouterr().err
+    mixed = config(tmp_path / "b", data=write_lines(tmp_path / "mixed", 4))
+    shards = encode_source(mixed, linear())
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") and len(shards) == GOOD
+    assert "make it green" not in map(shards.caption, range(GOOD))
+    lines = capfd.readouterr().err.strip().splitlines()[-2:]
+    assert lines[0] == "left out 9 edits (lines with a source)"
+    assert lines[1].startswith("skipped 6 of 30 samples: metadata.jsonl:1 (not {")
+    codec = linear()
+    assert len(encode_source(mixed, codec)) == GOOD and codec.calls == 0
+
+
+def test_edits_alone_cannot_be_encoded_and_the_error_says_what_they_are_for(tmp_path):
+    folder = small.write_photos(tmp_path / "photos", n=2)
+    line = {"source": "000.png", "text": "x", "file_name": "001.png"}
+    (folder / "metadata.jsonl").write_text(json.dumps(line))
+    with pytest.raises(ValueError) as error:
+        encode_source(config(tmp_path / "out", data=str(folder)), linear())
+    says = "no captioned pictures; 1 edits (lines with a source), which are for --task edit"
+    assert str(error.value) == f"{folder}: {says}" and not (tmp_path / "out/index.json").exists()
+
+
 def test_no_more_pictures_than_a_batch_are_in_memory(tmp_path, monkeypatch):
     alive: list[weakref.ref] = []
     most, read = 0, latents.read_sample
@@ -378,7 +420,7 @@ def all_bad(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda here: {"data": empty(here / "a")}, "no captioned pictures; (name.png + name.txt"),
+        (lambda here: {"data": empty(here / "a")}, "no captioned pictures (name.png + name.txt"),
         (
             lambda here: {"data": all_bad(here / "a")},
             "no captioned pictures; skipped 1 of 1 samples: 000.png",

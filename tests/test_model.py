@@ -926,8 +926,12 @@ def test_attention_has_the_gradients_of_torchs(monkeypatch):
 # ---- (8) packing, and the forms of the mask ----
 
 
+SLOTS = ("ids", "image", "position", "document")
+
+
 def assert_same_tokens(a: Tokens, b: Tokens) -> None:
-    for name in vars(a):
+    assert a.spoken is b.spoken is None
+    for name in SLOTS:
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
@@ -957,13 +961,66 @@ def test_packed_lays_documents_out_as_documented():
     assert tokens.document.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 2], [0, 0] + [-1] * 7, [1, 1] + [-1] * 7]
 
 
+def test_packed_says_of_every_slot_whose_it_is():
+    rows = [[[5, IMAGE, 6], [7], [IMAGE]], [[8, 9]], [[]]]
+    spoken = [[[False, True, True], [True], [False]], [[True, False]], [[]]]
+    start, before = [[4, 0, 2], [1], [0]], [1, 0, 5]
+    tokens = Tokens.packed(rows, 2, start, before, spoken)
+    assert tokens.spoken.dtype == torch.bool
+    assert tokens.spoken.int().tolist() == [
+        [0, 1, 1, 1, 1, 0, 0],
+        [1, 0, 0, 0, 0, 0, 0],  # padding is nobody's
+        [0] * 7,
+    ]
+    plain = Tokens.packed(rows, 2, start, before)
+    assert plain.spoken is None
+    for name in SLOTS:
+        assert torch.equal(getattr(tokens, name), getattr(plain, name)), name
+    with pytest.raises(ValueError):
+        Tokens.packed([[[5, 6]]], 2, spoken=[[[True]]])
+
+
+def test_whose_a_token_is_changes_nothing_that_the_model_computes(make_model):
+    model = make_model()
+    spoken = [[[i % 2 == 0 for i in range(len(row))]] for row in RAGGED]
+    latents, t = draw(model, sum(map(count_images, RAGGED)))
+    plain, own = (
+        Tokens.packed([[row] for row in RAGGED], model.config.num_patches, spoken=x) for x in (None, spoken)
+    )
+    with torch.no_grad():
+        a, b = (model.encode(tokens, latents, t) for tokens in (plain, own))
+    assert torch.equal(a.text, b.text) and torch.equal(a.image, b.image)
+    assert torch.equal(hybrid_mask(plain, plain), hybrid_mask(own, own))
+
+
+@pytest.mark.parametrize("attention", (True, False), ids=("attention", "convolutions"))
+@pytest.mark.parametrize("which", ([0], [3, 1], [1, 1, 4], [0, 1, 2, 3, 4]), ids=str)
+def test_the_output_of_some_images_is_that_of_all_of_them_at_their_places(make_model, which, attention):
+    model = make_model(dtype=torch.float64, unet_attention=attention)
+    latents, t = draw(model, 5)
+    tokens, index = Tokens.rows([[BOI, IMAGE, EOI, IMAGE], [IMAGE] * 3], 16), torch.tensor(which)
+    hidden, wanted, gradients = model.encode(tokens, latents, t), torch.randn(len(which), 4, 8, 8), []
+    outputs = [model.unet_output(hidden, index), model.unet_output(hidden)[index]]
+    for output in outputs:
+        model.zero_grad()
+        (output * wanted).sum().backward(retain_graph=True)
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*outputs, **TOLERANCE)
+    assert outputs[0].dtype == torch.float32 and outputs[0].std() > 1e-3
+    assert (
+        gradients[0].keys() == gradients[1].keys() >= dict(model.unet_up.named_parameters("unet_up")).keys()
+    )
+    for name, x in gradients[0].items():
+        torch.testing.assert_close(x, gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
 def test_packed_equals_a_loop_over_the_documents():
     rng = random.Random(0)
     for _ in range(50):
         documents = [random_document(rng) for _ in range(rng.randint(1, 5))]
         width = sum(map(len, documents)) + 2 * sum(map(count_images, documents)) + rng.randint(0, 3)
         tokens = Tokens.packed([documents, [[5] * width]], 3)
-        one, loop = Tokens(*(getattr(tokens, f)[:1] for f in vars(tokens))), pack(documents, 3, width, True)
+        one, loop = Tokens(*(getattr(tokens, f)[:1] for f in SLOTS)), pack(documents, 3, width, True)
         assert torch.equal(one.ids, loop.ids) and torch.equal(one.document, loop.document)
         assert torch.equal(one.image, loop.image)
         real = loop.document >= 0

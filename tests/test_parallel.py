@@ -47,6 +47,7 @@ LIMIT = 300  # seconds after which a start of all the jobs counts as hanging
 SOON = 60  # seconds for everything else
 STEADY = "--optimizer adamw --lr 1e-3 --lr-final 1e-3 --sheet-every 0".split()
 FILLED = "layers.0.image.mlp.up_proj.weight"
+TASKS = "generate=2,caption=1,edit=3,chat=6 --data edits/all.jsonl"
 LOSSES = ("loss", "lm_loss", "ddpm_loss", "draw_loss")
 
 
@@ -56,7 +57,7 @@ LOSSES = ("loss", "lm_loss", "ddpm_loss", "draw_loss")
 
 @dataclass(frozen=True)
 class Job:
-    """A run of `train.py`, in a folder that holds `base` and `photos`."""
+    """A run of `train.py`, in a folder that holds `base`, `photos`, `edits`, and a first stage, `first`."""
 
     flags: str = ""
     steps: int = 3
@@ -91,6 +92,10 @@ JOBS = {
     # a process may have nothing to learn of words and of when to draw while another has
     "drops": Job("--batch-size 2 --caption-first 0.6 --caption-drop 0.6", steps=6),
     "text drops": Job("--batch-size 2 --caption-first 0.6 --caption-drop 0.6 --lr-text-ratio 0.1", steps=6),
+    # the second stage
+    "tasks": Job(f"--init-from first --task {TASKS} --micro-batch 3 --batch-size 8 --ema 0.9"),
+    "watched edits": Job("--task edit --data edits --ema 0.9 --val-every 1 --sheet-every 2"),
+    "talk": Job("--task chat --data edits/all.jsonl --batch-size 2 --lr-text-ratio 0.1", steps=6),
 }
 ERRORS = [name for name, job in JOBS.items() if job.says]
 
@@ -151,7 +156,7 @@ def do(name: str, team: Team) -> None:
     patch.setattr(train, "targets", counting)
     patch.setattr(Run, "resume", resuming)
     patch.setattr(Run, "save", saving)
-    if name == "watched":
+    if name.startswith("watched"):
         patch.setattr(PictureSource, "prompts", two_prompts)
     else:
         patch.setattr(Run, "validate", unseen)
@@ -231,6 +236,8 @@ def folder_with(folder: Path, base: Path, photos: Path) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "base").symlink_to(base)
     (folder / "photos").symlink_to(photos)
+    (folder / "edits").symlink_to(small.edits())
+    (folder / "first").symlink_to(small.photo_run())
     return folder
 
 
@@ -258,7 +265,7 @@ def alone(here: Path, name: str) -> Path:
         if JOBS[name].of:
             shutil.copytree(alone(here, JOBS[name].of), folder)
         with pytest.MonkeyPatch.context() as patch:
-            if name == "watched":
+            if name.startswith("watched"):
                 patch.setattr(PictureSource, "prompts", two_prompts)
             else:
                 patch.setattr(Run, "validate", unseen)
@@ -471,6 +478,9 @@ def test_among_them_are_steps_in_which_a_process_has_nothing_to_learn_of_a_kind(
         ]
         assert any(bool(a) != bool(b) for a, b in pairs), (name, pairs)
         assert any(a and b and a != b for a, b in pairs) or name != "plain"
+    for kind in range(3):  # noisy pictures, words, decisions
+        counts = [[c[kind] for c in s["counts"]] for s in seen(together, "talk")]
+        assert any(bool(a) != bool(b) for a, b in zip(*counts, strict=True)), counts
     micro = [s["counts"] for s in seen(together, "micro")]
     assert [[c[0] for c in rank] for rank in micro] == [[2, 1] * 3] * 2  # the last micro batch is smaller
 
@@ -508,12 +518,13 @@ def test_every_look_is_at_the_weights_of_that_moment(here, together):
 
 
 def test_two_processes_see_and_paint_what_one_does(here, together):
-    one, other = alone(here, "watched"), two(together, "watched")
-    for a, b in zip(lines(one), lines(other), strict=True):
-        for key in ("right", "permuted"):
-            assert a["val"][key] == pytest.approx(b["val"][key], abs=1e-4) and min(a["val"][key]) > 0
-    for name in ("sheet-000002.png", "sheet-000003.png"):
-        assert colour_difference(one / name, other / name) <= 8
+    for job, kind in (("watched", "sheet"), ("watched edits", "edits")):
+        one, other = alone(here, job), two(together, job)
+        for a, b in zip(lines(one), lines(other), strict=True):
+            for key in ("right", "permuted"):
+                assert a["val"][key] == pytest.approx(b["val"][key], abs=1e-4) and min(a["val"][key]) > 0
+        for name in (f"{kind}-000002.png", f"{kind}-000003.png"):
+            assert colour_difference(one / name, other / name) <= 8
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import pictures
-from pictures import decode_picture, list_samples, load_pictures, read_sample
+from pictures import decode_picture, list_samples, load_edits, load_pictures, read_sample
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -638,3 +638,246 @@ def test_exif_orientation_is_undone(orientation, form):
     found = decode_picture(data, 64).permute(1, 2, 0).numpy().astype(int)
     corners = np.abs(found - upright)[[8, 8, 56, 56], [8, 56, 8, 56]]
     assert corners.max() < 12
+
+
+# ---- edits ----
+
+EDIT = {"source": "a.png", "text": " make it red\n", "file_name": "b.png"}
+CAPTIONED = {"file_name": "b.png", "text": "red"}
+
+
+def edit(source: str, target: str, text: str = "x") -> dict[str, str]:
+    return {"source": source, "text": text, "file_name": target}
+
+
+def test_edits_are_two_pictures_and_an_instruction_in_the_order_of_their_lines(tmp_path, capfd):
+    rows = [edit("b.png", "two/c.png", "grün "), {**EDIT, "more": 1}, edit("a.png", "./two/../a.png")]
+    found = load_edits(write_jsonl(tmp_path, rows, {**SAMPLES, "two/c.png": plain(BLUE)}), 4)
+    for pixels in (found.sources, found.targets):
+        assert pixels.shape == (3, 3, 4, 4) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
+    assert colors(found.sources) == [RED, GREEN, GREEN] and colors(found.targets) == [BLUE, RED, GREEN]
+    assert found.instructions == ["grün", "make it red", "x"] and found.skipped == []
+    assert found.names == ["two/c.png", "b.png", "./two/../a.png"]
+    out, err = capfd.readouterr()
+    assert out == "" and "skipped" not in err
+
+
+def test_both_pictures_of_an_edit_are_put_upright_on_white_and_cropped(tmp_path):
+    """Each is what load_pictures makes of the same file, and not of the other."""
+    bands = np.zeros((48, 32, 4), dtype=np.uint8)  # stored lying: the camera's top is the scene's right
+    bands[:8], bands[8:24], bands[40:] = (*RED, 255), (*GREEN, 255), (*BLUE, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {"1.png": encode(Image.fromarray(bands), exif=exif), "2.png": noise()}
+    folder = write_jsonl(tmp_path, [edit("1.png", "2.png"), edit("2.png", "1.png")], files)
+    first = torch.full((3, 32, 32), 255)  # turned: blue is left, red right; both are cropped away
+    first[:, :, 16:] = torch.tensor(GREEN)[:, None, None]
+    second = torch.from_numpy(np.array(Image.open(io.BytesIO(noise())))).permute(2, 0, 1)
+    found = load_edits(folder, 32)
+    assert torch.equal(found.sources, torch.stack([first, second]).to(torch.uint8))
+    assert torch.equal(found.targets, torch.stack([second, first]).to(torch.uint8))
+
+
+def test_captioned_pictures_and_edits_of_one_file_are_told_apart(tmp_path, capfd):
+    """None is lost, none is taken for the other kind, and none of the other kind is counted as bad."""
+    rows = [EDIT, CAPTIONED, edit("b.png", "a.png", "green"), {"file_name": "a.png", "text": "y"}, EDIT]
+    folder = write_jsonl(tmp_path, rows, SAMPLES)
+    captioned, edits = load_pictures(folder, 4), load_edits(folder, 4)
+    assert captioned.captions == ["red", "y"] and colors(captioned.pixels) == [RED, GREEN]
+    assert edits.instructions == ["make it red", "green", "make it red"]
+    assert edits.names == ["b.png", "a.png", "b.png"] and colors(edits.sources) == [GREEN, RED, GREEN]
+    assert captioned.skipped == edits.skipped == [] and "skipped" not in capfd.readouterr().err
+
+
+def test_listing_tells_the_kinds_apart_and_opens_no_picture(tmp_path, monkeypatch):
+    folder = write_jsonl(tmp_path, [EDIT, CAPTIONED, b"?", edit("../x.png", "b.png")], SAMPLES)
+    monkeypatch.setattr(pictures.Span, "read", None)
+    samples = list_samples(folder)
+    assert [sample.kind for sample in samples] == ["edit", "caption", "", "edit"]
+    assert samples[0].source.path == tmp_path / "a.png" and samples[0].picture.path == tmp_path / "b.png"
+    assert [sample.source for sample in samples[1:]] == [None] * 3
+
+
+@pytest.mark.parametrize("bad_kind", ["caption", "edit"])
+def test_the_bad_ones_of_a_kind_are_named_with_that_kind_alone(tmp_path, capfd, bad_kind):
+    bad = {"caption": {"file_name": "0.png", "text": "x"}, "edit": edit("0.png", "b.png")}[bad_kind]
+    folder = write_jsonl(tmp_path, [EDIT, bad, CAPTIONED], SAMPLES)
+    skipped = {"caption": load_pictures(folder, 4).skipped, "edit": load_edits(folder, 4).skipped}
+    assert len(skipped.pop(bad_kind)) == 1 and list(skipped.values()) == [[]]
+    assert capfd.readouterr().err.count("skipped 1 of 2 ") == 1
+
+
+def test_a_line_that_could_be_either_is_named_with_both(tmp_path):
+    folder = write_jsonl(tmp_path, [EDIT, b'{"source": "a.png"', CAPTIONED], SAMPLES)
+    for found in (load_pictures(folder, 4), load_edits(folder, 4)):
+        assert len(found.names) == len(found.skipped) == 1
+        assert found.skipped[0][0] == "metadata.jsonl:2" and "not {" in found.skipped[0][1]
+
+
+NOT_AN_EDIT = 'not {"source": "...", "text": "...", "file_name": "..."}'
+BAD_EDITS = [
+    (edit("nowhere.png", "b.png"), "b.png", "source: no such file"),
+    (edit("", "b.png"), "b.png", "source: no such file"),
+    (edit("a\0.png", "b.png"), "b.png", "source: no such file"),
+    (edit("folder", "b.png"), "b.png", "source: no such file"),
+    (edit("page.png", "b.png"), "b.png", "source: not a PNG, JPEG or WebP image"),
+    (edit("half.png", "b.png"), "b.png", "source: truncated image"),
+    (edit("huge.png", "b.png"), "b.png", "source: over 64 megapixels"),
+    (edit("../secret.png", "b.png"), "b.png", "source: not inside"),
+    (edit("folder/../../secret.png", "b.png"), "b.png", "source: not inside"),
+    (edit("..", "b.png"), "b.png", "source: not inside"),
+    (edit("a.png", "nowhere.png"), "nowhere.png", "no such file"),
+    (edit("a.png", ""), "", "no such file"),
+    (edit("a.png", "half.png"), "half.png", "truncated image"),
+    (edit("a.png", "../secret.png"), "../secret.png", "not inside"),
+    (edit("nowhere.png", "half.png"), "half.png", "truncated image"),
+    ({**EDIT, "source": None}, "metadata.jsonl:2", NOT_AN_EDIT),
+    ({**EDIT, "source": 7}, "metadata.jsonl:2", NOT_AN_EDIT),
+    ({**EDIT, "source": ["a.png"]}, "metadata.jsonl:2", NOT_AN_EDIT),
+    ({**EDIT, "text": None}, "metadata.jsonl:2", NOT_AN_EDIT),
+    ({**EDIT, "file_name": 7}, "metadata.jsonl:2", NOT_AN_EDIT),
+    ({"source": "a.png", "text": "x"}, "metadata.jsonl:2", NOT_AN_EDIT),
+    ({"source": "a.png", "file_name": "b.png"}, "metadata.jsonl:2", NOT_AN_EDIT),
+    ({**EDIT, "text": ""}, "b.png", "empty instruction"),
+    ({**EDIT, "text": " \n"}, "b.png", "empty instruction"),
+    ({**EDIT, "text": "\ud800"}, "b.png", "instruction is not UTF-8"),
+    ({**EDIT, "text": "x" * 10_001}, "b.png", "instruction longer than 10,000 characters"),
+]
+
+
+@pytest.mark.parametrize("line, name, reason", BAD_EDITS, ids=range(len(BAD_EDITS)))
+def test_a_bad_edit_is_left_out_alone_named_once_and_no_captioned_picture(
+    tmp_path, capfd, line, name, reason
+):
+    broken = {"page.png": b"<html>", "half.png": noise()[:2000], "huge.png": header(8001, 8001)}
+    write_folder(tmp_path, {"secret.png": plain(BLUE)})
+    files = {**SAMPLES, **broken, "folder/x": b""}
+    folder = write_jsonl(tmp_path / "data", [EDIT, line, EDIT, CAPTIONED], files)
+    found = load_edits(folder, 4)
+    assert found.instructions == ["make it red"] * 2 and found.names == ["b.png"] * 2
+    assert colors(found.sources) == [GREEN] * 2 and colors(found.targets) == [RED] * 2
+    assert len(found.skipped) == 1 and found.skipped[0][0] == name
+    assert found.skipped[0][1].startswith(reason)
+    out, err = capfd.readouterr()
+    shown = name.replace("\0", "?")
+    assert out == "" and err == f"skipped 1 of 3 edits: {shown} ({found.skipped[0][1]})\n"
+    captioned = load_pictures(folder, 4)
+    assert captioned.captions == ["red"] and captioned.skipped == [] and capfd.readouterr().err == ""
+
+
+def test_an_absolute_source_is_left_out_even_if_it_exists(tmp_path):
+    found = load_edits(write_jsonl(tmp_path, [EDIT, edit(str(tmp_path / "a.png"), "b.png")], SAMPLES), 4)
+    assert found.names == ["b.png"] and found.skipped == [("b.png", f"source: not inside {tmp_path}")]
+
+
+def test_an_instruction_of_just_ten_thousand_characters_is_kept(tmp_path):
+    found = load_edits(write_jsonl(tmp_path, [{**EDIT, "text": "語" * 10_000}], SAMPLES), 4)
+    assert len(found.instructions[0]) == 10_000
+
+
+def test_a_huge_source_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_FILE", 500)
+    folder = write_jsonl(tmp_path, [EDIT, edit("x.png", "b.png")], {**SAMPLES, "x.png": noise()})
+    assert load_edits(folder, 4).skipped == [("b.png", "source: file longer than 500 bytes")]
+
+
+@pytest.mark.parametrize("name", ["x.png", "y.png"])
+def test_an_edit_with_a_picture_that_may_not_be_opened_is_left_out(tmp_path, monkeypatch, name):
+    read = pictures.Span.read
+
+    def refuse(span: pictures.Span, *args) -> bytes:
+        if span.path.name == name:
+            raise PermissionError(13, "Permission denied", name)
+        return read(span, *args)
+
+    monkeypatch.setattr(pictures.Span, "read", refuse)
+    files = {**SAMPLES, "x.png": plain(), "y.png": plain()}
+    found = load_edits(write_jsonl(tmp_path, [edit("x.png", "y.png"), EDIT], files), 4)
+    assert found.names == ["b.png"] and found.skipped == [
+        ("y.png", f"[Errno 13] Permission denied: '{name}'")
+    ]
+
+
+def test_edits_of_several_metadata_files_come_in_the_order_of_their_sources(tmp_path):
+    """Each file's paths are relative to its own folder, whichever way the source is spelt."""
+    for i, (before, after) in enumerate([(RED, GREEN), (GREEN, BLUE), (BLUE, RED)]):
+        files = {"a.png": plain(before), "b.png": plain(after)}
+        write_jsonl(tmp_path / f"part-{i}", [{**EDIT, "text": str(i)}, {**CAPTIONED, "text": "c"}], files)
+    write_folder(tmp_path / "photos", SAMPLES)
+    for source in (f"{tmp_path}/part-*", f"{tmp_path}/part-*/metadata.jsonl"):
+        found = load_edits(source, 4)
+        assert found.instructions == ["0", "1", "2"] and colors(found.targets) == [GREEN, BLUE, RED]
+        assert colors(found.sources) == [RED, GREEN, BLUE]
+    sources = [f"{tmp_path}/part-2", f"{tmp_path}/photos", f"{tmp_path}/part-0/metadata.jsonl"]
+    assert load_edits(sources, 4).instructions == ["2", "0"]
+    assert load_pictures(sources, 4).captions == ["c", "a green one", "red", "c"]
+
+
+def test_twice_the_same_source_gives_twice_the_same_edits(tmp_path):
+    files = {f"{i}.png": noise() if i % 2 else plain() for i in range(6)}
+    rows = [edit(f"{i}.png", f"{i + 1}.png", str(i)) for i in range(6)]  # the last has no target
+    a, b = (load_edits(write_jsonl(tmp_path, rows, files), 7) for _ in range(2))
+    assert torch.equal(a.sources, b.sources) and torch.equal(a.targets, b.targets)
+    assert a.instructions == b.instructions == list("01234") and a.names == b.names
+    assert a.skipped == b.skipped == [("6.png", "no such file")]
+
+
+def test_edits_alone_are_no_captioned_pictures_and_the_error_says_what_they_are_for(tmp_path):
+    folder = write_jsonl(tmp_path, [EDIT, edit("nowhere.png", "b.png"), EDIT], SAMPLES)
+    with pytest.raises(ValueError) as e:
+        load_pictures(folder, 4)
+    wanted = f"{folder}: no captioned pictures; 3 edits (lines with a source), which are for --task edit"
+    assert str(e.value) == wanted
+    write_jsonl(tmp_path, [EDIT, {"file_name": "nowhere.png", "text": "x"}], SAMPLES)
+    with pytest.raises(ValueError, match=r"skipped 1 of 1 samples: .* file\); 1 edits .* --task edit$"):
+        load_pictures(folder, 4)
+
+
+def test_no_good_edit_is_an_error_that_says_what_is_expected(tmp_path):
+    captions = write_folder(tmp_path / "photos", {**SAMPLES, "x.png": b"broken"})
+    tar = write_tar(tmp_path / "t.tar", SAMPLES)
+    lines = write_jsonl(tmp_path / "lines", [CAPTIONED, {"file_name": "nowhere.png", "text": "x"}], SAMPLES)
+    nothing = write_jsonl(tmp_path / "nothing", [], {})
+    bad = write_jsonl(tmp_path / "bad", [edit("nowhere.png", "b.png"), CAPTIONED], SAMPLES)
+    expected = "no edits: rows of a metadata.jsonl with source, text and file_name"
+    for source in (captions, tar, lines, nothing):
+        with pytest.raises(ValueError) as e:
+            load_edits(source, 4)
+        assert str(e.value) == f"{source}: {expected}"
+    with pytest.raises(ValueError) as e:
+        load_edits([bad, tar], 4)
+    reason = "skipped 1 of 1 edits: b.png (source: no such file)"
+    assert str(e.value) == f"{bad}, {tar}: {expected}; {reason}"
+
+
+def test_both_pictures_of_an_edit_count_as_memory_and_the_other_kind_does_not(tmp_path, monkeypatch):
+    one = 3 * 16 * 16  # bytes of a picture
+    folder = write_jsonl(tmp_path, [EDIT, EDIT, CAPTIONED, CAPTIONED, CAPTIONED], SAMPLES)
+    assert len(load_edits(folder, 16, max_memory=4 * one).names) == 2
+    assert len(load_pictures(folder, 16, max_memory=3 * one).names) == 3
+    monkeypatch.setattr(pictures, "decode_picture", None)
+    with pytest.raises(ValueError, match="4 pictures of 16 x 16 pixels .* make it fewer or smaller"):
+        load_edits(folder, 16, max_memory=4 * one - 1)
+    with pytest.raises(ValueError, match="3 pictures of 16 x 16 pixels"):
+        load_pictures(folder, 16, max_memory=3 * one - 1)
+    with pytest.raises(ValueError, match="size is 0"):
+        load_edits(folder, 0)
+
+
+def test_a_tar_holds_captioned_pictures_alone_whatever_its_members_are_called(tmp_path):
+    line = json.dumps(EDIT)
+    files = {"metadata.jsonl": line, **SAMPLES, "a.source.png": plain(BLUE), "a.json": line}
+    tar = write_tar(tmp_path / "t.tar", files)
+    found = load_pictures(tar, 4)
+    assert found.captions == ["red", "a green one"] and colors(found.pixels) == [RED, GREEN]
+    assert found.skipped == [] and [sample.kind for sample in list_samples(tar)] == ["caption"] * 2
+    with pytest.raises(ValueError, match="no edits"):
+        load_edits(tar, 4)
+
+
+def test_a_tar_that_breaks_off_is_no_bad_edit(tmp_path):
+    tar = Path(write_tar(tmp_path / "t.tar", SAMPLES))
+    tar.write_bytes(tar.read_bytes()[:2500])
+    folder = write_jsonl(tmp_path / "lines", [EDIT], SAMPLES)
+    assert load_edits([str(tar), folder], 4).skipped == []
+    assert "truncated" in load_pictures([str(tar), write_folder(tmp_path / "c", SAMPLES)], 4).skipped[0][1]

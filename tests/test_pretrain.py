@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import pretrain
-from data import COLORS, Shapes, all_scenes, text_document
+from data import Shapes
 from load_qwen3 import BOI, EOI, STOCK, known_config, load_qwen3, load_tokenizer
-from pretrain import SPECIAL, init_text, pretrain_base, random_base, save_base
+from pretrain import SPECIAL, draw_document, init_text, pretrain_base, random_base, save_base
+from world import COLORS, all_scenes, text_document
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_the_loaded_special_tokens_are_those_of_the_tokenizer(saved):
     config, ids = load_qwen3(folder, latent_size=2, unet_channels=(4, 4)).config, tokenizer.token_to_id
     assert (config.boi_id, config.eoi_id) == (ids("<|vision_start|>"), ids("<|vision_end|>"))
     assert config.eos_id == ids("<|endoftext|>")
-    assert len({ids(t) for t in SPECIAL}) == 5 and config.vocab_size == tokenizer.get_vocab_size()
+    assert len({ids(t) for t in SPECIAL}) == 7 and config.vocab_size == tokenizer.get_vocab_size()
 
 
 def test_the_base_is_the_same_for_a_seed_and_another_for_another(saved, tmp_path):
@@ -99,28 +100,101 @@ def test_documents_fit_the_context_of_the_real_base(saved):
     assert max(captions) < 20
 
 
-def test_training_starts_near_the_entropy_of_a_guess_and_gets_better(tmp_path):
-    """The loss is a real one: about log V at first, clearly below after some steps."""
-    losses = []
-    real = F.cross_entropy
-    with pytest.MonkeyPatch.context() as patch, small.inside(tmp_path):
+@pytest.fixture(scope="module")
+def thirty_steps(tmp_path_factory):
+    """What 30 steps of pretraining read, were to learn and lost, and which optimizer had which parameters."""
+    folder = tmp_path_factory.mktemp("thirty")
+    losses, read, learned, groups = [], [], [], {}
+    real, next_tokens = F.cross_entropy, pretrain.next_tokens
+
+    def reading(tokens, boi_id):
+        read.append(tokens)
+        learned.append(next_tokens(tokens, boi_id)[0])
+        return learned[-1], None
+
+    def recorded(kind):
+        return lambda parameters, **how: groups.update({kind.__name__: parameters}) or kind(parameters, **how)
+
+    with pytest.MonkeyPatch.context() as patch, small.inside(folder):
         patch.setattr(pretrain.F, "cross_entropy", lambda *a, **k: losses.append(real(*a, **k)) or losses[-1])
+        patch.setattr(pretrain, "next_tokens", reading)
         patch.setattr(pretrain, "WARMUP", 2)
-        pretrain_base(tmp_path / "base", steps=30, **small.SIZES)
-    assert abs(losses[0].item() - math.log(load_tokenizer(tmp_path / "base").get_vocab_size())) < 1
-    assert losses[-1] < losses[0] - 1
+        for kind in (torch.optim.AdamW, torch.optim.Muon):
+            patch.setattr(torch.optim, kind.__name__, recorded(kind))
+        pretrain_base(folder / "base", steps=30, **small.SIZES)
+    return load_tokenizer(folder / "base"), losses, read, learned, groups
 
 
-def test_initialisation_reaches_every_matrix_and_leaves_norms_at_one(saved):
+def test_training_starts_near_the_entropy_of_a_guess_and_gets_better(thirty_steps):
+    """The loss is a real one: about log V at first, clearly below after some steps."""
+    tokenizer, losses, *_ = thirty_steps
+    assert abs(losses[0].item() - math.log(tokenizer.get_vocab_size())) < 1
+    # a batch of conversations is another thing than one of documents
+    assert sum(losses[-10:]) / 10 < losses[0] - 0.5
+
+
+def test_documents_come_first_and_conversations_later_of_which_the_assistant_s_part_is_learned(thirty_steps):
+    tokenizer, _, read, learned, _ = thirty_steps
+    start, end, assistant = (tokenizer.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>", "assistant"))
+    talks = []
+    for tokens, wanted in zip(read, learned, strict=True):
+        wanted = iter(wanted.tolist())
+        for row in tokens.ids.tolist():
+            ids = [i for i in row if i >= 0]
+            own, targets, talk = not (talk := start in ids), [], talk
+            for i, token in enumerate(ids[1:], start=1):
+                if talk and ids[i - 1] == start:
+                    own = token == assistant
+                targets.append(token if own and (not talk or token != start) else -100)
+                own = own and (not talk or token != end)
+            assert [next(wanted) for _ in ids] == [*targets, -100]
+            talks.append(talk)
+        assert next(wanted, None) is None
+    shares = [sum(talks[i : i + 32]) / 32 for i in range(0, len(talks), 32)]
+    assert len(shares) == 30 and shares[:16] == [0.0] * 16  # a pool is 16 batches; it was drawn at step 0
+    assert abs(sum(shares[16:]) / 14 - pretrain.TALK) < 4 * (pretrain.TALK * 0.3 / (14 * 32)) ** 0.5
+
+
+def test_muon_has_the_matrices_of_the_layers_and_adamw_all_else(thirty_steps, saved):
+    groups, model = thirty_steps[-1], saved[1]
+    shapes = {n: p.shape for n, p in model.text_parameters().items()}
+    layers = [s for n, s in shapes.items() if n.startswith("layers.") and n.endswith("_proj.weight")]
+    assert sorted(p.shape for p in groups["Muon"]) == sorted(layers) and len(layers) == 14
+    assert len(groups["AdamW"]) == len(shapes) - 14
+    assert not {id(p) for p in groups["Muon"]} & {id(p) for p in groups["AdamW"]}
+
+
+def test_a_document_is_plain_text_and_a_conversation_has_turns_and_no_picture(saved):
+    tokenizer, rng = load_tokenizer(saved[0]), random.Random(0)
+    eos, start, boi, eoi, think, system = (
+        tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_start|>", BOI, EOI, "<think>", "system")
+    )
+    for talk in (0.0, 1.0):
+        drawn = [draw_document(rng, tokenizer, talk) for _ in range(200)]
+        for ids, own in drawn:
+            assert ids[-1] == eos and ids.count(eos) == 1 and min(ids) >= 0 and not {boi, eoi} & {*ids}
+            assert (ids[0] == start) == (talk == 1) and len(own) == len(ids)
+            assert 0 < sum(own) < len(own) if talk else all(own)
+        assert max(len(ids) for ids, _ in drawn) <= pretrain.SIZES["max_position_embeddings"]
+        if talk:  # half of them with a request to think; the template always writes the tokens
+            assert 70 < sum(ids[1] == system for ids, _ in drawn) < 130
+        assert {think in ids for ids, _ in drawn} == {talk == 1}
+    kinds = [start in draw_document(rng, tokenizer, 0.7)[0] for _ in range(300)]
+    assert 180 < sum(kinds) < 240
+
+
+def test_initialisation_reaches_every_matrix_and_of_the_norms_that_of_queries_alone(saved):
     folder, model, _ = saved
     fresh = type(model)(model.config)
     before = {n: p.detach().clone() for n, p in fresh.text_parameters().items()}
     with torch.random.fork_rng(devices=[]):
         init_text(fresh)
     for name, p in fresh.text_parameters().items():
-        assert torch.equal(p, before[name]) == (p.dim() == 1), name
         if p.dim() == 1:
-            assert (p == 1).all()
+            assert (p == (2 if name.endswith("self_attn.q_norm.weight") else 1)).all(), name
+        else:
+            assert not torch.equal(p, before[name]), name
+    assert sum(bool((p == 2).all()) for p in fresh.text_parameters().values()) == len(fresh.layers)
 
 
 def test_a_folder_that_cannot_be_written_is_named_and_nothing_stays(saved, tmp_path, monkeypatch):

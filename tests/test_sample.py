@@ -1,350 +1,26 @@
-"""sample.py: what is computed when, what a picture depends on, which token is chosen, and what is written."""
+"""sample.py: the command, and what it writes."""
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
 import pytest
 import small
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import sample
 from checkpoint import Trained
-from data import Recipe, Shapes, make_batch
-from diffusion import timesteps
-from model import IMAGE, Cache, Tokens
-from sample import choose, continue_text, describe_images, encode_text, generate_images, generate_text
+from data import Shapes
+from generate import edit_images, generate_text
 
-PROMPTS = ["a red circle", "on a white background, in the top left, a small blue cross", "green"]
-SEEDS = [11, 22, 33]
+PROMPTS = ["a red circle", "on a white background, in the top left, a small blue cross"]
 
 
 @pytest.fixture
 def trained() -> Trained:
     return small.perturbed()
-
-
-class Spy:
-    """Records what `model.encode` is called with and what it returns."""
-
-    def __init__(self, trained: Trained, monkeypatch):
-        self.calls, encode = [], trained.model.encode
-
-        def spying(tokens, latents=None, t=None, cache=None, keep=True):
-            hidden = encode(tokens, latents, t, cache, keep)
-            self.calls.append((tokens, latents, t, cache, hidden))
-            return hidden
-
-        monkeypatch.setattr(trained.model, "encode", spying)
-
-
-def words(trained: Trained, n: int, seed: int = 0) -> list[int]:
-    """Random ids of plain text."""
-    rng = random.Random(seed)
-    return [rng.randrange(10, trained.model.config.vocab_size) for _ in range(n)]
-
-
-# ---- text -> image ----
-
-
-def test_a_picture_does_not_depend_on_its_neighbours_in_the_batch(trained):
-    for sampler in ("ddim", "ddpm"):
-        together = generate_images(trained, PROMPTS, SEEDS, steps=5, cfg=3.0, sampler=sampler)
-        alone = torch.cat(
-            [
-                generate_images(trained, [p], [s], steps=5, cfg=3.0, sampler=sampler)
-                for p, s in zip(PROMPTS, SEEDS, strict=True)
-            ]
-        )
-        assert together.dtype == torch.uint8 and together.shape == (3, 3, 32, 32)
-        assert (together.int() - alone.int()).abs().max() <= 1, sampler
-        assert (together[0].int() - together[1].int()).abs().max() > 10  # and they are not all alike
-
-
-@pytest.mark.parametrize("change", ("prompt", "seed", "cfg", "steps", "sampler"))
-def test_a_picture_depends_on_prompt_seed_guidance_steps_and_sampler(trained, change):
-    how = dict(prompt=PROMPTS[1], seed=5, steps=4, cfg=3.0, sampler="ddim")
-    other = dict(prompt=PROMPTS[0], seed=6, steps=5, cfg=2.0, sampler="ddpm")
-
-    def paint(prompt, seed, **rest):
-        return generate_images(trained, [prompt], [seed], **rest)
-
-    assert not torch.equal(paint(**how), paint(**{**how, change: other[change]}))
-    assert torch.equal(paint(**how), paint(**how))
-
-
-def test_the_prompt_is_encoded_once_and_a_step_computes_patches_alone(trained, monkeypatch):
-    spy, n, steps, P = Spy(trained, monkeypatch), len(PROMPTS), 4, trained.model.config.num_patches
-    generate_images(trained, PROMPTS, SEEDS, steps=steps, cfg=3.0)
-    (prompt, latents, _, before, _), *rest = spy.calls
-    assert latents is None and before is None and not (prompt.ids == IMAGE).any() and len(prompt.ids) == 2 * n
-    assert len(rest) == steps
-    for tokens, latents, t, cache, _ in rest:
-        assert (tokens.ids == IMAGE).all() and tokens.ids.shape == (2 * n, P)
-        assert len(latents) == 2 * n and t.shape == (2 * n,)
-        assert torch.equal(latents[:n], latents[n:])  # with and without the prompt, the same noisy latent
-        assert cache is rest[0][3]
-    assert [call[2][0].item() for call in rest] == timesteps(4)
-
-
-def test_without_guidance_a_step_is_a_single_batch(trained, monkeypatch):
-    spy = Spy(trained, monkeypatch)
-    generate_images(trained, PROMPTS, SEEDS, steps=2, cfg=1.0)
-    assert [len(tokens.ids) for tokens, *_ in spy.calls] == [3, 3, 3]
-
-
-def test_guidance_of_one_and_of_nearly_one_agree(trained):
-    pictures = [generate_images(trained, PROMPTS, SEEDS, steps=3, cfg=c).int() for c in (1.0, 1.0 + 1e-6)]
-    assert (pictures[0] - pictures[1]).abs().max() <= 1
-
-
-def test_guidance_is_over_all_channels(trained, monkeypatch):
-    """Predicted noise at cfg 3 is 3 eps_c - 2 eps_u, each computed alone in one phase."""
-    model, seen = trained.model, {}
-    monkeypatch.setattr(
-        sample,
-        "sample",
-        lambda d, predict, noise, *a: seen.update(x=noise, eps=predict(noise, seen["t"])) or noise,
-    )
-    seen["t"] = torch.full((len(PROMPTS),), 400)
-    generate_images(trained, PROMPTS, SEEDS, cfg=3.0)
-    for i, prompt in enumerate(PROMPTS):
-        eps = []
-        for text in (encode_text(trained, prompt, room=0), []):
-            row = Tokens.rows([text + [model.config.boi_id, IMAGE]], model.config.num_patches)
-            hidden = model.encode(row, seen["x"][i : i + 1], seen["t"][:1])
-            output = model.unet_output(hidden)
-            eps.append(trained.diffusion.eps_from_output(output, seen["x"][i : i + 1], seen["t"][:1]))
-        assert torch.allclose(seen["eps"][i], (3 * eps[0] - 2 * eps[1])[0], atol=1e-3)
-        assert (eps[0] - eps[1]).abs().mean((0, 2, 3)).min() > 1e-3  # the prompt matters in every channel
-
-
-def test_what_guidance_nulls_is_what_training_drops(trained, monkeypatch):
-    spy, config = Spy(trained, monkeypatch), trained.model.config
-    generate_images(trained, PROMPTS, SEEDS, steps=1, cfg=3.0)
-    (prompt, *_), (patches, *_) = spy.calls
-    recipe = Recipe(caption_first=1, caption_drop=1)
-    ids = [encode_text(trained, p, room=0) for p in PROMPTS]
-    dropped = make_batch(ids, torch.zeros(3, 1, 1, 1), recipe, config, random.Random(0))
-    kept = make_batch(ids, torch.zeros(3, 1, 1, 1), Recipe(1, 0), config, random.Random(0))
-    for tokens, first, second in ((prompt, kept.prefix, dropped.prefix), (patches, kept.rest, dropped.rest)):
-        for half, wanted in ((slice(0, 3), first), (slice(3, 6), second)):
-            for field in ("ids", "image", "position", "document"):
-                got, want = (getattr(x, field)[r] for x, r in ((tokens, half), (wanted, slice(None))))
-                used = tokens.document[half] >= 0
-                assert used.sum() == (wanted.document >= 0).sum()
-                assert torch.equal(got[used], want[wanted.document >= 0]), field
-
-
-def test_denoising_does_not_change_the_cache(trained, monkeypatch):
-    spy, before = Spy(trained, monkeypatch), {}
-
-    def copies(cache: Cache) -> list[torch.Tensor]:
-        return [x.clone() for x in (*cache.k, *cache.v, cache.image, cache.position, cache.document)]
-
-    def watch(_):
-        before.setdefault("cache", copies(spy.calls[0][4].cache))
-
-    generate_images(trained, PROMPTS, SEEDS, steps=4, watch=watch)
-    after = copies(spy.calls[-1][3])
-    assert all(torch.equal(a, b) for a, b in zip(before["cache"], after, strict=True))
-    longest = max(len(encode_text(trained, p, room=0)) for p in PROMPTS) + 1
-    assert all(call[3].position.shape[1] == longest for call in spy.calls[1:])
-
-
-def test_watch_sees_every_step_and_the_last_is_the_picture(trained):
-    frames = []
-    picture = generate_images(trained, PROMPTS[:1], SEEDS[:1], steps=6, watch=frames.append)
-    assert len(frames) == 6 and torch.equal(trained.codec.decode(frames[-1]), picture)
-
-
-def test_finished_latents_keep_to_the_bound(trained):
-    frames = []
-    generate_images(trained, PROMPTS, SEEDS, steps=3, cfg=20.0, watch=frames.append)
-    assert (frames[-1].abs() <= trained.codec.bound * (1 + 1e-5)).all()
-
-
-# ---- choosing a token ----
-
-
-def brute_force_probabilities(
-    logits: list[float], temperature: float, top_k: int, top_p: float
-) -> torch.Tensor:
-    """Probabilities of a next token by sorting and looping, in float64."""
-    p = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(0).tolist()
-    order = sorted(range(len(p)), key=lambda i: -p[i])
-    if top_k:
-        order = order[:top_k]
-    total, kept, mass = sum(p[i] for i in order), [], 0.0
-    for i in order:
-        kept.append(i)
-        mass += p[i] / total
-        if mass >= top_p:
-            break
-    out = torch.zeros(len(p), dtype=torch.float64)
-    for i in kept:
-        out[i] = p[i] / sum(p[j] for j in kept)
-    return out
-
-
-LOGITS = [2.0, -1.0, 0.5, 1.9, -3.0, 0.0, 1.0, 2.5]
-
-
-@pytest.mark.parametrize(
-    "temperature, top_k, top_p",
-    [
-        (1, 0, 1),
-        (0.5, 0, 1),
-        (3, 0, 1),
-        (1, 3, 1),
-        (1, 1, 1),
-        (1, 0, 0.6),
-        (1, 0, 0.05),
-        (2, 4, 0.7),
-        (1, 99, 1),
-    ],
-)
-def test_sampling_follows_the_probabilities_of_a_loop(temperature, top_k, top_p):
-    n = 20000
-    drawn = choose(
-        torch.tensor([LOGITS]).expand(n, -1), temperature, top_k, top_p, torch.Generator().manual_seed(0)
-    )
-    wanted = brute_force_probabilities(LOGITS, temperature, top_k, top_p)
-    got = torch.bincount(drawn, minlength=len(LOGITS)).double() / n
-    assert (wanted[got > 0] > 0).all() and (got[wanted > 1e-3] > 0).all()
-    assert (got - wanted).abs().max() < 4 * 0.5 / n**0.5
-
-
-def test_temperature_zero_takes_the_likeliest_of_each_row():
-    logits = torch.tensor([LOGITS, LOGITS[::-1]])
-    assert choose(logits, 0, 0, 1.0, None).tolist() == [7, 0]
-    assert choose(logits, 0, 3, 0.2, None).tolist() == [7, 0]
-
-
-def test_rows_of_a_batch_are_filtered_each_by_its_own_logits():
-    logits = torch.tensor([[5.0, 4.9, 0.0, 0.0], [0.0, 0.0, 4.9, 5.0]])
-    for how in (dict(top_k=2, top_p=1.0), dict(top_k=0, top_p=0.6)):
-        drawn = [choose(logits, 1.0, **how, generator=torch.Generator().manual_seed(s)) for s in range(60)]
-        assert {d[0].item() for d in drawn} == {0, 1} and {d[1].item() for d in drawn} == {2, 3}
-
-
-def test_the_same_generator_chooses_the_same():
-    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
-    first, second, third = (choose(logits, 1.0, 0, 1.0, torch.Generator().manual_seed(s)) for s in (3, 3, 4))
-    assert torch.equal(first, second) and not torch.equal(first, third)
-
-
-def test_a_temperature_of_nearly_zero_is_greedy():
-    assert choose(torch.tensor([LOGITS]), 1e-40, 0, 1.0, None).tolist() == [7]
-
-
-# ---- text ----
-
-
-def write_on_from_scratch(trained: Trained, ids: list[int], n: int) -> list[int]:
-    """Greedy continuation that reads everything again for every token."""
-    out = list(ids)
-    for _ in range(n):
-        out.append(trained.model.text_logits(torch.tensor([out]))[0, -1].argmax().item())
-    return out[len(ids) :]
-
-
-def distinct(trained: Trained) -> Trained:
-    """Louder text, so that greedy continuations do not repeat one token."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in trained.model.text_parameters().values():
-            p.add_(torch.randn(p.shape, generator=generator), alpha=0.3)
-    return trained
-
-
-@torch.no_grad()
-def test_text_continued_with_a_cache_equals_everything_read_again(trained):
-    distinct(trained)
-    ids, model = words(trained, 9), trained.model
-    hidden = model.encode(Tokens.text(torch.tensor([ids])))
-    got = continue_text(model, hidden.text[-1:], hidden.cache, max_tokens=12)[0]
-    wanted = write_on_from_scratch(trained, ids, 12)
-    if model.config.eos_id in wanted:
-        wanted = wanted[: wanted.index(model.config.eos_id)]
-    assert got == wanted and len(set(got)) > 3
-
-
-@torch.no_grad()
-def test_captions_written_with_a_cache_equal_everything_read_again(trained):
-    distinct(trained)
-    model, config = trained.model, trained.model.config
-    pictures = Shapes().validation(3)[0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trained.tokenizer.__class__, "decode", lambda self, ids: ids, raising=False)
-        got = describe_images(trained, pictures, max_tokens=6)
-    for i in range(3):
-        row, latents = [config.boi_id, IMAGE, config.eoi_id], trained.codec.encode(pictures[i : i + 1])
-        for _ in range(6):
-            hidden = model.encode(Tokens.rows([row], config.num_patches), latents, torch.zeros(1).long())
-            row.append(model.logits(hidden.text)[-1].argmax().item())
-        new = row[3:]
-        assert got[i] == (new[: new.index(config.eos_id)] if config.eos_id in new else new)
-    assert got[0] != got[1] or got[1] != got[2]  # the picture matters
-
-
-def test_a_picture_is_described_clean_at_t_zero_between_boi_and_eoi(trained, monkeypatch):
-    spy, config = Spy(trained, monkeypatch), trained.model.config
-    pictures = Shapes().validation(2)[0]
-    describe_images(trained, pictures, max_tokens=3)
-    (tokens, latents, t, cache, _), *rest = spy.calls
-    assert t.tolist() == [0, 0] and cache is None
-    assert torch.equal(latents, trained.codec.encode(pictures))
-    assert tokens.ids[0].tolist() == [config.boi_id] + [IMAGE] * config.num_patches + [config.eoi_id]
-    assert all(tokens.ids.shape[1] == 1 and (tokens.ids >= 0).all() for tokens, *_ in rest) and rest
-
-
-@torch.no_grad()
-def test_a_sequence_ends_at_eos_and_its_neighbours_go_on(trained, monkeypatch):
-    model = trained.model
-    eos, script = model.config.eos_id, iter([[7, 8], [9, model.config.eos_id], [10, 11], [12, 13]])
-    monkeypatch.setattr(sample, "choose", lambda *a: torch.tensor(next(script)))
-    hidden = model.encode(Tokens.text(torch.tensor([words(trained, 4), words(trained, 4, seed=1)])))
-    last = hidden.text.view(2, 4, -1)[:, -1]
-    assert continue_text(model, last, hidden.cache, max_tokens=4) == [[7, 9, 10, 12], [8]]
-    script = iter([[7, eos], [eos, 5], [1, 1]])
-    assert continue_text(model, last, hidden.cache, max_tokens=9) == [[7], []]
-    assert len(list(script)) == 1  # nothing was computed behind the last EOS
-
-
-def test_no_more_than_max_tokens_are_written(trained):
-    ids = words(trained, 5)
-    hidden = trained.model.encode(Tokens.text(torch.tensor([ids])))
-    for n in (0, 1, 4):
-        assert len(continue_text(trained.model, hidden.text[-1:], hidden.cache, n)[0]) <= n
-
-
-def test_special_tokens_that_a_user_types_stay_text(trained):
-    special = [
-        trained.tokenizer.token_to_id(t) for t in ("<|vision_start|>", "<|vision_end|>", "<|endoftext|>")
-    ]
-    text = "a <|vision_start|>red<|vision_end|> circle<|endoftext|>"
-    ids = encode_text(trained, text, room=0)
-    assert not set(special) & set(ids)
-    assert trained.tokenizer.decode(ids, skip_special_tokens=False) == text
-    loud, plain = (generate_images(trained, [p], [1], steps=2) for p in (text, "a red circle"))
-    assert not torch.equal(loud, plain)
-
-
-@pytest.mark.parametrize("room", (0, 7))
-def test_a_text_may_fill_the_context_to_the_last_token(trained, room):
-    limit = trained.model.config.max_position_embeddings - room
-    text = " red" * limit
-    assert len(encode_text(trained, text, room)) == limit
-    with pytest.raises(ValueError, match=f"{limit + 1} tokens long; the context has room for {limit}"):
-        encode_text(trained, text + " red", room)
-
-
-# ---- the command ----
 
 
 def run(*args: object, folder: Path) -> str:
@@ -471,26 +147,118 @@ def test_without_a_checkpoint_the_last_small_run_is_used(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_a_picture_file_of_any_size_is_read_square_and_upright(tmp_path):
-    image = Image.new("RGB", (90, 30), (10, 200, 30))
-    image.paste((250, 0, 0), (30, 0, 60, 30))
-    image.save(tmp_path / "wide.png")
-    picture = sample.read_picture(str(tmp_path / "wide.png"), 32)
-    assert picture.shape == (1, 3, 32, 32)
-    assert (picture[0].float().mean((1, 2)) - torch.tensor([250.0, 0, 0])).abs().max() < 12
+# ---- editing ----
 
 
-def test_bfloat16_paints_nearly_the_same(trained):
-    whole = generate_images(trained, PROMPTS, SEEDS, steps=3).float()
-    trained.model.to(torch.bfloat16)
-    half = generate_images(trained, PROMPTS, SEEDS, steps=3).float()
-    other = generate_images(trained, PROMPTS, SEEDS[::-1], steps=3).float()
-    assert 0 < F.l1_loss(whole, half) < 0.1 * F.l1_loss(whole, other)
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A picture to edit."""
+    path = tmp_path / "source.png"
+    Image.fromarray(Shapes().validation(1)[0][0].permute(1, 2, 0).contiguous().numpy()).save(path)
+    return path
 
 
-def test_a_checkpoint_says_how_it_denoises(trained):
-    """The sampler takes the schedule and the prediction from the checkpoint, not from a default."""
-    info = json.loads((trained.folder / "checkpoint.json").read_text())["diffusion"]
-    assert info == {"shift": 2.0, "prediction": "v"} and trained.diffusion.prediction == "v"
-    half = trained.diffusion.alpha_bar[500]
-    assert 0.15 < half < 0.25  # 0.2 with a shift of 2; 0.5 without
+def test_an_edit_writes_what_edit_images_paints(trained, tmp_path, source, monkeypatch):
+    monkeypatch.setattr(sample, "load_trained", lambda *a, **k: trained)
+    flags = ("--prompt", "make it green", "--prompt", "", "--n", 2, "--steps", 3, "--cfg", 2, "--seed", 5)
+    out = run("--edit", source, *flags, "--scale", 0, "--gif", "film.gif", folder=tmp_path)
+    assert out.splitlines() == ["sample.png: 4 pictures, 64 x 64 pixels", "film.gif: 3 frames"]
+    seeds = [random.Random(f"5-{i}").getrandbits(63) for i in range(4)]
+    picture, prompts = sample.read_picture(str(source), 32), ["make it green"] * 2 + [""] * 2
+    wanted = edit_images(trained, picture.expand(4, -1, -1, -1), prompts, seeds, steps=3, cfg=2.0)
+    with Image.open(tmp_path / "sample.png") as page:
+        for i, tile in enumerate(wanted):
+            x, y = i % 2 * 32, i // 2 * 32
+            pixels = torch.frombuffer(
+                bytearray(page.crop((x, y, x + 32, y + 32)).tobytes()), dtype=torch.uint8
+            )
+            assert (pixels.view(32, 32, 3).permute(2, 0, 1).int() - tile.int()).abs().max() <= 1
+    before = (tmp_path / "sample.png").read_bytes()
+    run("--edit", source, *flags, "--scale", 0, folder=tmp_path)
+    assert (tmp_path / "sample.png").read_bytes() == before
+    run("--edit", source, *flags, "--scale", 0, "--seed", 6, folder=tmp_path)
+    assert (tmp_path / "sample.png").read_bytes() != before
+
+
+def test_more_edits_than_fit_a_batch_are_painted_as_if_they_did(trained, tmp_path, source):
+    args = sample.parse(["--edit", str(source), "--prompt", "red", "--n", "5", "--steps", "2", "--labels"])
+    sample.check(args)
+    pages = []
+    for batch in (64, 2):
+        args.out = str(tmp_path / f"{batch}.png")
+        sample.paint(trained, args, batch)
+        with Image.open(args.out) as page:
+            pages.append(torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8).int())
+    assert (pages[0] - pages[1]).abs().max() <= 1
+
+
+def test_instructions_may_come_from_a_file(tmp_path, source):
+    (tmp_path / "edits.txt").write_text("make it green\nmake it big\n")
+    out = run("--edit", source, "--prompts", "edits.txt", "--steps", 1, folder=tmp_path)
+    assert "sample.png: 2 pictures" in out
+
+
+@pytest.mark.parametrize("task, noted", (("", True), ("generate=2,chat=6", True), ("edit=3,chat=6", False)))
+def test_a_checkpoint_that_was_not_trained_to_edit_is_noted(tmp_path, source, monkeypatch, task, noted):
+    trained, asked = sample.load_trained(small.shapes_run()), []
+    trained.info["config"]["task"] = task
+    monkeypatch.setattr(sample, "load_trained", lambda *a, **k: asked.append(k) or trained)
+    result = small.call(sample, "--edit", source, "--prompt", "red", "--steps", 1, folder=tmp_path)
+    note = f"note: {trained.folder} was not trained with --task edit\n"
+    assert result.status == 0 and result.err == (note if noted else "")
+    for flags in (("--prompt", "red", "--steps", 1), ("--text", "red")):
+        assert "note" not in small.call(sample, *flags, folder=tmp_path).err
+    assert asked == [{"config": "small-chat"}, {"config": "small"}, {"config": "small"}]
+
+
+# ---- flags that do not go together ----
+
+BAD_FLAGS = {
+    "nothing to do": (
+        "",
+        "nothing to do: give one of --prompt, --prompts, --caption, --text, --chat, --chat-file",
+    ),
+    "an edit of nothing": ("--edit p.png", "--edit needs an instruction"),
+    "an edit without an instruction": ("--edit p.png --caption p.png", "--edit needs an instruction"),
+    "an edit of no picture": ("--edit p.png --prompt red --checkpoint @run", "p.png: No such file"),
+    "an edit with an unknown ending": ("--edit p.png --prompt red --out p.xyz", "p.xyz"),
+    "an empty prompt": ("--prompt ~", "--prompt is empty"),
+    "an empty prompt beside another": ("--prompt red --prompt ~", "--prompt is empty"),
+    "a file of prompts without a name": ("--prompts ~", "--prompts"),
+    "a chat and a picture": ("--chat --prompt red", "--prompt and --chat do not go together"),
+    "a chat and a caption": ("--chat --caption p.png", "--caption and --chat do not go together"),
+    "a chat and a text": ("--chat-file m.json --text red", "--text and --chat-file do not go together"),
+    "a chat and an edit": ("--chat --edit p.png --prompt red", "--prompt and --edit and --chat do not"),
+    "both chats": ("--chat --chat-file m.json", "--chat and --chat-file do not go together"),
+    "thinking without a chat": ("--prompt red --think", "--think is for --chat and --chat-file"),
+    "a negative number of pictures": ("--chat --max-images -1", "--max-images is -1; it must be from 0"),
+    "no tokens": ("--chat --max-tokens 0", "--max-tokens is 0; it must be from 1"),
+    "a chat below a file": ("--chat --out file/chat", "file/chat"),
+    "a chat in a file": ("--chat --out file", "file"),
+    "a file of messages without a name": ("--chat-file ~", "Is a directory"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_flags_that_make_no_sense_are_one_line_of_error(tmp_path, name):
+    flags, error = BAD_FLAGS[name]
+    (tmp_path / "file").write_text("")
+    words = [{"~": "", "@run": str(small.shapes_run())}.get(w, w) for w in flags.split()]
+    result = small.call(sample, *words, folder=tmp_path)
+    line = result.err.splitlines()[-1]
+    assert result.status == 2 and result.out == "" and line.startswith("error: ") and error in line
+    assert result.err.count("\n") == 1 + result.err.startswith("note: ")
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["file"]
+
+
+def test_defaults_that_depend_on_what_is_done(tmp_path):
+    for flags, out, tokens in (
+        ("--prompt red", "sample.png", 64),
+        ("--text red", "sample.png", 64),
+        ("--chat", "chat", 256),
+        ("--chat --max-tokens 7 --out x", "x", 7),
+    ):
+        with small.inside(tmp_path):
+            args = sample.parse(flags.split())
+            sample.check(args)
+        assert (args.out, args.max_tokens, args.max_images) == (out, tokens, 4)

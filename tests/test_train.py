@@ -5,6 +5,7 @@ Most runs are on tiny photos of 16 x 16 pixels (4 patches), where a step takes 3
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,16 +22,23 @@ import small
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 
 import checkpoint
 import train
 from checkpoint import list_checkpoints, load_trained
-from data import Recipe, arrange, make_batch
+from data import BEHIND, DROPPED, FIRST, Document, PictureSource, Recipe, arrange, collate, make_batch
+from latents import LatentSource
 from model import IMAGE, LMFusion, Tokens
-from train import Run, draw_noise, losses, lr_factor, read_metrics
+from parallel import Team
+from train import INHERITED, Run, draw_noise, losses, lr_factor, read_metrics
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 SEPARATIONS = pytest.mark.parametrize("separation", ("deep", "shallow", "none"))
+TASKS = "generate=2,caption=1,edit=3,chat=6"
+EDITS = ("--data", small.edits() / "all.jsonl")  # edits and captions
+SHAPES = ("--data", "shapes", "--image-size", 32, "--latent-channels", 16)
 
 
 class Killed(BaseException):
@@ -363,6 +371,19 @@ def test_the_rate_of_each_group_is_its_peak_times_the_schedule(make_run):
                 assert group["lr"] == pytest.approx(group["peak"] * lr_factor(step, run.config))
 
 
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+def test_the_row_that_decides_when_to_draw_has_a_rate_of_its_own(make_run, optimizer):
+    plain, run = (make_run("--optimizer", optimizer, "--draw-lr-ratio", ratio) for ratio in (1, 7))
+    peaks = []
+    for r in (plain, run):
+        names = {id(p): n for n, p in r.model.named_parameters()}
+        groups = [g for o in r.optimizers for g in o.param_groups]
+        peaks.append({names[id(p)]: (g["peak"], g["weight_decay"]) for g in groups for p in g["params"]})
+    assert peaks[0].keys() == peaks[1].keys() == set(run.trained)
+    assert {n for n in peaks[0] if peaks[0][n] != peaks[1][n]} == {"boi_head"}
+    assert peaks[0]["boi_head"] == (1e-3, 0) and peaks[1]["boi_head"] == pytest.approx((7e-3, 0))
+
+
 @SEPARATIONS
 def test_every_separation_trains_only_what_it_should_under_frozen_text(make_run, separation):
     run = make_run("--separation", separation, "--weight-decay", 0, "--warmup", 0)
@@ -455,12 +476,14 @@ KINDS = {
     "adamw": ("--optimizer", "adamw"),
     "muon": ("--optimizer", "muon"),
     "average": ("--optimizer", "muon", "--ema", 0.8, "--lr-text-ratio", 0.1),
+    "tasks": ("--init-from", "first", "--task", TASKS, "--micro-batch", 4, "--ema", 0.8, *EDITS),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_steps_a_kill_and_two_more_equal_four_bit_for_bit(tmp_path, monkeypatch, kind):
     flags = (*KINDS[kind], "--steps", 5, "--checkpoint-every", 2, "--val-every", 2)
+    shutil.copytree(small.photo_run(), tmp_path / "first")
     small.good(train, *small.photo_flags(Path("whole"), *flags), folder=tmp_path)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_at(patch, step=4)  # step 3 is done and logged, but the last checkpoint is of step 2
@@ -469,10 +492,12 @@ def test_two_steps_a_kill_and_two_more_equal_four_bit_for_bit(tmp_path, monkeypa
     assert last(cut).name == "step-000002"
     assert [m["step"] for m in read_metrics(cut / "metrics.jsonl")] == [1, 2, 3]
     (cut / "metrics.jsonl").open("a").write('{"step": 4, "lo')  # and a line that the kill cut short
-    small.good(train, *small.photo_flags(Path("cut"), "--resume"), folder=tmp_path)
+    shutil.rmtree(tmp_path / "first")  # no more needed
+    again = ("--resume", *(EDITS if kind == "tasks" else ()))
+    small.good(train, *small.photo_flags(Path("cut"), *again), folder=tmp_path)
     files = {p.name for p in last(whole).iterdir()}
     assert files == {p.name for p in last(cut).iterdir()}
-    assert ("ema.safetensors" in files) == (kind == "average")
+    assert ("ema.safetensors" in files) == ("--ema" in KINDS[kind])
     for name in files - {"checkpoint.json"}:
         assert (last(cut) / name).read_bytes() == (last(whole) / name).read_bytes(), name
     assert metrics_without_clocks(cut) == metrics_without_clocks(whole)
@@ -508,6 +533,598 @@ def test_resuming_on_other_data_keeps_the_latents_of_the_run(tmp_path):
     small.good(train, *flags, folder=tmp_path)
     assert last(tmp_path / "run").name == "step-000002"
     assert (last(tmp_path / "run") / "latents.safetensors").read_bytes() == before
+
+
+# ---- the second stage: where it starts ----
+
+
+def begin(monkeypatch, folder: Path, *flags: object) -> Run:
+    """The run of a command, as it stands before its first step."""
+    runs = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", runs.append)
+        small.good(train, *flags, folder=folder)
+    return runs[0]
+
+
+@pytest.mark.parametrize("first", (small.photo_run, small.shapes_run), ids=("weights", "average"))
+def test_a_second_stage_starts_from_exactly_the_image_side_and_the_latents_of_the_first(
+    tmp_path, monkeypatch, first
+):
+    folder = last(first())
+    averaged = (folder / "ema.safetensors").is_file()
+    assert averaged == (first is small.shapes_run)
+    data = "shapes" if averaged else small.write_photos(tmp_path / "others", seed=7)
+    flags = ("--config", "small", "--init-from", first(), "--out", "second", "--data", data)
+    run = begin(monkeypatch, tmp_path, *flags, "--seed", 5, "--ema", 0.5)
+    wanted, plain = (
+        load_file(folder / f"{n}.safetensors") for n in ("ema" if averaged else "model", "model")
+    )
+    assert run.step == 0 and run.trained.keys() == wanted.keys() == run.model.image_parameters().keys()
+    for name, p in run.trained.items():
+        assert torch.equal(p, wanted[name]) and torch.equal(run.average[name], p), name
+        assert run.average[name].data_ptr() != p.data_ptr() and p.requires_grad
+    assert averaged == any(not torch.equal(x, plain[n]) for n, x in wanted.items())
+    base = checkpoint.load_qwen3(small.base())
+    assert all(torch.equal(p, base.get_parameter(n)) for n, p in run.model.text_parameters().items())
+    codec, fitted = load_file(folder / "latents.safetensors"), train.open_codec(run.config, run.source, "cpu")
+    assert all(torch.equal(x, codec[n]) for n, x in run.codec.tensors().items())
+    assert not torch.equal(fitted[1].basis, run.codec.basis)
+    pictures, captions = run.source.validation(96)
+    right, wrong = (x.encode(pictures) - run.validation["latents"] for x in (run.codec, fitted[1]))
+    assert right.abs().max() < 1e-4 < wrong.abs().max()  # not equal: a command sets torch's precision
+    assert run.validation["ids"] == [run.tokenise(c) for c in captions]
+    assert not any(o.state for o in run.optimizers)
+
+
+OF_THE_MODEL = dict(
+    separation="shallow",
+    image_size=48,
+    latent_patch=6,
+    latent_channels=5,
+    whiten=0.25,
+    unet_channels=(12, 20),
+    unet_attention=True,
+    patch_positions=False,
+    prediction="eps",
+    loss_weighting="none",
+    schedule_shift=3.0,
+    noise_limit=77,
+)
+
+
+@pytest.fixture
+def odd_first(tmp_path) -> Path:
+    """A folder with the checkpoint.json of a first stage of which every field is another than `small` has."""
+    config = vars(small.photo_config(Path("x"))) | OF_THE_MODEL | dict(steps=77, lr=0.5, seed=9, ema=0.5)
+    folder = tmp_path / "first"
+    folder.mkdir()
+    vae = {"path": "/its/vae", "fingerprint": "0"}
+    (folder / "checkpoint.json").write_text(json.dumps({"config": config, "base": "/its/base", "vae": vae}))
+    return folder
+
+
+def test_a_second_stage_takes_over_what_the_model_is_and_nothing_else(odd_first):
+    start = {f: getattr(train.CONFIGS["small-chat"], f) for f in OF_THE_MODEL}
+    assert all(start[f] != value for f, value in OF_THE_MODEL.items())
+    assert set(INHERITED) == set(OF_THE_MODEL)
+    config, name, resume, dry = train.parse(["--config", "small-chat", "--init-from", str(odd_first)])
+    assert (name, resume, dry) == ("small-chat", False, False)
+    taken = OF_THE_MODEL | {"base": "/its/base", "vae": "/its/vae", "init_from": str(odd_first)}
+    assert vars(config) == vars(train.CONFIGS["small-chat"]) | taken
+    flags = ["--config", "small", "--init-from", str(odd_first), "--base", "b", "--vae", "w", "--seed", "3"]
+    moved = train.parse(flags)[0]
+    assert vars(moved) == vars(train.CONFIGS["small"]) | taken | {"base": "b", "vae": "w", "seed": 3}
+
+
+@pytest.mark.parametrize("field", OF_THE_MODEL)
+def test_what_the_first_stage_was_may_be_said_again_and_not_be_contradicted(odd_first, field):
+    def flags(value) -> list[str]:
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        same = ("--image-size", "48", "--latent-patch", "6")  # the two must fit together
+        start = ["--config", "small", "--init-from", str(odd_first), *same]
+        return [*start, "--" + field.replace("_", "-"), text]
+
+    assert getattr(train.parse(flags(OF_THE_MODEL[field]))[0], field) == OF_THE_MODEL[field]
+    other = 24 if field == "image_size" else 4 if field == "latent_patch" else None
+    other = other or getattr(train.CONFIGS["small"], field)
+    with pytest.raises(ValueError, match=f"first: {field} was .* there and cannot become ") as error:
+        train.parse(flags(other))
+    assert str(OF_THE_MODEL[field]) in str(error.value) and str(other) in str(error.value)
+
+
+def test_a_first_stage_that_trained_other_tensors_is_refused(make_run):
+    runs = {ratio: make_run("--lr-text-ratio", ratio) for ratio in (0, 0.1)}
+    for ratio, run in runs.items():
+        run.out = run.out / str(ratio)
+        run.train_step()
+        run.save()
+    with pytest.raises(ValueError, match="tensor .*(text|embed_tokens).* is not expected"):
+        runs[0].start_from(last(runs[0.1].out))
+    with pytest.raises(ValueError, match="tensor .*(text|embed_tokens).* is missing"):
+        runs[0.1].start_from(last(runs[0].out))
+    runs[0].start_from(last(runs[0].out))
+
+
+def test_a_first_stage_on_latents_gives_its_vae_to_a_second_on_pictures(tmp_path, monkeypatch):
+    import latents
+
+    vae = FIXTURES / "vae_sd"
+    words = ("encode", "--data", small.photos(), "--vae", vae, "--base", small.base(), "--image-size", 16)
+    small.good(latents, *words, "--out", "encoded", folder=tmp_path)
+    flags = (*small.SHAPES_FLAGS, "--base", small.base(), "--image-size", 16, "--steps", 1)
+    small.good(train, *flags, "--data", "encoded", "--out", "first", "--val-every", 9, folder=tmp_path)
+    flags = ("--config", "small", "--init-from", "first", "--data", small.edits(), "--task", "edit")
+    for more in ((), ("--vae", shutil.copytree(vae, tmp_path / "moved"))):
+        run = begin(monkeypatch, tmp_path, *flags, *more)
+        assert run.codec.fingerprint() == latents.load_vae(vae).fingerprint()
+        assert torch.equal(
+            run.codec.bound, load_file(last(tmp_path / "first") / "latents.safetensors")["bound"]
+        )
+
+
+def test_a_second_stage_is_remembered_by_the_name_of_its_configuration(tmp_path):
+    flags = ("--config", "small-chat", "--init-from", small.shapes_run(), "--steps", 1, "--batch-size", 4)
+    small.good(train, *flags, "--sheet-every", 0, "--out", "second", folder=tmp_path)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["last-small-chat"]
+    info = load_trained(None, config="small-chat").info
+    assert info["name"] == "small-chat" and info["config"]["task"] == TASKS
+    assert info["config"]["init_from"] == str(small.shapes_run()) and info["step"] == 1
+
+
+# ---- tasks ----
+
+
+@pytest.mark.parametrize("task", ("generate", "caption"))
+def test_a_task_of_captions_and_pictures_alone_is_a_recipe_of_the_first_stage(make_run, task):
+    run = make_run("--task", task, "--caption-drop", 0.4, "--batch-size", 30)
+    plain = make_run("--caption-first", float(task == "generate"), "--caption-drop", 0.4, "--batch-size", 30)
+    (batch, noise), (other, other_noise) = (r.draw_batches()[0] for r in (run, plain))
+    assert tokens_of(batch) == tokens_of(other)
+    assert torch.equal(batch.latents, other.latents) and torch.equal(batch.max_t, other.max_t)
+    assert all(map(torch.equal, noise, other_noise))
+    config, rows = run.model.config, tokens_of(batch)
+    dropped = [row == [config.boi_id] + [IMAGE] * 4 for row in rows]
+    if task == "caption":
+        assert {tuple(row[:6]) for row in rows} == {(config.boi_id, *[IMAGE] * 4, config.eoi_id)}
+        assert {row[-1] for row in rows} == {config.eos_id} and set(batch.max_t.tolist()) == {200}
+    else:
+        assert {tuple(row[-5:]) for row in rows} == {(config.boi_id, *[IMAGE] * 4)}
+        assert 4 < sum(dropped) < 20 and set(batch.max_t.tolist()) == {1000}
+    assert make_run("--task", "generate=3,caption=1").config.recipe == Recipe(0.75, 0.1, 200)
+
+
+def test_a_mixture_draws_its_tasks_in_proportion_and_drops_what_guidance_nulls(make_run, monkeypatch):
+    run = make_run("--task", TASKS, "--edit-drop", 0.3, *SHAPES)
+    drawn = []
+    monkeypatch.setattr(
+        train, "caption_document", lambda *a: drawn.append(("generate caption".split()[a[2] == BEHIND], a[2]))
+    )
+    monkeypatch.setattr(train, "edit_document", lambda *a: drawn.append(("edit", DROPPED if a[3] else FIRST)))
+    monkeypatch.setattr(train, "chat_document", lambda *a: drawn.append(("chat", DROPPED if a[1] else FIRST)))
+    for number in range(900):
+        run.draw_document(random.Random(f"0-0-{number}"))
+    for task, share in {"generate": 2 / 12, "caption": 1 / 12, "edit": 3 / 12, "chat": 6 / 12}.items():
+        orders = [order for name, order in drawn if name == task]
+        assert abs(len(orders) - 900 * share) < 4 * (900 * share * (1 - share)) ** 0.5, task
+        if task == "caption":
+            assert set(orders) == {BEHIND}
+        else:
+            dropped, n = 0.3 if task == "edit" else 0.1, len(orders)
+            assert abs(orders.count(DROPPED) - dropped * n) < 4 * (dropped * (1 - dropped) * n) ** 0.5, task
+
+
+def change(run: Run, **fields: object) -> None:
+    """Another configuration of the same run; to make a new one takes longer than a step."""
+    run.config = dataclasses.replace(run.config, **fields)
+
+
+def drawn_by(run: Run) -> list[tuple]:
+    """The documents of a step with their latents and noise, in the order of the batches."""
+    out = []
+    for batch, (u, eps) in run.draw_batches():
+        assert len(batch.rest.ids) == len(batch.prefix.ids) and len(u) == len(eps) == len(batch.latents)
+        first = 0
+        for r in range(len(batch.rest.ids)):
+            n = int(batch.rest.image[r].max())
+            here = slice(first, first + n)
+            text = [i for t in (batch.prefix, batch.rest) for i in t.ids[r].tolist() if i >= IMAGE]
+            own = [
+                x
+                for t in (batch.prefix, batch.rest)
+                for x, i in zip(t.spoken[r].tolist(), t.ids[r].tolist(), strict=True)
+                if i >= IMAGE
+            ]
+            parts = (batch.latents[here], batch.max_t[here], u[here], eps[here])
+            out.append((str(text), str(own), *(str(x.tolist()) for x in parts)))
+            first += n
+        assert first == len(batch.latents)
+    return out
+
+
+def test_a_document_follows_from_the_seed_the_step_and_its_number_alone(make_run):
+    run = make_run("--task", TASKS, "--batch-size", 12, *SHAPES)
+    whole = drawn_by(run)
+    assert len(set(whole)) == 12 and drawn_by(run) == whole
+    for noise in (4, 5):  # each document has its own
+        found = [row[noise] for row in whole if row[noise] != "[]"]
+        assert len(set(found)) == len(found) > 8
+    shared = []
+    for rank in range(3):
+        run.team = Team(rank, 3)
+        shared += drawn_by(run)
+    assert shared == whole
+    run.team, run.step = Team(), 1
+    assert not set(drawn_by(run)) & set(whole)
+    assert {row[5] for row in drawn_by(run)} & {row[5] for row in whole} <= {"[]"}
+    run.step = 0
+    for size in (1, 5, 12):
+        change(run, micro_batch=size)
+        widths = [batch.rest.ids.shape[1] for batch, _ in run.draw_batches()]
+        assert len(widths) == math.ceil(12 / size) and widths == sorted(widths)  # like lengths together
+        found = drawn_by(run)
+        assert [row for row in whole if row in found] == whole
+        # a batch without a picture has one more document, of BOI and an empty one
+        assert {row[0] for row in found if row not in whole} <= {
+            str([run.model.config.boi_id] + [IMAGE] * 16)
+        }
+    change(run, micro_batch=0, batch_size=24)
+    assert drawn_by(run)[:12] == whole
+    change(run, batch_size=12, seed=1)
+    assert not set(drawn_by(run)) & set(whole)
+
+
+def test_a_step_on_tasks_is_the_same_in_micro_batches_and_packed(make_run):
+    run, found = make_run("--task", TASKS, "--batch-size", 12, *SHAPES, "--clip", 1e9), []
+    run.optimizers = []  # the gradient stays
+    for micro, pack in ((0, 0), (1, 0), (5, 0), (0, 200), (5, 300)):
+        change(run, micro_batch=micro, pack=pack)
+        run.step, result = 0, run.train_step()
+        found.append((result, {n: p.grad for n, p in run.trained.items()}))
+        run.model.zero_grad()
+    result, gradient = found.pop(0)
+    assert set(result) == {"loss", "lm_loss", "ddpm_loss", "draw_loss"}
+    assert all(x.abs().max() > 0 for x in gradient.values())
+    for other, grads in found:
+        assert other == pytest.approx(result, rel=1e-5)
+        for name, x in gradient.items():
+            assert (grads[name] - x).abs().max() <= 2e-4 * x.abs().max(), name
+
+
+# ---- tasks: the loss ----
+
+
+def documents_that(run: Run, condition, n: int = 6) -> list[Document]:
+    """The first n documents of a run for which the condition holds."""
+    numbers, found = iter(range(10_000)), []
+    while len(found) < n:
+        document = run.draw_document(random.Random(next(numbers)))
+        found += [document] if condition(document) else []
+    return found
+
+
+def batch_of(run: Run, documents: list[Document]):
+    pictures = [p for d in documents for p in d.pictures]
+    latents = run.codec.encode(run.source.pixels(pictures)) if pictures else torch.zeros(0)
+    return collate(documents, latents, run.model.config)
+
+
+def to_be_said(run: Run, ids: list[int]) -> list[bool]:
+    """Of each id, whether it is the model's: an assistant's turn from its name to its end, or a caption."""
+    start, end, assistant = map(run.tokenizer.token_to_id, ("<|im_start|>", "<|im_end|>", "assistant"))
+    own = [start not in ids and ids[-1] == run.model.config.eos_id and i > 2 for i in range(len(ids))]
+    for i in (i for i, token in enumerate(ids) if token == start):
+        if ids[i + 1] == assistant:
+            length = ids[i:].index(end) + 1 if end in ids[i:] else len(ids[i:])
+            own[i + 1 : i + length] = [True] * (length - 1)
+    return own
+
+
+def reference_losses(run: Run, documents: list[Document], x_t, t, noise, everything: bool) -> dict:
+    """All losses by a loop: each document alone, in one phase; what is learned read off its ids."""
+    model, boi = run.model, run.model.config.boi_id
+    words, draws, errors, first = [], [], [], 0
+    for d in documents:
+        here = slice(first, first + d.ids.count(IMAGE))
+        first, own = here.stop, to_be_said(run, d.ids)
+        hidden = model.encode(Tokens.rows([d.ids], model.config.num_patches), x_t[here], t[here])
+        text = [k for k, i in enumerate(d.ids) if i != IMAGE]
+        for h, k in zip(hidden.text, text, strict=True):
+            if k + 1 == len(d.ids) or d.ids[k] == boi or not own[k + 1]:
+                continue
+            if d.ids[k + 1] != boi and (everything or IMAGE in d.ids[:k]):
+                words.append(-model.logits(h).log_softmax(-1)[d.ids[k + 1]])
+            drawn = torch.tensor(float(d.ids[k + 1] == boi))
+            draws.append(F.binary_cross_entropy_with_logits(h @ model.boi_head, drawn))
+        if hidden.image is not None:
+            output = model.unet_output(hidden)
+            for j in range(here.start, here.stop):
+                captioned = d.ids[-1] == model.config.eos_id and len(d.pictures) == 1
+                if captioned or (d.ids[-1] == IMAGE and j == here.stop - 1):
+                    one = slice(j, j + 1)
+                    predicted = run.diffusion.eps_from_output(output[j - here.start][None], x_t[one], t[one])
+                    error = (predicted - noise[one]).square().mean()
+                    errors.append(error / run.diffusion.alpha_bar[t[j]].float())
+                else:
+                    assert t[j] == 0  # clean
+    means = {"lm_loss": words, "draw_loss": draws, "ddpm_loss": errors}
+    return {k: torch.stack(v).mean() for k, v in means.items()}, [len(v) for v in (errors, words, draws)]
+
+
+@pytest.mark.parametrize("ratio", (0, 0.1))
+@pytest.mark.parametrize("data", (SHAPES, EDITS), ids=("shapes", "pictures"))
+def test_the_losses_of_tasks_are_those_of_a_loop_over_the_documents(make_run, monkeypatch, ratio, data):
+    run, seen = make_run("--task", TASKS, "--batch-size", 24, *data, "--lr-text-ratio", ratio), {}
+    forward = run.model.forward
+    monkeypatch.setattr(run.model, "forward", lambda *a: seen.update(x_t=a[2], t=a[3]) or forward(*a))
+    monkeypatch.setattr(train, "collate", lambda d, *a: seen.update(documents=d) or collate(d, *a))
+    batch, noise = run.draw_batches()[0]
+    out = losses(run.model, run.diffusion, batch, run.config, noise)
+    clean = (batch.max_t == 0).nonzero().squeeze(1)
+    assert len(clean) > 3 and torch.equal(seen["x_t"][clean], batch.latents[clean])
+    others = (batch.max_t > 0).nonzero().squeeze(1)
+    wanted = run.diffusion.q_sample(batch.latents, (noise[0] * batch.max_t).long(), noise[1])
+    assert torch.equal(seen["x_t"][others], wanted[others])
+    parts, counts = reference_losses(run, seen["documents"], seen["x_t"], seen["t"], noise[1], ratio > 0)
+    assert counts == train.targets(run.model, batch) and min(counts) > 3
+    for name, value in parts.items():
+        assert torch.allclose(out[name], value, rtol=2e-4), name
+    assert torch.allclose(out["loss"], out["lm_loss"] + 5 * out["ddpm_loss"])
+
+
+@pytest.mark.parametrize("task", ("edit", "chat"))
+def test_a_clean_picture_has_no_noise_and_no_loss_of_its_own_but_is_seen(make_run, task):
+    run = make_run("--task", task, "--batch-size", 8, *SHAPES)
+    both = [0, 1000] if task == "edit" else [0] * 2 + [1000]
+    documents = documents_that(run, lambda d: d.max_t[-2:] == both[-2:], n=4)
+    batch = batch_of(run, documents)
+    u, eps = draw_noise(batch.latents.shape, torch.Generator().manual_seed(0))
+    clean = batch.max_t == 0
+
+    def with_(where, noise_by: float = 0.0, pixels_by: float = 0.0) -> dict[str, float]:
+        keep = where[:, None, None, None]
+        noise = torch.where(where, (u + noise_by) % 1, u), eps + noise_by * keep
+        changed = dataclasses.replace(batch, latents=batch.latents + pixels_by * keep)
+        out = losses(run.model, run.diffusion, changed, run.config, noise)
+        return {k: x.item() for k, x in out.items() if k != "draw_loss"}
+
+    assert 0 < clean.sum() < len(clean)
+    plain = with_(clean)
+    assert with_(clean, noise_by=0.3) == plain
+    assert with_(~clean, noise_by=0.3)["ddpm_loss"] != pytest.approx(plain["ddpm_loss"], rel=1e-3)
+    assert with_(clean, pixels_by=0.3)["ddpm_loss"] != pytest.approx(plain["ddpm_loss"], rel=1e-4)
+
+
+def gradients(run: Run, batch) -> tuple[dict, dict[str, float]]:
+    """The losses of a batch, and the largest gradient of every trained tensor; each must have one."""
+    out = run_losses(run, batch)
+    (out["loss"] + out["draw_loss"]).backward()
+    assert all(p.grad is not None for p in run.trained.values())
+    return out, {n: p.grad.abs().max().item() for n, p in run.trained.items()}
+
+
+def test_clean_pictures_alone_have_no_diffusion_loss_and_the_text_behind_them_trains_the_experts(make_run):
+    run = make_run("--task", "chat", *SHAPES)
+    documents = documents_that(run, lambda d: d.pictures and not any(d.max_t))
+    out, largest = gradients(run, batch_of(run, documents))
+    assert out["ddpm_loss"] == 0 and out["lm_loss"] > 0 and out["loss"] == out["lm_loss"]
+    assert train.targets(run.model, batch_of(run, documents))[0] == 0
+    assert {n for n, x in largest.items() if x == 0 and n.startswith("unet_")} == {
+        n for n in largest if n.startswith("unet_up.")
+    }
+    behind = ("o_proj", "mlp", "post_attention")  # of the last layer: only UNet-Up reads what they make
+    silent = {n for n in largest if n.startswith("layers.1.image") and any(x in n for x in behind)}
+    silent |= {"norm_image.weight", "layers.1.image.self_attn.q_proj.weight"}
+    silent |= {"layers.1.image.self_attn.q_norm.weight"}
+    assert {n for n, x in largest.items() if x == 0 and not n.startswith("unet_")} == silent
+
+
+def test_a_batch_without_a_picture_trains_the_boi_row_alone(make_run):
+    run = make_run("--task", "chat", *SHAPES)
+    batch = batch_of(run, documents_that(run, lambda d: not d.pictures))
+    assert len(batch.latents) == 1 and batch.max_t.tolist() == [0]
+    out, largest = gradients(run, batch)
+    assert out["loss"] == out["ddpm_loss"] == 0 < out["draw_loss"] and "lm_loss" not in out
+    assert [n for n, x in largest.items() if x > 0] == ["boi_head"]
+    counts = train.targets(run.model, batch)
+    assert counts[:2] == [0, 0] and counts[2] > 0
+
+
+def test_a_step_without_a_noisy_picture_is_taken_and_logged(tmp_path, monkeypatch):
+    real = Run.draw_document
+
+    def clean(run, rng):
+        while any((document := real(run, rng)).max_t):
+            pass
+        return document
+
+    monkeypatch.setattr(Run, "draw_document", clean)
+    flags = ("--task", "chat", "--steps", 2, "--batch-size", 2, "--sheet-every", 0, *EDITS)
+    small.good(train, *small.photo_flags(Path("run"), *flags), folder=tmp_path)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [m["ddpm_loss"] for m in lines] == [None, None]
+    assert all(m["loss"] == m["lm_loss"] > 0 for m in lines)
+
+
+def test_the_words_of_others_carry_no_loss_and_no_decision(make_run):
+    """Another user: the features differ, and nothing that is counted or predicted does."""
+    run = make_run("--task", "chat", *SHAPES)
+    documents = documents_that(run, lambda d: len(d.pictures) == 2 and d.max_t[-1] == 0 and d.max_t[0] == 0)
+    for d in documents:
+        batch = batch_of(run, [d])
+        counted = [
+            (int(w), int(k))
+            for t in (batch.prefix, batch.rest)
+            for w, k in zip(*train.next_tokens(t, run.model.config.boi_id), strict=True)
+        ]
+        own = to_be_said(run, d.ids)
+        spoken = [i for i, mine in zip(d.ids, own, strict=True) if mine and i >= 0]
+        words = [i for i in spoken if i not in (run.model.config.boi_id, run.model.config.eoi_id)]
+        assert [w for w, _ in counted if w >= 0] == words
+        shown = sum(not mine for i, mine in zip(d.ids, own, strict=True) if i == run.model.config.boi_id)
+        assert sum(k == 1 for _, k in counted) == 2 - shown
+
+
+def test_training_on_tasks_changes_every_image_tensor_and_no_bit_of_the_text(make_run):
+    run = make_run("--task", TASKS, *SHAPES, "--optimizer", "muon", "--weight-decay", 0, "--warmup", 0)
+    ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = run.model.text_logits(ids)
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    take_steps(run, 3)
+    assert changed(before, run.model) == set(run.model.image_parameters())
+    with torch.no_grad():
+        assert torch.equal(run.model.text_logits(ids), logits)
+
+
+# ---- tasks: real pictures ----
+
+
+def test_edits_alone_run_from_end_to_end(tmp_path):
+    flags = ("--init-from", small.photo_run(), "--task", "edit", "--data", small.edits(), "--steps", 2)
+    small.good(train, *small.photo_flags(Path("run"), *flags), folder=tmp_path)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "curves.png",
+        "edits-000002.png",
+        "metrics.jsonl",
+        "step-000002",
+    }
+    with Image.open(tmp_path / "run" / "edits-000002.png") as image:
+        assert len(image.convert("RGB").getcolors(2**24)) > 10
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [m["lm_loss"] for m in lines] == [None, None] and all(m["ddpm_loss"] > 0 for m in lines)
+    assert lines[-1]["val"]["right"] != lines[-1]["val"]["permuted"]
+    assert load_trained(tmp_path / "run").info["step"] == 2
+
+
+def test_validation_of_edits_shows_the_picture_before_under_the_right_and_another_instruction(make_run):
+    run = make_run("--task", "edit", "--data", small.edits(), perturb=0.3)
+    before, after, words = run.source.validation_edits(96)
+    assert len(words) == 2 and not set(words) & {run.source.edited(random.Random(i))[2] for i in range(200)}
+    report, config = run.validate(), run.model.config
+    assert report == run.validate()
+    latents = torch.stack((run.codec.encode(before), run.codec.encode(after)), 1)
+    noise = torch.randn(latents[:, 1].shape, generator=torch.Generator().manual_seed(0))
+    for key, instructions in (("right", words), ("permuted", words[1:] + words[:1])):
+        for k, value in enumerate(train.TIMESTEPS):
+            errors, t = [], torch.tensor([0, value])
+            for i, text in enumerate(instructions):
+                ids = [config.boi_id, IMAGE, config.eoi_id, *run.tokenise(text), config.boi_id, IMAGE]
+                noisy = run.diffusion.q_sample(latents[i, 1:], t[1:], noise[i : i + 1])
+                x_t = torch.cat((latents[i, :1], noisy))
+                with torch.no_grad():
+                    hidden = run.model.encode(Tokens.rows([ids], config.num_patches), x_t, t)
+                    output = run.model.unet_output(hidden)[1:]
+                predicted = run.diffusion.eps_from_output(output, noisy, t[1:])
+                errors.append(run.diffusion.loss(predicted, noise[i : i + 1], t[1:], "v").item())
+            assert report[key][k] == pytest.approx(sum(errors) / 2, rel=1e-4)
+    assert report["right"] != pytest.approx(report["permuted"], rel=1e-3)
+    run.validation["size"] = 1  # in micro batches
+    small_batches = run.validate()
+    for key in ("right", "permuted"):
+        assert small_batches[key] == pytest.approx(report[key], rel=1e-5)
+
+
+@pytest.mark.parametrize("data", (SHAPES, EDITS), ids=("shapes", "pictures"))
+def test_a_sheet_of_edits_has_the_pictures_before_and_what_the_averaged_weights_make_of_them(
+    make_run, monkeypatch, data
+):
+    run, seen = make_run("--task", "edit,generate", *data, "--ema", 0.5), {}
+    run.out.mkdir()
+    own = {n: p.detach().clone() for n, p in run.trained.items()}
+
+    def edited(trained, pictures, words, seeds):
+        assert trained.codec is run.codec and len(set(seeds)) == len(words)
+        assert all(torch.equal(run.trained[n], x) for n, x in run.average.items())
+        seen.update(before=pictures, words=words)
+        return 255 - pictures
+
+    monkeypatch.setattr(train, "edit_images", edited)
+    monkeypatch.setattr(train, "generate_images", lambda trained, prompts, **_: torch.zeros(18, 3, 16, 16))
+    monkeypatch.setattr(train.figures, "sheet", lambda pictures, texts: (pictures, texts))
+    monkeypatch.setattr(train.figures, "save_image", lambda page, path: seen.update({path.name: page}))
+    run.draw_sheet()
+    before, _, words = run.source.validation_edits(9)
+    assert seen["words"] == words and torch.equal(seen["before"], run.source.pixels(before))
+    pictures, texts = seen["edits-000000.png"]
+    assert torch.equal(pictures[::2], seen["before"]) and torch.equal(pictures[1::2], 255 - seen["before"])
+    assert texts[1::2] == words and set(texts[::2]) == {""} and "sheet-000000.png" in seen
+    assert all(torch.equal(run.trained[n], x) for n, x in own.items())
+    # of a mixture, what is validated is captioned pictures
+    assert run.validation["context"] is None
+    assert run.validation["ids"] == [run.tokenise(c) for c in run.source.validation(96)[1]]
+
+
+def test_an_instruction_longer_than_the_context_does_not_end_the_run(tmp_path):
+    folder = small.write_edits(tmp_path / "edits")
+    rows = [json.loads(x) for x in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows[1:]:
+        row["text"] += " make it red" * 60
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--init-from", small.photo_run(), "--task", "edit", "--data", folder, "--steps", 1)
+    small.good(train, *small.photo_flags(Path("run"), *flags), folder=tmp_path)
+    assert (tmp_path / "run" / "edits-000001.png").is_file()
+    with small.inside(tmp_path):
+        run = Run(small.photo_config(tmp_path / "x", *flags), "small")
+    for document in documents_that(run, lambda d: len(d.ids) > 5):
+        assert (
+            len(document.ids) - 2 + 2 * run.model.config.num_patches <= small.SIZES["max_position_embeddings"]
+        )
+    batch, _ = run.validation_batch(run.validation["ids"], slice(0, 2))
+    assert batch.rest.position[batch.rest.ids != -2].max() < small.SIZES["max_position_embeddings"]
+
+
+def test_chat_takes_captioned_pictures_without_edits(tmp_path, monkeypatch):
+    flags = ("--init-from", small.photo_run(), "--task", "chat", "--steps", 2, "--sheet-every", 0)
+    flags = small.photo_flags(Path("run"), *flags, "--batch-size", 8)
+    run = begin(monkeypatch, tmp_path, *flags)
+    assert run.source.edits is None
+    documents = documents_that(run, lambda d: True, n=60)
+    texts = {run.tokenizer.decode([i for i in d.ids if i >= 0]) for d in documents if len(d.ids) > 2}
+    assert any("draw a small photo" in t or "paint a big photo" in t for t in texts)
+    assert {tuple(d.max_t) for d in documents} == {(0,), (1000,)}
+    small.good(train, *flags, folder=tmp_path)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [m["step"] for m in lines] == [1, 2] and all(
+        m["lm_loss"] > 0 and m["draw_loss"] > 0 for m in lines
+    )
+
+
+def test_chat_takes_edits_where_there_are_some(make_run):
+    run = make_run("--task", "chat", *EDITS)
+    kinds = [tuple(d.max_t) for d in documents_that(run, lambda d: len(d.ids) > 2, n=200)]
+    assert 50 < sum(len(k) == 2 for k in kinds) < 150 and {k[0] for k in kinds if len(k) == 2} == {0}
+
+
+def test_what_a_source_of_edits_holds_tells_it_from_another(make_run):
+    source = make_run("--task", "edit,generate", *EDITS).source
+    seen = [train.content(source)]
+    for field in ("sources", "targets"):
+        edits = dataclasses.replace(source.edits, **{field: 255 - getattr(source.edits, field)})
+        seen.append(train.content(PictureSource(source.train, source.val, edits)))
+    words = ["make it another", *source.edits.instructions[1:]]
+    edits = dataclasses.replace(source.edits, instructions=words)
+    seen.append(train.content(PictureSource(source.train, source.val, edits)))
+    assert (
+        len(set(seen)) == 4
+        and train.content(PictureSource(source.train, source.val, source.edits)) == seen[0]
+    )
+
+
+def test_tasks_that_the_data_or_the_tokenizer_do_not_give_are_refused(make_run):
+    run, empty = make_run(), Tokenizer(models.BPE())
+    latents = LatentSource.__new__(LatentSource)
+    with pytest.raises(ValueError, match="--task edit,chat: there holds captioned latents"):
+        train.check_tasks({"edit": 0.5, "chat": 0.5}, latents, run.tokenizer, "there")
+    with pytest.raises(ValueError, match=r"--task chat: the base has no chat tokens: <\|im_start\|>"):
+        train.check_tasks({"chat": 1.0}, run.source, empty, "there")
+    half = Tokenizer(models.BPE())
+    half.add_special_tokens(["<|im_start|>"])
+    with pytest.raises(ValueError, match=r"no chat tokens: <\|im_end\|>"):
+        train.check_tasks({"generate": 0.5, "chat": 0.5}, run.source, half, "there")
+    train.check_tasks({"chat": 1.0}, run.source, run.tokenizer, "there")
+    edits = PictureSource(run.source.train, run.source.val, make_run("--task", "edit", *EDITS).source.edits)
+    train.check_tasks({"edit": 1.0}, edits, empty, "there")
 
 
 # ---- kills ----
@@ -764,24 +1381,33 @@ def test_only_the_last_checkpoint_is_kept_and_the_last_small_run_is_remembered(t
     assert (tmp_path / "runs" / "last-small").read_text() == "some/run\n"
 
 
-def test_the_base_is_pretrained_once_and_again_for_another_seed(tmp_path, monkeypatch):
+def test_the_base_is_pretrained_once_and_again_for_another_seed_or_text(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(
         "pretrain.pretrain_base", lambda folder, seed: made.append(seed) or folder.mkdir(parents=True)
     )
     with small.inside(tmp_path):
         folders = [train.ensure_base(seed) for seed in (0, 0, 1)]
-    assert made == [0, 1] and folders[0] == folders[1] != folders[2]
+        assert made == [0, 1] and folders[0] == folders[1] != folders[2]
+        for module in (train.world, train.dialogues, train.template, train.pretrain):
+            changed = tmp_path / f"{module.__name__}.py"  # one character more
+            changed.write_bytes(Path(module.__file__).read_bytes() + b"\n")
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "__file__", str(changed))
+                folders.append(train.ensure_base(0))
+        assert train.ensure_base(0) == folders[0]
+    assert made == [0, 1, 0, 0, 0, 0] and len(set(folders)) == 6
 
 
 # ---- flags ----
 
 
 def test_every_field_of_the_configuration_is_a_flag(tmp_path):
+    first = tmp_path / "first"
     values = dict(
         zip(
-            "base data val_data device out vae".split(),
-            ("b", "d", "v", "meta", str(tmp_path), "w"),
+            "base data val_data device out vae init_from task".split(),
+            ("b", "d", "v", "meta", str(tmp_path), "w", str(first), "edit"),
             strict=True,
         ),
         dtype="bfloat16",
@@ -804,6 +1430,8 @@ def test_every_field_of_the_configuration_is_a_flag(tmp_path):
     for name, value in values.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         flags += ["--" + name.replace("_", "-"), text]
+    first.mkdir()  # what the first stage was and what is asked for are the same
+    (first / "checkpoint.json").write_text(json.dumps({"config": values}))
     config = train.parse(flags)[0]
     assert vars(config) == values
     assert all(value != getattr(train.CONFIGS["small"], name) for name, value in values.items())

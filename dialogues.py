@@ -1,0 +1,284 @@
+"""Built-in conversations about the built-in world: what `small` learns chat, thinking and editing from.
+
+A conversation is a list of messages as in template.py; the pictures in it are `Shot`s, rendered later.
+
+    draw       "draw a small red circle in the top left on a blue background"
+    indirect   "a shape like a roof, in the color of grass ...": a thought works it out before the picture
+    story      two requests in one message; text, picture, text, picture, text
+    ask        about the world, about a scene in words, or about a picture: an answer, and no picture
+    edit       of a picture that the user shows, or of the last one in the conversation
+
+The tiny language model of `small` is pretrained on the same conversations *without any picture*, as a stock
+Qwen3 is on text (`as_text`): captions stand for the user's pictures, and nothing for those of the assistant.
+When to draw is therefore not in it; that is the extra head row's.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from world import (
+    COLOR_THINGS,
+    CORNERS,
+    FACTS,
+    MIXED,
+    OPPOSITE,
+    QUESTIONS,
+    SHAPE_THINGS,
+    SIZE_THINGS,
+    WORDINGS,
+    Scene,
+    all_scenes,
+    draw_edit,
+    draw_shift,
+)
+
+# In front of every conversation with thinking; `sample.py --think` uses it with a real Qwen3 as well.
+THINK_PROMPT = "before you draw, think: work out a full description of the picture."
+KINDS = ("draw", "indirect", "story", "ask", "edit")
+REQUESTS = ("draw {x}", "paint {x}", "please draw {x}", "show me {x}", "i want a picture of {x}")
+DESCRIBE = ("what is in this picture?", "describe this picture", "what do you see?")
+STORIES = (
+    ("tell me a story with {a} and {b}", "once there was {a}:", "\nthen came {b}:", "\nthe end."),
+    (
+        "draw two pictures: {a}, and {b}",
+        "here is the first, {a}:",
+        "\nhere is the second, {b}:",
+        "\nthat is all.",
+    ),
+    ("first draw {a}, then draw {b}", "first, {a}:", "\nthen, {b}:", "\nthat is all."),
+)
+GREETINGS = (
+    ("hello", "hello. what shall i draw?"),
+    ("hi", "hello. what shall i draw?"),
+    ("thank you", "you are welcome."),
+    ("thanks", "you are welcome."),
+    ("who are you?", "i paint and i read pictures."),
+    ("what can you do?", "i paint and i read pictures."),
+)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A built-in picture: a scene, and by how many pixels its shape is off."""
+
+    scene: Scene
+    shift: tuple[int, int]
+
+
+def indirect(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A description that says at least two attributes by what they are like, and the facts that solve it."""
+    hidden = set(rng.sample(("shape", "size", "color", "place", "background"), rng.randint(2, 4)))
+    facts = []
+
+    def like_color(color: str) -> str:
+        if color in MIXED and rng.random() < 0.3:
+            a, b = MIXED[color]
+            facts.append(f"{a} and {b} make {color}")
+            return f"the mix of {a} and {b}"
+        thing = rng.choice(COLOR_THINGS[color])
+        facts.append(f"{thing} is {color}")
+        return f"the color of {thing}"
+
+    shape = scene.shape
+    if "shape" in hidden:
+        if rng.random() < 0.5:
+            shape = f"shape with {CORNERS[scene.shape]}"
+            facts.append(f"a {scene.shape} has {CORNERS[scene.shape]}")
+        else:
+            thing = rng.choice(SHAPE_THINGS[scene.shape])
+            shape = f"shape like {thing}"
+            facts.append(f"{thing} is a {scene.shape}")
+    size = f"that is {scene.size}"
+    if "size" in hidden:
+        thing = rng.choice(SIZE_THINGS[scene.size])
+        size = f"the size of {thing}"
+        facts.append(f"{thing} is {scene.size}")
+    color = f"in {like_color(scene.color) if 'color' in hidden else scene.color}"
+    place = f"in the {scene.place}"
+    if "place" in hidden and scene.place == "center":
+        place = "in the middle"
+        facts.append("the middle is the center")
+    elif "place" in hidden:
+        place = f"across from the {OPPOSITE[scene.place]}"
+        facts.append(f"the opposite of {OPPOSITE[scene.place]} is {scene.place}")
+    background = like_color(scene.background) if "background" in hidden else scene.background
+    return f"a {shape} {size}, {color}, {place}, with {background} behind it", ". ".join(facts)
+
+
+def draw_turn(rng: random.Random, scene: Scene, hinted: bool) -> tuple[dict, dict]:
+    """A request for a picture, direct or indirect, and the answer: the words said again, and the picture."""
+    if hinted:
+        words, facts = indirect(scene, rng)
+        thought = f"{facts}. so: {scene.caption}"
+    else:
+        words = rng.choice((WORDINGS[0], WORDINGS[0], WORDINGS[3])).format(**vars(scene))
+        thought = f"so: {scene.caption}"
+    user = {"role": "user", "content": rng.choice(REQUESTS).format(x=words)}
+    return user, {
+        "role": "assistant",
+        "reasoning_content": thought,
+        # without a thought, the reply has nothing but the user's own words to say again
+        "content": [(f"here is {words}:", f"here is {scene.caption}:"), Shot(scene, draw_shift(rng))],
+    }
+
+
+def story_turn(rng: random.Random, first: Scene, second: Scene) -> tuple[dict, dict]:
+    """A request for two pictures in one message, and text, picture, text, picture, text."""
+    request, *reply = rng.choice(STORIES)
+    a, b = first.caption, second.caption
+    content = [
+        reply[0].format(a=a),
+        Shot(first, draw_shift(rng)),
+        reply[1].format(b=b),
+        Shot(second, draw_shift(rng)),
+        reply[2],
+    ]
+    thought = f"two pictures. {a}. {b}"
+    user = {"role": "user", "content": request.format(a=a, b=b)}
+    return user, {"role": "assistant", "reasoning_content": thought, "content": content}
+
+
+def ask_turn(rng: random.Random, scene: Scene, pictured: bool) -> tuple[dict, dict]:
+    """A question about a scene, shown as a picture or told in words, or about the world; or a greeting."""
+    kind = rng.random()
+    if pictured and kind < 0.4:
+        shown = Shot(scene, draw_shift(rng))
+        return answer_turn([shown, rng.choice(DESCRIBE)], scene.caption + ".", "a question")
+    if pictured or kind < 0.4:
+        question, attribute = rng.choice(QUESTIONS)
+        content = f"{question.format(shape=scene.shape)}?"
+        answer = getattr(scene, attribute) + "."
+        shown = Shot(scene, draw_shift(rng)) if pictured else f"{scene.caption}. "
+        return answer_turn([shown, content], answer, "a question")
+    if kind < 0.8:
+        return answer_turn(*fact_question(rng), "a question")
+    return answer_turn(*rng.choice(GREETINGS), "no question")
+
+
+def answer_turn(content: str | list, answer: str, what: str) -> tuple[dict, dict]:
+    """A message and its answer in words."""
+    thought = f"{what}, no picture"
+    return {"role": "user", "content": content}, {
+        "role": "assistant",
+        "reasoning_content": thought,
+        "content": answer,
+    }
+
+
+def fact_question(rng: random.Random) -> tuple[str, str]:
+    """A question about the world of `FACTS`, and the answer in a sentence."""
+    fact = rng.choice(FACTS)
+    if " make " in fact:
+        return f"what do {fact.partition(' make ')[0]} make?", f"{fact}."
+    if " has " in fact:
+        return f"what does {fact.partition(' has ')[0]} have?", f"{fact}."
+    subject, _, value = fact.partition(" is ")
+    if value in COLOR_THINGS and not subject.startswith("the opposite"):
+        return f"what color is {subject}?", f"{fact}."
+    if value in SIZE_THINGS and not subject.startswith("the opposite"):
+        return f"how big is {subject}?", f"{fact}."
+    if value.startswith("a "):
+        return f"what shape is {subject}?", f"{fact}."
+    return f"what is {subject}?", f"{fact}."
+
+
+def edit_turn(rng: random.Random, last: Shot | None, held_out: bool) -> tuple[dict, dict]:
+    """A request to change the user's picture, or the last one of the conversation, and the new picture."""
+    edit = draw_edit(rng, held_out, source=last and last.scene)
+    shift = last.shift if last else draw_shift(rng)
+    shown = [] if last else [Shot(edit.source, shift)]
+    thought = f"it is {edit.source.caption}. so: {edit.target.caption}"
+    return {"role": "user", "content": [*shown, edit.instruction]}, {
+        "role": "assistant",
+        "reasoning_content": thought,
+        "content": [("here it is:", f"here is {edit.target.caption}:"), Shot(edit.target, shift)],
+    }
+
+
+def conversation(
+    rng: random.Random, thinking: bool, kinds: list[str] | None = None, held_out: bool = False
+) -> list[dict]:
+    """Messages of one to three turns of the given kinds; what is drawn in the last one is held out or not.
+
+    An "edit" behind a turn with a picture changes that picture, half the time.
+    """
+    if kinds is None:
+        kinds = rng.choices(KINDS, (4, 4, 2, 3, 3), k=rng.choices((1, 2, 3), (70, 25, 5))[0])
+    messages = [{"role": "system", "content": THINK_PROMPT}] if thinking else []
+    last = None
+    for i, kind in enumerate(kinds):
+        unseen = held_out and i == len(kinds) - 1
+        a, b = (rng.choice(all_scenes(unseen)) for _ in range(2))
+        if kind == "story":
+            turn = story_turn(rng, a, b)
+        elif kind == "ask":
+            turn = ask_turn(rng, a, pictured=rng.random() < 0.4)
+        elif kind == "edit":
+            turn = edit_turn(rng, last if rng.random() < 0.5 else None, unseen)
+        else:
+            turn = draw_turn(rng, a, hinted=kind == "indirect")
+        for message in turn:
+            for part in message["content"]:
+                last = part if isinstance(part, Shot) else last
+        messages += [finish(m, thinking) for m in turn]
+    return messages
+
+
+def finish(message: dict, thinking: bool) -> dict:
+    """A message as template.py takes it: of two versions of a text that with thinking or that without."""
+    content = message["content"]
+    if isinstance(content, str):
+        content = [content]
+    parts = []
+    for part in content:
+        if isinstance(part, Shot):
+            parts.append({"type": "image", "image": part})
+        else:
+            parts.append({"type": "text", "text": part[thinking] if isinstance(part, tuple) else part})
+    message = message | {"content": parts}
+    if not thinking:
+        message.pop("reasoning_content", None)
+    return message
+
+
+def as_text(messages: list[dict]) -> list[dict]:
+    """The same conversation in text alone: the user's pictures as captions, the assistant's left out."""
+    out = []
+    for m in messages:
+        text = ""
+        for part in (
+            [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]
+        ):
+            if part["type"] == "text":
+                text += part["text"]
+            elif m["role"] == "user":
+                text += f"{part['image'].scene.caption}. "
+        out.append(m | {"content": text})
+    return out
+
+
+def picture_conversation(
+    rng: random.Random, picture: object, caption: str, edit: tuple[object, object, str] | None
+) -> list[dict]:
+    """One turn around a real picture: painted, described, or edited (before, after, instruction).
+
+    Our choice, for data without conversations: the answer is the picture or the caption alone, and no
+    thought stands before it; thinking is left to what the base can do.
+    """
+
+    def image(x: object) -> dict:
+        return {"type": "image", "image": x}
+
+    def text(x: str) -> dict:
+        return {"type": "text", "text": x}
+
+    if edit is not None:
+        before, after, instruction = edit
+        question, answer = [image(before), text(instruction)], [image(after)]
+    elif rng.random() < 0.5:
+        question, answer = [text(rng.choice(REQUESTS).format(x=caption))], [image(picture)]
+    else:
+        question, answer = [image(picture), text(rng.choice(DESCRIBE))], [text(caption)]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

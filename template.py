@@ -1,0 +1,260 @@
+"""Qwen3's chat template in plain Python: messages -> what the model reads, text and pictures.
+
+    pieces = render([{"role": "user", "content": "Name a colour."}])
+    text_of(pieces)                  # "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n"
+    encode(tokenizer, pieces, ...)   # token ids
+
+Character for character what the Jinja template in Qwen3's tokenizer_config.json makes of the roles system,
+user and assistant (tools are not built). The paper has no conversations: pictures in messages are our choice,
+`[{"type": "text", "text": "What is"}, {"type": "image", "image": ...}]` as for Qwen-VL.
+
+What the template itself writes is kept apart from what stands in the messages: the first are `Control`
+pieces and become control tokens; "<|im_end|>" typed by a user is text, and its ids are those of text.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, groupby, pairwise
+
+from tokenizers import Tokenizer
+
+from model import IMAGE
+
+
+class Control(str):
+    """A control token of the template. Everything else in a rendered conversation is text."""
+
+
+@dataclass
+class Picture:
+    """A picture that stands in a message."""
+
+    content: object  # path, tensor, ...: the caller's
+
+
+Piece = Control | str | Picture
+
+IM_START, IM_END = Control("<|im_start|>"), Control("<|im_end|>")
+THINK, END_THINK = Control("<think>"), Control("</think>")
+VISION = "<|vision_start|><|image_pad|><|vision_end|>"  # a picture, in Qwen-VL's template
+ROLES = ("system", "user", "assistant")
+KEYS = ("role", "content", "reasoning_content")
+
+# ------------------------------------------------------------------------------------------------------------
+# Messages
+
+
+def check_messages(messages: list[dict], context: str = "") -> None:
+    """ValueError in one line, with the number (from 1) of the first message that is wrong.
+
+    A message is {"role": system, user or assistant, "content": a string or a list of parts}; an assistant's
+    may have "reasoning_content", a string or None. A part is {"type": "text", "text": a string} or, but for
+    system messages, {"type": "image", "image": anything}. The error reads "context: message 2 ...".
+    """
+    prefix = f"{context}: " if context else ""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{prefix}messages must be a list of at least one message, not {short(messages)}")
+    for number, message in enumerate(messages, start=1):
+        wrong = fault(message)
+        if wrong:
+            raise ValueError(f"{prefix}message {number} {wrong}")
+
+
+def short(value: object) -> str:
+    """A value for an error: one line, cut short."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def fault(message: object) -> str | None:
+    """What is wrong with a message, or None."""
+    if not isinstance(message, dict):
+        return f"is {short(message)}, not an object with role and content"
+    for key in KEYS[:2]:
+        if key not in message:
+            return f"has no {key}; it must have role and content"
+    for key in message:
+        if key not in KEYS:
+            return f"has the key {short(key)}; it takes {', '.join(KEYS)} (tools are not built)"
+    role, content, thoughts = (message.get(key) for key in KEYS)
+    if role not in ROLES:
+        return f"has role {short(role)}; it must be one of {', '.join(ROLES)} (tools are not built)"
+    if thoughts is not None and role != "assistant":
+        return f"has reasoning_content, but role {role}; only an assistant's message takes it"
+    if not isinstance(thoughts, str | None):
+        return f"has reasoning_content {short(thoughts)}; it must be a string"
+    if not isinstance(content, str | list):
+        return f"has content {short(content)}; it must be a string or a list of parts"
+    texts = [thoughts or "", content if isinstance(content, str) else ""]
+    for number, part in enumerate(content if isinstance(content, list) else [], start=1):
+        form = part.get("type") if isinstance(part, dict) else None
+        known = form in ("text", "image") and set(part) == {"type", form}
+        if not known or (form == "text" and not isinstance(part["text"], str)):
+            return (
+                f"has as part {number} {short(part)}; it must be "
+                '{"type": "text", "text": a string} or {"type": "image", "image": ...}'
+            )
+        if form == "image" and role == "system":
+            return f"has an image as part {number}, but role system; it must be a user's or an assistant's"
+        texts.append(part["text"] if form == "text" else "")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:  # JSON can spell it, no tokenizer takes it
+        return "has text that is not UTF-8: it holds half a surrogate pair"
+
+
+def split_content(content: str | list[dict]) -> tuple[str, list[str | Picture]]:
+    """The text before the first picture of a message, and all from that picture on."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    # str(): a Control that somebody handed in as content is text
+    parts = [str(p["text"]) if p["type"] == "text" else Picture(p["image"]) for p in parts]
+    n = next((i for i, p in enumerate(parts) if isinstance(p, Picture)), len(parts))
+    return "".join(parts[:n]), parts[n:]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Messages -> pieces -> a string
+
+
+def render(messages: list[dict], thinking: bool = True, generate: bool = True) -> list[Piece]:
+    """A conversation as Qwen3 reads it: control tokens, text between them, pictures.
+
+    `generate`: ends with the beginning of an answer (the template's add_generation_prompt); `thinking` =
+    False: of an answer whose thoughts are over (enable_thinking). Thoughts stand in "reasoning_content" or in
+    the content before "</think>"; they are shown after the last question only. Neighbouring texts are one
+    piece, and none is empty. ValueError as from `check_messages`.
+    """
+    check_messages(messages)
+    contents = [split_content(m["content"]) for m in messages]
+    questions = [
+        i
+        for i, (head, rest) in enumerate(contents)
+        if messages[i]["role"] == "user" and not is_tool_response(text_of([head, *rest]))
+    ]
+    end = len(messages) - 1
+    last_question = questions[-1] if questions else end
+    pieces: list[Piece] = []
+    for i, message in enumerate(messages):
+        head, rest = contents[i]
+        pieces += [IM_START, f"{message['role']}\n"]
+        if message["role"] == "assistant":
+            thoughts = message.get("reasoning_content")
+            if thoughts is None:
+                thoughts, head = split_thoughts(head)
+            if i > last_question and (i == end or thoughts):
+                pieces += [THINK, "\n" + thoughts.strip("\n") + "\n", END_THINK, "\n\n"]
+                head = head.lstrip("\n")
+        pieces += [head, *rest, IM_END, "\n"]
+    if generate:
+        pieces += [IM_START, "assistant\n"]
+        if not thinking:
+            pieces += [THINK, "\n\n", END_THINK, "\n\n"]
+    return merge(pieces)
+
+
+def is_tool_response(text: str) -> bool:
+    """Does a user's message hold what a tool answered? Then it is no question."""
+    return text.startswith("<tool_response>") and text.endswith("</tool_response>")
+
+
+def split_thoughts(text: str) -> tuple[str, str]:
+    """The thoughts in an assistant's text ("" without "</think>"), and the answer."""
+    if END_THINK not in text:
+        return "", text
+    first, *_, last = text.split(END_THINK)
+    return first.rstrip("\n").split(THINK)[-1].lstrip("\n"), last.lstrip("\n")
+
+
+def merge(pieces: list[Piece]) -> list[Piece]:
+    """The same pieces, neighbouring texts joined and empty ones left out."""
+    merged: list[Piece] = []
+    for is_text, group in groupby(pieces, key=lambda p: isinstance(p, str) and not isinstance(p, Control)):
+        run = list(group)
+        if not is_text:
+            merged += run
+        elif any(run):
+            merged.append("".join(run))
+    return merged
+
+
+def text_of(pieces: list[Piece]) -> str:
+    """The string that the template writes; a picture is "<|vision_start|><|image_pad|><|vision_end|>"."""
+    return "".join(VISION if isinstance(piece, Picture) else piece for piece in pieces)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pieces -> token ids
+
+
+@lru_cache(maxsize=4)  # a Tokenizer is hashed and compared by identity
+def added_tokens(tokenizer: Tokenizer) -> tuple[re.Pattern, dict[int, str]]:
+    """The first character of an added token where all of it stands; and the added tokens by id."""
+    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+    first = [f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in added.values()]
+    return re.compile("|".join(first) or "(?!)"), added
+
+
+def encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text in which no added token is recognised, be it special (<|im_end|>) or not (<think>).
+
+    `tokenizer.encode_special_tokens` holds back only the special ones. So the text is cut behind the first
+    character of every added token in it, also of those that overlap, and the parts are encoded apart: no part
+    holds a whole one, and a byte-level tokenizer decodes the ids to the (normalised) text. The added tokens
+    of a tokenizer are read once.
+
+    An added token of one character cannot be cut (Qwen's, Llama 3's and SmolLM2's are all longer), nor one
+    that only the tokenizer's normaliser brings about: ValueError, so that no id of one ever comes back.
+    """
+    first, added = added_tokens(tokenizer)
+    cuts = [0, *(match.end() for match in first.finditer(text)), len(text)]
+    parts = (tokenizer.encode(text[a:b], add_special_tokens=False).ids for a, b in pairwise(cuts))
+    ids = list(chain.from_iterable(parts))
+    if not added.keys().isdisjoint(ids):
+        token = next(added[i] for i in ids if i in added)
+        raise ValueError(f"the text {short(text)} cannot be encoded without the added token {token!r}")
+    return ids
+
+
+def encode(tokenizer: Tokenizer, pieces: list[Piece], boi_id: int, eoi_id: int) -> list[int]:
+    """Token ids of a rendered conversation; a picture is boi_id, IMAGE, eoi_id.
+
+    Text never gives a control token. ValueError if the vocabulary has no <|im_start|> or <|im_end|>; a base
+    without <think> and </think> reads them as text.
+    """
+    parts: list[str | list[int]] = []  # a list: ids
+    for piece in pieces:
+        if isinstance(piece, Picture):
+            parts.append([boi_id, IMAGE, eoi_id])
+        elif isinstance(piece, Control) and tokenizer.token_to_id(piece) is not None:
+            parts.append([tokenizer.token_to_id(piece)])
+        elif piece in (IM_START, IM_END) and isinstance(piece, Control):
+            raise ValueError(f"this base has no chat tokens: {piece} is not in its vocabulary")
+        else:
+            parts.append(piece)
+    ids: list[int] = []
+    for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
+        run = list(group)
+        ids += encode_plain(tokenizer, "".join(run)) if is_text else chain.from_iterable(run)
+    return ids
+
+
+def spoken(tokenizer: Tokenizer, ids: list[int]) -> list[bool]:
+    """Of each id of an encoded conversation, whether an assistant says it; of plain text, all are True.
+
+    That is what stands behind "<|im_start|>" of an assistant's turn, up to its "<|im_end|>".
+    """
+    start, end = tokenizer.token_to_id(IM_START), tokenizer.token_to_id(IM_END)
+    assistant = encode_plain(tokenizer, "assistant\n")[0]
+    if start not in ids:
+        return [True] * len(ids)
+    out, own = [], False
+    for i, token in enumerate(ids):
+        if token == start:
+            own = ids[i + 1 : i + 2] == [assistant]
+        out.append(own and token != start)
+        if token == end:
+            own = False
+    return out

@@ -1,0 +1,273 @@
+"""The built-in world of `small`: one shape on a plain background, and text about it.
+
+    pictures   "a small red circle in the top left on a blue background", 32 x 32 pixels
+    text       captions in several wordings, questions about them, and a little knowledge: what `train.py`
+               pretrains the tiny language model of `small` on
+
+Shapes: M pictures; pictures are uint8 (M, 3, 32, 32).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------------------------------
+# The built-in world: one shape on a plain background
+
+COLORS = {
+    "red": (222, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 225),
+    "yellow": (248, 220, 50),
+    "orange": (246, 138, 30),
+    "purple": (140, 56, 180),
+    "white": (246, 246, 246),
+    "black": (18, 18, 18),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": 5.5, "big": 9.0}  # radius in pixels of a 32 x 32 picture
+PLACES = {
+    "center": (16, 16),
+    "top left": (10, 10),
+    "top right": (10, 22),
+    "bottom left": (22, 10),
+    "bottom right": (22, 22),
+}  # row and column of the middle
+JITTER = 1  # a shape's middle is off by up to this many pixels each way
+PIXELS = 32
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The five attributes of a built-in picture."""
+
+    size: str
+    color: str
+    shape: str
+    place: str
+    background: str
+
+    @property
+    def caption(self) -> str:
+        return (
+            f"a {self.size} {self.color} {self.shape} in the {self.place} on a {self.background} background"
+        )
+
+
+ATTRIBUTES = ("background", "color", "place", "shape", "size")
+
+
+@lru_cache
+def all_scenes(held_out: bool) -> tuple[Scene, ...]:
+    """Every combination whose two colours differ: nine tenths to train on, one tenth held out."""
+    scenes = [
+        Scene(size, color, shape, place, background)
+        for size in SIZES
+        for color in COLORS
+        for shape in SHAPES
+        for place in PLACES
+        for background in COLORS
+        if color != background
+    ]
+    return tuple(s for s in scenes if (hashlib.sha256(s.caption.encode()).digest()[0] % 10 == 0) == held_out)
+
+
+@lru_cache
+def scene_set(held_out: bool) -> frozenset[Scene]:
+    """The same, to look scenes up in."""
+    return frozenset(all_scenes(held_out))
+
+
+@lru_cache
+def coverage() -> Tensor:
+    """Each shape's share of each pixel: (shape, size, place, jitter row, jitter column, 32, 32), 0 .. 1."""
+    sub = 8  # sub-pixels a side, for smooth edges
+    grid = (torch.arange(PIXELS * sub) + 0.5) / sub
+    masks = []
+    for shape in SHAPES:
+        for r in SIZES.values():
+            for row, column in PLACES.values():
+                for dy in range(-JITTER, JITTER + 1):
+                    for dx in range(-JITTER, JITTER + 1):
+                        y, x = (grid - row - dy)[:, None], (grid - column - dx)[None, :]
+                        if shape == "circle":
+                            inside = y**2 + x**2 <= r**2
+                        elif shape == "square":
+                            inside = torch.maximum(y.abs(), x.abs()) <= 0.88 * r
+                        elif shape == "triangle":
+                            inside = (y <= 0.8 * r) & (2 * x.abs() - y <= r)
+                        else:
+                            arm = torch.minimum(y.abs(), x.abs()) <= 0.3 * r
+                            inside = arm & (torch.maximum(y.abs(), x.abs()) <= r)
+                        masks.append(inside.float().view(PIXELS, sub, PIXELS, sub).mean((1, 3)))
+    side = 2 * JITTER + 1
+    return torch.stack(masks).view(len(SHAPES), len(SIZES), len(PLACES), side, side, PIXELS, PIXELS)
+
+
+def draw_shift(rng: random.Random) -> tuple[int, int]:
+    """By how many pixels the middle of a shape is off, down and to the right."""
+    return rng.randrange(2 * JITTER + 1) - JITTER, rng.randrange(2 * JITTER + 1) - JITTER
+
+
+def render(
+    scenes: list[Scene], rng: random.Random | None = None, shifts: list[tuple[int, int]] | None = None
+) -> Tensor:
+    """Pictures (M, 3, 32, 32), uint8, with given shifts, or those that `rng` draws, or none."""
+    shapes, sizes, places = list(SHAPES), list(SIZES), list(PLACES)
+    if shifts is None:
+        shifts = [draw_shift(rng) if rng else (0, 0) for _ in scenes]
+    index = [
+        (shapes.index(s.shape), sizes.index(s.size), places.index(s.place), dy + JITTER, dx + JITTER)
+        for s, (dy, dx) in zip(scenes, shifts, strict=True)
+    ]
+    mask = coverage()[tuple(torch.tensor(index).T)][:, None]  # (M, 1, 32, 32)
+    color = torch.tensor([COLORS[s.color] for s in scenes], dtype=torch.float32)[:, :, None, None]
+    background = torch.tensor([COLORS[s.background] for s in scenes], dtype=torch.float32)[:, :, None, None]
+    return (background + mask * (color - background)).round().to(torch.uint8)
+
+
+WORDINGS = (
+    "a {size} {color} {shape} in the {place} on a {background} background",
+    "on a {background} background, in the {place}, a {size} {color} {shape}",
+    "the background is {background} and the {shape} in the {place} is {size} and {color}",
+    "a {color} {shape} that is {size}, in the {place}, with {background} behind it",
+)
+QUESTIONS = (
+    ("what color is the background", "background"),
+    ("what color is the {shape}", "color"),
+    ("where is the {shape}", "place"),
+    ("what shape is it", "shape"),
+    ("how big is the {shape}", "size"),
+)
+# What a color, a shape or a size is like: indirect requests name these (dialogues.py).
+COLOR_THINGS = {
+    "red": ("blood", "a tomato", "a cherry"),
+    "green": ("grass", "a frog", "a pea"),
+    "blue": ("the sky", "the sea", "a sapphire"),
+    "yellow": ("a lemon", "the sun", "a banana"),
+    "orange": ("a carrot", "a pumpkin", "a tiger"),
+    "purple": ("a plum", "lavender", "a violet"),
+    "white": ("snow", "milk", "a swan"),
+    "black": ("coal", "the night", "a raven"),
+}
+SHAPE_THINGS = {
+    "circle": ("a ball", "a wheel", "a coin"),
+    "square": ("a window", "a chessboard", "a tile"),
+    "triangle": ("a roof", "a tent", "a slice of pizza"),
+    "cross": ("a plus sign", "a crossroads", "a windmill"),
+}
+SIZE_THINGS = {"small": ("a mouse", "an ant", "a pea"), "big": ("an elephant", "a whale", "a house")}
+CORNERS = {
+    "circle": "no corners",
+    "square": "four corners",
+    "triangle": "three corners",
+    "cross": "four arms",
+}
+MIXED = {
+    "orange": ("red", "yellow"),
+    "green": ("blue", "yellow"),
+    "purple": ("red", "blue"),
+}
+OPPOSITE = {
+    "small": "big",
+    "top": "bottom",
+    "left": "right",
+    "black": "white",
+    "top left": "bottom right",
+    "top right": "bottom left",
+}
+OPPOSITE = OPPOSITE | {b: a for a, b in OPPOSITE.items()}
+FACTS = (
+    *(f"{thing} is {color}" for color, things in COLOR_THINGS.items() for thing in things),
+    *(f"{thing} is a {shape}" for shape, things in SHAPE_THINGS.items() for thing in things),
+    *(f"{thing} is {size}" for size, things in SIZE_THINGS.items() for thing in things),
+    *(f"a {shape} has {corners}" for shape, corners in CORNERS.items()),
+    *(f"{a} and {b} make {color}" for color, (a, b) in MIXED.items()),
+    *(f"the opposite of {a} is {b}" for a, b in OPPOSITE.items()),
+)
+
+
+EDITS = {
+    "color": ("make the {shape} {new}", "paint the {shape} {new}", "change the {shape} to {new}"),
+    "background": (
+        "make the background {new}",
+        "paint the background {new}",
+        "change the background to {new}",
+    ),
+    "place": ("move the {shape} to the {new}", "put the {shape} in the {new}"),
+    "size": ("make the {shape} {new}", "change the {shape} to {new}"),
+    "shape": ("turn the {shape} into a {new}", "replace the {shape} by a {new}"),
+}
+VALUES = {
+    "color": tuple(COLORS),
+    "background": tuple(COLORS),
+    "place": tuple(PLACES),
+    "size": tuple(SIZES),
+    "shape": SHAPES,
+}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One attribute of a scene changed, and the words that ask for it."""
+
+    source: Scene
+    target: Scene
+    attribute: str
+    instruction: str
+
+
+def draw_edit(rng: random.Random, held_out: bool = False, source: Scene | None = None) -> Edit:
+    """An edit whose target is held out or not; its source is the one given, or any, or one to train on.
+
+    Of a given source with no such target, any other scene may be made.
+    """
+    train, targets = scene_set(False), scene_set(held_out)
+    start = source or rng.choice(all_scenes(held_out))
+    ends = [  # the other end differs in one attribute, each as likely as the others
+        (attribute, dataclasses.replace(start, **{attribute: value}))
+        for attribute in rng.sample(ATTRIBUTES, len(ATTRIBUTES))
+        for value in rng.sample(VALUES[attribute], len(VALUES[attribute]))
+        if value != getattr(start, attribute)
+    ]
+    edits = [(a, start, end) if source else (a, end, start) for a, end in ends if end.color != end.background]
+    wanted = (e for e in edits if e[2] in targets and (held_out or e[1] in train))
+    attribute, before, after = next(wanted, edits[0])
+    wording = rng.choice(EDITS[attribute])
+    instruction = wording.format(shape=before.shape, new=getattr(after, attribute))
+    return Edit(before, after, attribute, instruction)
+
+
+REPEAT, SAME = 0.15, 0.5
+
+
+def repeated_words(rng: random.Random) -> str:
+    """Words in a random order, said twice: to go on, a model must find what followed the last time."""
+    vocabulary = [*COLORS, *SHAPES, *SIZES, *sum((list(t) for t in COLOR_THINGS.values()), [])]
+    words = " ".join(rng.choices(vocabulary, k=rng.randint(8, 20)))
+    return f"{words}. again: {words}."
+
+
+def text_document(rng: random.Random) -> str:
+    """One document of built-in text: to go on with it, a model must remember what a caption said."""
+    if rng.random() < REPEAT:
+        return repeated_words(rng)
+    if rng.random() < 0.1:
+        return ". ".join(rng.sample(FACTS, 4)) + "."
+    if rng.random() < 0.1:
+        edit = draw_edit(rng)
+        return f"{edit.source.caption}. {edit.instruction}: {edit.target.caption}."
+    words = vars(rng.choice(all_scenes(held_out=False)))
+    wording = rng.choice(WORDINGS)
+    text = wording.format(**words)
+    for question, attribute in rng.sample(QUESTIONS, rng.randint(1, 4)):
+        text += f". {question.format(**words)}? {words[attribute]}"
+    again = wording if rng.random() < SAME else rng.choice(WORDINGS)
+    return text + ". " + again.format(**words) + "."
