@@ -1,7 +1,7 @@
 """What a model trained on chat and edits can do, on built-in cases that training never showed.
 
 python evaluate_chat.py                               # the last run of --config small-chat
-python evaluate_chat.py --n 200 --json results.json --sheet chat.png
+python evaluate_chat.py --n 200 --json results.json --edits edits.png --thoughts thoughts.png
 
 decisions  mixed conversations: as many pictures as were asked for, and none where none was
 direct     plain requests through chat, against the same captions as plain text to image
@@ -78,7 +78,8 @@ def run(trained: Trained, what: str, cases: list[list[dict]], thinking, style: S
 
 
 def share(flags: list[bool]) -> float:
-    return sum(flags) / len(flags)
+    """Share of what is true; 0 of nothing."""
+    return sum(flags) / max(1, len(flags))
 
 
 def painted(message: dict) -> Scene | None:
@@ -240,7 +241,7 @@ def stories(trained: Trained, n: int, style: Style) -> dict:
 
 
 def evaluate(trained: Trained, n: int, style: Style) -> dict:
-    """All figures, and under "sheet" what a sheet shows: pictures and their labels."""
+    """All figures, and under "edit_sheet" and "thought_sheet" the pages to look at."""
     rng = random.Random(f"held-out text {style.seed}")
     report = {
         "checkpoint": str(trained.folder),

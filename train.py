@@ -73,7 +73,7 @@ from latents import INDEX, LatentShards, LatentSource
 from load_qwen3 import fingerprint, known_config, load_qwen3, load_tokenizer, read_json, resolve
 from model import SEPARATIONS, Hidden, LMFusion, Tokens, replace
 from parallel import Team, alike, fill, join, leave, own_device, release, shard, whole
-from pictures import load_edits, load_pictures
+from pictures import list_samples, load_edits, load_pictures
 from template import IM_END, IM_START, encode_plain
 from vae import AutoencoderKL, load_vae, read_vae_config, resolve_vae
 
@@ -290,7 +290,6 @@ CONFIGS["small-chat"] = dataclasses.replace(
 INHERITED = (
     "separation",
     "image_size",
-    "vae",
     "latent_patch",
     "latent_channels",
     "whiten",
@@ -551,6 +550,10 @@ class Run:
             self.ids[caption] = encode_plain(self.tokenizer, caption)[: self.room]
         return self.ids[caption]
 
+    def tokenise_edit(self, instruction: str) -> list[int]:
+        """Likewise for an instruction, which leaves room for two pictures."""
+        return self.tokenise(instruction)[: max(1, self.room - self.model.config.num_patches - 1)]
+
     def fits(self, caption: str) -> bool:
         """Whether `tokenise` leaves a caption whole."""
         return len(self.tokenise(caption)) == len(encode_plain(self.tokenizer, caption))
@@ -623,8 +626,7 @@ class Run:
             return chat_document(self.source.conversation(rng), dropped, self.tokenizer, model, rng)
         if task == "edit":
             source, target, instruction = self.source.edited(rng)
-            ids = self.tokenise(instruction)[: max(1, self.room - model.num_patches - 1)]
-            return edit_document(source, target, ids, dropped, model)
+            return edit_document(source, target, self.tokenise_edit(instruction), dropped, model)
         picture, caption = self.source.captioned(rng)
         order = BEHIND if task == "caption" else DROPPED if dropped else FIRST
         return caption_document(picture, self.tokenise(caption), order, model, config.recipe)
@@ -650,7 +652,7 @@ class Run:
                 means[k] = means[k] + out[k].detach().double() * share[k]
         means = team.total([float(m) for m in means.values()])
         result = {k: m for k, m, total in zip(PARTS, means, totals, strict=True) if total}
-        result["loss"] = result.get("lm_loss", 0.0) + config.lambda_ddpm * result["ddpm_loss"]
+        result["loss"] = result.get("lm_loss", 0.0) + config.lambda_ddpm * result.get("ddpm_loss", 0.0)
         norm = whole(nn.utils.clip_grad_norm_(self.trained.values(), config.clip)).item()
         for what, value in (("loss", result["loss"]), ("norm of the gradient", norm)):
             if not math.isfinite(value):
@@ -686,7 +688,7 @@ class Run:
         elif set(self.tasks) == {"edit"}:
             before, after, words = self.source.validation_edits(96)
             context, latents = (self.codec.encode(self.source.pixels(x)) for x in (before, after))
-            ids = [self.tokenise(w) for w in words]
+            ids = [self.tokenise_edit(w) for w in words]
         else:
             pictures, captions = self.source.validation(96)
             latents, ids = self.codec.encode(pictures), [self.tokenise(c) for c in captions]
@@ -744,7 +746,7 @@ class Run:
         before, _, words = self.source.validation_edits(9)
         before = self.source.pixels(before)
         trained = Trained(self.model, self.tokenizer, self.diffusion, self.codec, {}, self.out)
-        words = [self.tokenizer.decode(self.tokenise(w)) for w in words]  # cut as in training
+        words = [self.tokenizer.decode(self.tokenise_edit(w)) for w in words]  # cut as in training
         with self.averaged():
             after = edit_images(trained, before, words, seeds=list(range(len(words))))
             release(self.model)
@@ -921,7 +923,8 @@ def open_source(config: TrainConfig) -> Shapes | PictureSource | LatentSource:
         val = LatentShards(config.val_data) if config.val_data else None
         return LatentSource(LatentShards(config.data), val)
     val = load_pictures(config.val_data, config.image_size) if config.val_data else None
-    edits = load_edits(config.data, config.image_size) if {"edit", "chat"} & set(config.tasks) else None
+    has_edits = "chat" in config.tasks and any(s.kind == "edit" for s in list_samples([config.data]))
+    edits = load_edits(config.data, config.image_size) if "edit" in config.tasks or has_edits else None
     alone = set(config.tasks) == {"edit"}
     return PictureSource(None if alone else load_pictures(config.data, config.image_size), val, edits)
 
@@ -936,6 +939,10 @@ def content(source: Shapes | PictureSource | LatentSource) -> bytes:
     for part in (source.train, source.val):
         digest.update(json.dumps(part.captions).encode())
         digest.update(part.pixels.numpy())
+    if source.edits is not None:
+        digest.update(json.dumps(source.edits.instructions).encode())
+        digest.update(source.edits.sources.numpy())
+        digest.update(source.edits.targets.numpy())
     return digest.digest()
 
 
@@ -1055,6 +1062,8 @@ def inherit(config: TrainConfig, given: dict) -> TrainConfig:
     changes = {field: saved[field] for field in INHERITED}
     if "base" not in given:
         changes["base"] = info.get("base", "")
+    if "vae" not in given:  # another path is fine: the fingerprint tells
+        changes["vae"] = (info.get("vae") or {}).get("path", "")
     return dataclasses.replace(config, **changes)
 
 
@@ -1117,12 +1126,15 @@ def train(run: Run) -> None:
                 middle = len(TIMESTEPS) // 2
                 right, permuted = line["val"]["right"][middle], line["val"]["permuted"][middle]
                 bar.write(
-                    f"step {run.step}: ddpm {mean['ddpm_loss']:.4f}, lm {mean['lm_loss'] or math.nan:.4f}; "
+                    f"step {run.step}: ddpm {mean['ddpm_loss'] or math.nan:.4f}, "
+                    f"lm {mean['lm_loss'] or math.nan:.4f}; "
                     f"validation at t = {TIMESTEPS[middle]}: {right:.4f} under the right caption, "
                     f"{permuted:.4f} under another; {rate:.0f} pictures/s"
                 )
             bar.set_postfix(
-                ddpm=f"{mean['ddpm_loss']:.4f}", lm=f"{mean['lm_loss'] or math.nan:.3f}", ips=f"{rate:.0f}"
+                ddpm=f"{mean['ddpm_loss'] or math.nan:.4f}",
+                lm=f"{mean['lm_loss'] or math.nan:.3f}",
+                ips=f"{rate:.0f}",
             )
             window, window_start, waited = [], now, 0.0
         if last or run.step % config.checkpoint_every == 0:

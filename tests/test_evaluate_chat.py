@@ -60,9 +60,8 @@ def show(scene: Scene, shift: tuple[int, int] = (0, 0)) -> dict:
     return {"type": "image", "image": Seen(render([scene], shifts=[shift])[0], torch.zeros(1))}
 
 
-def message(*parts: dict, thought: str | None = None) -> dict:
-    out = {"role": "assistant", "content": list(parts)}
-    return out if thought is None else out | {"reasoning_content": thought}
+def message(*parts: dict) -> dict:
+    return {"role": "assistant", "content": list(parts)}
 
 
 def shots(m: dict) -> list[Shot]:
@@ -536,7 +535,13 @@ def test_a_model_that_was_hardly_trained(trained):
 def test_the_sheet_of_thoughts_shows_both_pictures_of_each_request(model, monkeypatch):
     given = []
     monkeypatch.setattr(evaluate_chat.figures, "cases", lambda rows, titles: given.append((rows, titles)))
-    model.say = lambda right, messages, thinking: right if thinking else spoilt(right)
+    more = show(all_scenes(True)[0])  # of several pictures the first is shown
+
+    def say(right: dict, messages: list[dict], thinking: bool) -> dict:
+        wrong = spoilt(right)
+        return right if thinking else wrong | {"content": [*wrong["content"], more]}
+
+    model.say = say
     figures_of(12)
     ((rows, titles),) = given
     assert len(rows) == 8 and titles == ["after the thought", "without one"]

@@ -937,7 +937,8 @@ def test_guidance_of_an_edit_is_over_the_picture_and_over_the_instruction(traine
     eps = []
     for row in ([*source, *words, *boi], [*source, *boi], boi):
         images = torch.cat([latent] * row.count(IMAGE) + [x])
-        hidden = model.encode(Tokens.rows([[*row, IMAGE]], P), images, torch.cat([clean] * row.count(IMAGE) + [t]))
+        times = torch.cat([clean] * row.count(IMAGE) + [t])
+        hidden = model.encode(Tokens.rows([[*row, IMAGE]], P), images, times)
         eps.append(trained.diffusion.eps_from_output(model.unet_output(hidden)[-1:], x, t))
     wanted = eps[2] + cfg_image * (eps[1] - eps[2]) + cfg * (eps[0] - eps[1])
 
