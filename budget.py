@@ -173,7 +173,7 @@ def training_flops(config: ModelConfig, train: TrainConfig, caption_tokens: int)
     "prefill" is what `LMFusion.forward` does first, without a graph if the text is frozen; what activation
     checkpointing computes again is part of "backward".
     """
-    first, drop = train.caption_first, train.caption_drop
+    first, drop = train.recipe.caption_first, train.caption_drop
     flops = dict.fromkeys(("prefill", "forward", "backward"), 0.0)
     for order, share in ((FIRST, first * (1 - drop)), (DROPPED, first * drop), (BEHIND, 1 - first)):
         if share == 0:
@@ -256,7 +256,7 @@ def training_bytes(
     for p in trained:
         p.register_post_accumulate_grad_hook(keep)
     micro = micro_batch(train, world_size)
-    behind = math.ceil(micro * (1 - train.caption_first))  # rather one too many: they keep more
+    behind = math.ceil(micro * (1 - train.recipe.caption_first))  # rather one too many: they keep more
     orders = [FIRST] * (micro - behind) + [BEHIND] * behind
     activations = 0.0
     for _ in range(1 if micro * world_size == train.batch_size else 2):  # the second adds to gradients

@@ -234,7 +234,8 @@ class TrainConfig:
     @property
     def recipe(self) -> Recipe:
         """With only captions and pictures to make, a task is a recipe of the first stage."""
-        first = self.tasks.get("generate", 0.0) if self.tasks else self.caption_first
+        simple = self.tasks and set(self.tasks) <= {"caption", "generate"}
+        first = self.tasks.get("generate", 0.0) if simple else self.caption_first
         return Recipe(first, self.caption_drop, self.noise_limit)
 
 
@@ -922,10 +923,15 @@ def open_source(config: TrainConfig) -> Shapes | PictureSource | LatentSource:
     if (folder / INDEX).is_file() or any(folder.glob("shard-*.safetensors")):
         val = LatentShards(config.val_data) if config.val_data else None
         return LatentSource(LatentShards(config.data), val)
-    val = load_pictures(config.val_data, config.image_size) if config.val_data else None
     has_edits = "chat" in config.tasks and any(s.kind == "edit" for s in list_samples([config.data]))
     edits = load_edits(config.data, config.image_size) if "edit" in config.tasks or has_edits else None
     alone = set(config.tasks) == {"edit"}
+    if alone and config.val_data:
+        raise ValueError(
+            f"--val-data {config.val_data} goes with captioned pictures; of edits alone, every 20th edit of "
+            "--data is set aside"
+        )
+    val = load_pictures(config.val_data, config.image_size) if config.val_data else None
     return PictureSource(None if alone else load_pictures(config.data, config.image_size), val, edits)
 
 
@@ -1167,6 +1173,8 @@ def dry_run(config: TrainConfig) -> None:
         channels, factor = vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1)
     model = replace(model, **config.model_overrides(channels, factor))
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if not set(config.tasks) <= {"caption", "generate"}:
+        print(f"of captioned pictures; --task {config.task} has more text, and clean pictures as well\n")
     print(budget.table(budget.report(model, config, size)))
 
 
