@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
 from tqdm import tqdm
 
 import cli
@@ -24,6 +23,7 @@ from data import next_tokens
 from dialogues import as_text, conversation
 from load_qwen3 import BOI, EOI, STOCK, known_config, text_names
 from model import LMFusion, ModelConfig, Tokens, replace
+from parallel import fill
 from template import END_THINK, IM_END, IM_START, THINK, encode, render, spoken
 from world import text_document
 
@@ -50,7 +50,7 @@ def train_tokenizer(rng: random.Random) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=800,
+        vocab_size=1024,
         special_tokens=list(SPECIAL),
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -81,16 +81,20 @@ def draw_document(rng: random.Random, tokenizer: Tokenizer, talk: float) -> tupl
 
 
 def init_text(model: LMFusion) -> None:
-    """Scaled normal initialisation of the language model, in place."""
+    """Scaled normal initialisation of the language model, in place, however its tensors are cut."""
     for name, p in model.text_parameters().items():
+        value = torch.ones(p.shape)
         if name == "embed_tokens.weight":
-            nn.init.normal_(p, std=0.05)
+            value.normal_(std=0.05)
         elif p.dim() == 2:
-            nn.init.normal_(p, std=p.shape[1] ** -0.5)
+            value.normal_(std=p.shape[1] ** -0.5)
             if name.endswith(("o_proj.weight", "down_proj.weight")):  # residual branches start small
-                p.data /= math.sqrt(2 * model.config.num_hidden_layers)
+                value /= math.sqrt(2 * model.config.num_hidden_layers)
         elif name.endswith("q_norm.weight"):  # attention that can pick one word out starts sooner
-            nn.init.constant_(p, 2.0)
+            value.fill_(2.0)
+        elif name.endswith("bias"):
+            value.zero_()
+        fill(p, value)
 
 
 def tiny_config(tokenizer: Tokenizer, **sizes) -> ModelConfig:
