@@ -3,7 +3,7 @@
     shapes     the built-in pictures of world.py
     pictures   a folder of name.png + name.txt, a metadata.jsonl, or WebDataset tars
     batches    sequences of text ids and IMAGE, cut into the two phases of model.py
-    tasks      caption, generate, edit, chat: what the second stage of training mixes
+    tasks      caption, generate, edit, chat: what the second stage of training mixes; and text alone
 
 `python data.py encode --data ... --vae ... --base ... --out DIR` makes real pictures into shards of latents
 and token ids, once, so that training decodes no picture again (latents.py).
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dialogues import Shot, conversation, picture_conversation
+from dialogues import KINDS, Shot, conversation, picture_conversation
 from diffusion import Diffusion, T
 from model import IMAGE, PAD, ModelConfig, Tokens
 from pictures import Edits, Pictures
@@ -222,7 +222,7 @@ def make_batch(
 # ------------------------------------------------------------------------------------------------------------
 # Tasks of the second stage (Section 5.2; train.py --init-from DIR --task ...)
 
-TASKS = ("caption", "generate", "edit", "chat")
+TASKS = ("caption", "generate", "edit", "chat", "text")
 
 
 def parse_tasks(text: str) -> dict[str, float]:
@@ -295,7 +295,7 @@ def chat_document(
     painted = [n for n, i in enumerate(places) if i > last_turn]  # in the assistant's last message
     if not painted or (rng.random() < 0.25 and not dropped):
         return Document(ids, pictures, [0] * len(pictures), own)
-    n = rng.choice(painted)
+    n = max(rng.choice(painted), rng.choice(painted))  # rather a later one: words stand before it
     if dropped:
         return Document([config.boi_id, IMAGE], [pictures[n]], [T], [False] * 2)
     end = places[n] + 1
@@ -323,6 +323,11 @@ def collate(documents: list[Document], latents: Tensor, config: ModelConfig, pac
 ALL = slice(None)  # of a batch: what one process does, where there is only one
 
 
+# Shares of dialogues.KINDS in the second stage. Our choice: many stories, for nowhere else does a caption
+# stand behind a picture that it does not describe.
+TURNS = (3, 4, 8, 3, 3)
+
+
 class Shapes:
     """The built-in pictures as a data source."""
 
@@ -344,8 +349,9 @@ class Shapes:
         return Shot(edit.source, shift), Shot(edit.target, shift), edit.instruction
 
     def conversation(self, rng: random.Random) -> list[dict]:
-        """Messages with Shots in them."""
-        return conversation(rng, thinking=rng.random() < 0.4)
+        """Messages with Shots in them, of one to three turns."""
+        kinds = rng.choices(KINDS, TURNS, k=rng.choices((1, 2, 3), (70, 25, 5))[0])
+        return conversation(rng, thinking=rng.random() < 0.4, kinds=kinds)
 
     def validation_edits(self, n: int) -> tuple[list[Shot], list[Shot], list[str]]:
         """n edits to held-out scenes, as in `edited`; the same ones whenever asked."""

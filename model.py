@@ -638,10 +638,13 @@ class LMFusion(nn.Module):
         text = self.text_parameters()
         return {n: p for n, p in self.named_parameters() if n not in text}
 
-    def freeze_text(self, frozen: bool = True) -> None:
-        """Freeze or thaw the language model; its final norm stays frozen, for the text's sake."""
+    def freeze_text(self, frozen: bool = True, norm: bool = True) -> None:
+        """Freeze or thaw the language model; its final norm stays frozen, for the text's sake.
+
+        norm = False thaws that too: where the text is learned from nothing, there is none to keep.
+        """
         for name, p in self.text_parameters().items():
-            p.requires_grad_(not frozen and name != "norm_text.weight")
+            p.requires_grad_(not frozen and not (norm and name == "norm_text.weight"))
 
     @property
     def text_is_frozen(self) -> bool:

@@ -13,6 +13,7 @@ and the number of the step, so that a resumed run goes on exactly as if it had n
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import math
@@ -67,7 +68,7 @@ from data import (
     parse_tasks,
 )
 from diffusion import Diffusion
-from evaluate import TIMESTEPS, errors_by_timestep
+from evaluate import TIMESTEPS, errors_by_timestep, read_paragraphs
 from generate import edit_images, generate_images
 from latents import INDEX, LatentShards, LatentSource
 from load_qwen3 import fingerprint, known_config, load_qwen3, load_tokenizer, read_json, resolve
@@ -76,6 +77,24 @@ from parallel import Team, alike, fill, join, leave, own_device, release, shard,
 from pictures import list_samples, load_edits, load_pictures
 from template import IM_END, IM_START, encode_plain
 from vae import AutoencoderKL, load_vae, read_vae_config, resolve_vae
+
+
+def parse_stages(text: str) -> list[tuple[int, list[str]]]:
+    """ "0:unet_*;500:unet_*,*.self_attn.*;900:*" -> steps, and patterns of what trains from there on.
+
+    ValueError unless the steps begin with 0 and grow.
+    """
+    stages: list[tuple[int, list[str]]] = []
+    for item in text.split(";") if text.strip() else []:
+        step, colon, patterns = item.partition(":")
+        names = [p.strip() for p in patterns.split(",") if p.strip()]
+        if not colon or not step.strip().isdigit() or not names:
+            raise ValueError(f"--stages: {item.strip()!r} is not of the form STEP:PATTERN,PATTERN")
+        first = int(step)
+        if first <= stages[-1][0] if stages else first:
+            raise ValueError(f"--stages {text}: the steps must begin with 0 and grow")
+        stages.append((first, names))
+    return stages
 
 
 @dataclass(frozen=True)
@@ -93,8 +112,12 @@ class TrainConfig:
     init_from: str = setting("", "run or checkpoint whose image side this run starts from (second stage)")
     task: str = setting(
         "",
-        "caption, generate, edit, chat, or a mixture with weights (generate=2,chat=3); empty: captioned "
-        "pictures, as --caption-first has it",
+        "caption, generate, edit, chat, text, or a mixture with weights (generate=2,chat=3); empty: "
+        "captioned pictures, as --caption-first has it",
+    )
+    text_data: str = setting("", "file of text for --task text, in paragraphs; empty: the built-in text")
+    from_scratch: bool = setting(
+        False, "random text weights in the base's place: with --separation none it is Transfusion (Table 1)"
     )
     out: str = setting("runs/small", "folder of the run")
     seed: int = setting(0, "of everything random")
@@ -137,6 +160,11 @@ class TrainConfig:
     lr: float = setting(1e-4, "peak learning rate of the image side")
     lr_final: float = setting(1.5e-5, "learning rate at the end of the cosine")
     muon_lr: float = setting(8e-3, "peak learning rate of the matrices under muon")
+    stages: str = setting(
+        "",
+        "what trains when: STEP:PATTERN,...;STEP:PATTERN,... (patterns of parameter names: 'unet_*', '*'); "
+        "empty: everything, always",
+    )
     lr_text_ratio: float = setting(
         0.0, "learning rate of the text side over that of the image side; 0 freezes it"
     )
@@ -206,8 +234,17 @@ class TrainConfig:
                 f"--latent-channels {self.latent_channels} is more than the {3 * self.latent_patch**2} "
                 "numbers of a patch"
             )
-        if self.task:
-            parse_tasks(self.task)
+        tasks = parse_tasks(self.task) if self.task else {}
+        if self.lr_text_ratio == 0 and ("text" in tasks or self.from_scratch):
+            raise ValueError(
+                f"{'--task text' if 'text' in tasks else '--from-scratch'} trains nothing while the text is "
+                "frozen: give --lr-text-ratio too"
+            )
+        if self.text_data and "text" not in tasks:
+            raise ValueError(
+                f"--text-data {self.text_data} goes with --task text (or text=WEIGHT in a mixture)"
+            )
+        parse_stages(self.stages)
         if self.noise_limit > 1000:
             raise ValueError(f"--noise-limit is {self.noise_limit}; there are 1000 timesteps")
 
@@ -502,7 +539,10 @@ class Run:
         )
         self.model.activation_checkpointing = config.activation_checkpointing
         self.overrides, self.base, self.fingerprint = overrides, str(base), fingerprint(self.model)
-        self.model.freeze_text(config.lr_text_ratio == 0)
+        if config.from_scratch:
+            pretrain.init_text(self.model)
+            self.model.init_image_from_text()
+        self.model.freeze_text(config.lr_text_ratio == 0, norm=not config.from_scratch)
         self.tokenizer: Tokenizer = load_tokenizer(base)
         context, P = self.model.config.max_position_embeddings, self.model.config.num_patches
         if config.pack:
@@ -524,6 +564,8 @@ class Run:
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.average = {n: p.detach().clone() for n, p in self.trained.items()} if config.ema else None
         self.optimizers = make_optimizers(self.model, config)
+        self.stages = [(step, self.matching(patterns)) for step, patterns in parse_stages(config.stages)]
+        self.paragraphs = read_paragraphs(config.text_data) if config.text_data else []
         self.step, self.seconds = 0, 0.0
         self.ids: dict[str, list[int]] = {}  # captions already tokenised
         self.validation = self.make_validation()
@@ -558,6 +600,22 @@ class Run:
     def fits(self, caption: str) -> bool:
         """Whether `tokenise` leaves a caption whole."""
         return len(self.tokenise(caption)) == len(encode_plain(self.tokenizer, caption))
+
+    def matching(self, patterns: list[str]) -> set[str]:
+        """Names of the trained parameters that a stage trains; ValueError for a pattern that fits none."""
+        found: set[str] = set()
+        for pattern in patterns:
+            names = fnmatch.filter(self.trained, pattern)
+            if not names:
+                examples = ", ".join(list(self.trained)[:: max(1, len(self.trained) // 4)])
+                raise ValueError(f"--stages: {pattern} fits no trained parameter; some are {examples}")
+            found |= set(names)
+        return found
+
+    def resting(self) -> list[nn.Parameter]:
+        """The parameters that the current stage leaves as they are."""
+        now = [names for step, names in self.stages if step <= self.step]
+        return [p for n, p in self.trained.items() if n not in now[-1]] if now else []
 
     def load(self, n: int, rng: random.Random, share: slice) -> tuple[Tensor, list[list[int]]]:
         """`share` of n training samples: latents (M, C, h, w) and captions as ids."""
@@ -623,6 +681,8 @@ class Run:
         config, model = self.config, self.model.config
         task = rng.choices(list(self.tasks), list(self.tasks.values()))[0]
         dropped = rng.random() < (config.edit_drop if task == "edit" else config.caption_drop)
+        if task == "text":
+            return self.draw_text(rng)
         if task == "chat":
             return chat_document(self.source.conversation(rng), dropped, self.tokenizer, model, rng)
         if task == "edit":
@@ -631,6 +691,16 @@ class Run:
         picture, caption = self.source.captioned(rng)
         order = BEHIND if task == "caption" else DROPPED if dropped else FIRST
         return caption_document(picture, self.tokenise(caption), order, model, config.recipe)
+
+    def draw_text(self, rng: random.Random) -> Document:
+        """A document without pictures: built-in text as the tiny base was pretrained on, or a paragraph."""
+        if self.paragraphs:
+            ids = encode_plain(self.tokenizer, rng.choice(self.paragraphs)) + [self.model.config.eos_id]
+            own = [True] * len(ids)
+        else:
+            ids, own = pretrain.draw_document(rng, self.tokenizer, pretrain.TALK)
+        room = self.model.config.max_position_embeddings
+        return Document(ids[:room], [], [], own[:room])
 
     def train_step(self) -> dict[str, float]:
         """One step; returns the losses of the whole batch."""
@@ -651,6 +721,8 @@ class Run:
             (loss * team.size).backward()  # gradients of the processes are averaged
             for k in share:
                 means[k] = means[k] + out[k].detach().double() * share[k]
+        for p in self.resting():  # no gradient: in no norm, no step, no decay
+            p.grad = None
         means = team.total([float(m) for m in means.values()])
         result = {k: m for k, m, total in zip(PARTS, means, totals, strict=True) if total}
         result["loss"] = result.get("lm_loss", 0.0) + config.lambda_ddpm * result.get("ddpm_loss", 0.0)

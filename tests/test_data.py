@@ -618,7 +618,7 @@ def test_tasks_and_their_shares(text, shares):
 
 
 def test_every_task_can_be_named():
-    assert set(TASKS) == {"caption", "generate", "edit", "chat"}
+    assert set(TASKS) == {"caption", "generate", "edit", "chat", "text"}
     assert parse_tasks(",".join(TASKS)) == dict.fromkeys(TASKS, 0.25)
 
 
@@ -779,7 +779,7 @@ def test_one_picture_of_the_last_message_is_painted_and_what_stands_behind_it_is
             assert n == 4 and d.ids == whole
         assert len(d) == len(d.ids) - at[0]
     shares = [count[t] / 400 for t in ((0, 0, 0, 0), (0, 0, 1000), (0, 0, 0, 1000))]
-    assert len(count) == 3 and shares == pytest.approx([0.25, 0.375, 0.375], abs=0.08)
+    assert len(count) == 3 and shares == pytest.approx([0.25, 0.1875, 0.5625], abs=0.07)  # the later one rather
 
 
 def test_a_dropped_conversation_is_a_picture_of_its_last_message_alone():
@@ -787,7 +787,7 @@ def test_a_dropped_conversation_is_a_picture_of_its_last_message_alone():
     for d in documents(TWO_TURNS, dropped=True):
         assert d.ids == [CHAT.boi_id, IMAGE] and d.max_t == [1000] and d.spoken == [False] * 2
         count.update(d.pictures)
-    assert set(count) == {"second", "third"} and min(count.values()) > 150
+    assert set(count) == {"second", "third"} and count["third"] / 400 == pytest.approx(0.75, abs=0.08)
 
 
 @pytest.mark.parametrize("dropped", (True, False))
