@@ -3,7 +3,7 @@
     shapes     the built-in pictures of world.py
     pictures   a folder of name.png + name.txt, a metadata.jsonl, or WebDataset tars
     batches    sequences of text ids and IMAGE, cut into the two phases of model.py
-    tasks      caption, generate, edit, chat: what the second stage of training mixes; and text alone
+    tasks      caption, generate, edit, chat: what the second stage of training mixes
 
 `python data.py encode --data ... --vae ... --base ... --out DIR` makes real pictures into shards of latents
 and token ids, once, so that training decodes no picture again (latents.py).
@@ -222,7 +222,7 @@ def make_batch(
 # ------------------------------------------------------------------------------------------------------------
 # Tasks of the second stage (Section 5.2; train.py --init-from DIR --task ...)
 
-TASKS = ("caption", "generate", "edit", "chat", "text")
+TASKS = ("caption", "generate", "edit", "chat")
 
 
 def parse_tasks(text: str) -> dict[str, float]:

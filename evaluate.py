@@ -1,27 +1,32 @@
-"""What a trained model can do, on combinations that training never showed. As a table and as JSON.
+"""What a trained model can do: the paper's evaluation (Section 4.3), as a table and as JSON.
 
 python evaluate.py                              # the last run of --config small
 python evaluate.py --checkpoint runs/other --n 228 --json results.json --sheet results.png
+python evaluate.py --checkpoint runs/qwen3-8b --text book.txt --choices hellaswag.jsonl --data coco/val
+
+On the built-in shapes, combinations that training never showed:
 
 prompt match   each attribute, and all at once, read off the generated picture by template matching that knows
                nothing of the model
-captions       exactly right, word for word, of held-out pictures
+captions       of held-out pictures: CIDEr, and exactly right, word for word
+Frechet        the distance of painted from real pictures (metrics.py: features of our own, not FID's)
 validation     the diffusion error under the right and under another caption, by timestep
+language       questions about the text world, and about two sentences together (language.py)
 text           perplexity of the base and of the trained model, and whether both are the same to the last bit
+
+On files, with any checkpoint: --text, --choices (multiple choice), --data (CIDEr of the captions it writes).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import re
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,8 +36,12 @@ from checkpoint import Trained, check_device, load_trained, write_atomic
 from data import Batch, Recipe, make_batch
 from diffusion import Diffusion, T
 from generate import continue_text, describe_images, encode_text, generate_images
+from language import knowledge, multiple_choice, perplexity, read_questions, reasoning
 from load_qwen3 import load_qwen3
+from metrics import caption_tokens, cider, exact_match, frechet
 from model import LMFusion, Tokens
+from pictures import load_pictures
+from template import encode_plain
 from world import (
     ATTRIBUTES,
     COLORS,
@@ -134,29 +143,25 @@ def validation_error(trained: Trained, pictures: Tensor, captions: list[str]) ->
     return out
 
 
-@torch.inference_mode()
-def perplexity(model, documents: list[list[int]]) -> float:
-    """exp of the mean cross-entropy of every token but the first of each document (token ids)."""
-    total, count = 0.0, 0
-    for ids in documents:
-        ids = torch.tensor([ids], device=model.boi_head.device)
-        logits = model.text_logits(ids)[0, :-1].float()
-        total += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-        count += ids.shape[1] - 1
-    return math.exp(total / count)
+def load_base(trained: Trained) -> LMFusion:
+    """The language model that a checkpoint was trained on, as it was."""
+    overrides = {**trained.info["model"], "unet_channels": (4, 4), "separation": "none"}
+    like = trained.model.boi_head
+    return load_qwen3(trained.info["base"], **overrides).to(device=like.device, dtype=like.dtype)
+
+
+def text_parameters_changed(model: LMFusion, base: LMFusion) -> list[str]:
+    """Names of the text tensors of a model that differ from its base's in any bit."""
+    ours, theirs = model.text_parameters(), base.text_parameters()
+    return [n for n in theirs if not torch.equal(ours[n], theirs[n])]
 
 
 @torch.inference_mode()
 def text_report(trained: Trained, documents: list[str]) -> dict:
     """Is the text what it was? Every text tensor and the logits compared bit by bit with the base's."""
-    base = load_qwen3(
-        trained.info["base"], **{**trained.info["model"], "unet_channels": (4, 4), "separation": "none"}
-    )
-    device, dtype = trained.model.boi_head.device, trained.model.boi_head.dtype
-    base.to(device=device, dtype=dtype)
+    base, device = load_base(trained), trained.model.boi_head.device
     ids = [encode_text(trained, d, room=0) + [base.config.eos_id] for d in documents]
-    ours, theirs = trained.model.text_parameters(), base.text_parameters()
-    changed = [n for n in theirs if not torch.equal(ours[n], theirs[n])]
+    changed = text_parameters_changed(trained.model, base)
     equal = all(
         torch.equal(trained.model.text_logits(x), base.text_logits(x))
         for x in (torch.tensor([row], device=device) for row in ids[:20])
@@ -164,10 +169,54 @@ def text_report(trained: Trained, documents: list[str]) -> dict:
     return {
         "perplexity_base": perplexity(base, ids),
         "perplexity_trained": perplexity(trained.model, ids),
-        "tensors": len(theirs),
+        "tensors": len(base.text_parameters()),
         "tensors_changed": changed,
         "logits_bit_equal": equal,
     }
+
+
+def language_report(trained: Trained, n: int, seed: int) -> dict:
+    """Built-in multiple choice: what captions never repeat, and n puzzles over two sentences."""
+    sets = {"knowledge": knowledge(), "reasoning": reasoning(n, seed)}
+    return {name: choose_answers(trained.model, trained, questions, name) for name, questions in sets.items()}
+
+
+def choose_answers(model: LMFusion, trained: Trained, questions: list, what: str) -> dict[str, float]:
+    """`multiple_choice` with a checkpoint's tokenizer: by its own model, or by its base."""
+    return multiple_choice(model, lambda text: encode_plain(trained.tokenizer, text), questions, what)
+
+
+def caption_report(written: list[str], references: list[list[str]]) -> dict[str, float]:
+    """CIDEr and exact matches of captions, each against all references of its picture."""
+    tokens = [caption_tokens(c) for c in written]
+    right = [[caption_tokens(r) for r in group] for group in references]
+    return {"pictures": len(written), "cider": cider(tokens, right)[0], "exact": exact_match(tokens, right)}
+
+
+def image_id(name: str) -> int | str:
+    """What COCO calls a picture: the number at the end of its name, COCO_val2014_000000391895.jpg."""
+    digits = re.search(r"(\d+)$", Path(name).stem)
+    return int(digits[1]) if digits else name
+
+
+def describe_pictures(trained: Trained, data: str, max_tokens: int) -> tuple[dict, list[dict]]:
+    """The report on real pictures with one or more captions each, and what was written, in COCO's form.
+
+    Rows of a metadata.jsonl that name one file are references of one picture.
+    """
+    found = load_pictures(data, trained.model.config.latent_size * trained.codec.patch)
+    references: dict[str, list[str]] = {}
+    for name, caption in zip(found.names, found.captions, strict=True):
+        references.setdefault(name, []).append(caption)
+    first = [found.names.index(name) for name in references]
+    pictures = found.pixels[first]
+    written = in_batches(
+        lambda i, j: describe_images(trained, pictures[i:j], max_tokens), len(first), 32, "describing"
+    )
+    results = [
+        {"image_id": image_id(name), "caption": c} for name, c in zip(references, written, strict=True)
+    ]
+    return caption_report(written, list(references.values())), results
 
 
 @torch.inference_mode()
@@ -220,11 +269,14 @@ def evaluate(
         "prompt_match": prompt_match(scenes, pictures),
         "template_check": prompt_match(scenes, real)["all"],
         "seconds_per_picture": round(painted / n, 4),
+        "frechet": frechet(pictures, real) if n > 1 else None,
         "captions_exact": sum(a == b for a, b in zip(captions, described, strict=True)) / n,
+        "captions_cider": caption_report(described, [[c] for c in captions])["cider"],
         "caption_errors": [
             {"right": a, "written": b} for a, b in zip(captions, described, strict=True) if a != b
         ][:8],
         "validation": validation_error(trained, real, captions),
+        "language": language_report(trained, 300, seed),
         "text": text_report(trained, [text_document(rng) for _ in range(200)]),
         "answers": answers(trained),
         "pictures": pictures,
@@ -256,7 +308,14 @@ def table(r: dict) -> str:
         f"| {k} caption | " + " | ".join(f"{v:.4f}" for v in r["validation"][k]) + " |"
         for k in ("right", "permuted")
     ]
-    return "\n".join(lines + ["", text_line(r["text"])])
+    language = ", ".join(
+        f"{name} {100 * found['accuracy']:.1f}% of {found['questions']}"
+        for name, found in r["language"].items()
+    )
+    lines += ["", f"Captions: CIDEr {r['captions_cider']:.3f}."]
+    if r["frechet"] is not None:
+        lines[-1] += f" Frechet distance of the pictures (own features): {r['frechet']:.4f}."
+    return "\n".join([*lines, f"Questions in text: {language}.", text_line(r["text"])])
 
 
 def text_line(text: dict) -> str:
@@ -304,8 +363,22 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--sheet", metavar="FILE", help="write a sheet of the first 36 pictures here")
     add("--device", default="cpu", help="cpu, cuda, ...")
     add(
-        "--text", metavar="FILE", help="only compare the text with the base's, on the paragraphs of this file"
+        "--text", metavar="FILE", help="instead: perplexity of the paragraphs of this file, and of the base's"
     )
+    add(
+        "--choices",
+        action="append",
+        default=[],
+        metavar="FILE.jsonl",
+        help='instead: multiple choice; lines of {"context": ..., "choices": [...], "label": 0} (repeatable)',
+    )
+    add(
+        "--data",
+        metavar="PATH",
+        help="instead: CIDEr of the captions it writes for these pictures (a folder, a metadata.jsonl, tars)",
+    )
+    add("--captions", metavar="FILE.json", help="with --data: write them here, in the form of COCO's results")
+    add("--max-tokens", type=int, default=64, help="longest caption to write for --data")
     args = parser.parse_args(args)
     if not 1 <= args.n <= len(all_scenes(held_out=True)):
         raise ValueError(f"--n is {args.n}; there are {len(all_scenes(held_out=True))} held-out combinations")
@@ -313,12 +386,42 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"--steps is {args.steps}; it must be from 1 to {T}")
     if not -100 <= args.cfg <= 100:
         raise ValueError(f"--cfg is {args.cfg}; it must be from -100 to 100")
+    if not 1 <= args.max_tokens <= 10**6:
+        raise ValueError(f"--max-tokens is {args.max_tokens}; it must be from 1 to 1000000")
+    if args.captions and not args.data:
+        raise ValueError(f"--captions {args.captions} goes with --data")
     check_device(args.device)
-    if args.json:
-        figures.check_place(args.json)
+    for file in (args.json, args.captions):
+        if file:
+            figures.check_place(file)
     if args.sheet:
         figures.check_place(args.sheet, figures.FORMATS)
     return args
+
+
+def on_files(trained: Trained, args: argparse.Namespace) -> dict:
+    """The figures on the user's own files, printed as they come."""
+    report: dict = {"checkpoint": str(trained.folder), "step": trained.info["step"]}
+    questions = {path: read_questions(path) for path in args.choices}  # errors first
+    if args.text:
+        report["text"] = text_report(trained, read_paragraphs(args.text))
+        print(text_line(report["text"]))
+    for path, asked in questions.items():
+        by = {"trained": trained.model, "base": load_base(trained)}
+        found = {name: choose_answers(model, trained, asked, name) for name, model in by.items()}
+        report.setdefault("choices", {})[path] = found
+        shares = (
+            f"{name} {100 * f['accuracy']:.2f}% ({100 * f['accuracy_unnormalised']:.2f}%)"
+            for name, f in found.items()
+        )
+        print(f"{path}: {len(asked)} questions, {', '.join(shares)}; in brackets, not normalised by length")
+    if args.data:
+        report["captions"], written = describe_pictures(trained, args.data, args.max_tokens)
+        c = report["captions"]
+        print(f"{args.data}: {c['pictures']} pictures, CIDEr {c['cider']:.4f}, exact {100 * c['exact']:.1f}%")
+        if args.captions:
+            write_atomic(Path(args.captions), json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+    return report
 
 
 def main() -> None:
@@ -327,8 +430,10 @@ def main() -> None:
     trained = load_trained(args.checkpoint, args.base, args.device, vae=args.vae)
     if args.base:
         trained.info["base"] = args.base
-    if args.text:
-        print(text_line(text_report(trained, read_paragraphs(args.text))))
+    if args.text or args.choices or args.data:
+        report = on_files(trained, args)
+        if args.json:
+            write_atomic(Path(args.json), json.dumps(report, indent=1) + "\n")
         return
     config, codec = trained.model.config, trained.codec
     if config.latent_size * codec.patch != 32:

@@ -121,9 +121,12 @@ def save_gif(frames: list[Image.Image], path: str | Path, milliseconds: int = 80
 
 
 def curves(
-    panels: list[tuple[str, dict[str, list[tuple[float, float]]]]], size: tuple[int, int] = (420, 280)
+    panels: list[tuple[str, dict[str, list[tuple[float, ...]]]]], size: tuple[int, int] = (420, 280)
 ) -> Image.Image:
-    """Line plots side by side; a panel is (title, {label: [(x, y), ...]}), and its y axis holds 0."""
+    """Line plots side by side; a panel is (title, {label: [(x, y), ...]}), and its y axis holds 0.
+
+    A point may be (x, y, low, high): then a band from low to high lies behind its line.
+    """
     (w, h), left, top, bottom, right = size, 52, 30, 26, 14
     page = Image.new("RGB", (w * len(panels), h), PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
@@ -131,8 +134,8 @@ def curves(
         points = [q for series in lines.values() for q in series]
         if not points:
             continue
-        x1 = max(max(x for x, _ in points), 1e-9)
-        y0, y1 = min(0.0, min(y for _, y in points)), max(max(y for _, y in points), 1e-9)
+        x1 = max(max(q[0] for q in points), 1e-9)
+        y0, y1 = min(0.0, min(min(q[1:]) for q in points)), max(max(max(q[1:]) for q in points), 1e-9)
         x0 = p * w + left
 
         def place(x: float, y: float, x0=x0, x1=x1, y0=y0, y1=y1) -> tuple[float, float]:
@@ -144,8 +147,13 @@ def curves(
             draw.line((*place(0, y), *place(x1, y)), fill=(228, 228, 228))
             draw.text((x0 - 44, place(0, y)[1] - 6), f"{y:.3g}", GREY, font)
             draw.text((place(x1 * i / 4, y0)[0] - 8, h - bottom + 6), f"{x1 * i / 4:.4g}", GREY, font)
-        for i, (label, series) in enumerate(lines.items()):
-            color = SERIES[i % len(SERIES)]
-            draw.line([place(x, y) for x, y in series], fill=color, width=2)
+        colored = [(SERIES[i % len(SERIES)], *item) for i, item in enumerate(lines.items())]
+        for color, _, series in colored:
+            band = [q for q in series if len(q) == 4]
+            if len(band) > 1:
+                edge = [place(x, low) for x, _, low, _ in band] + [place(q[0], q[3]) for q in band[::-1]]
+                draw.polygon(edge, fill=tuple((c + 4 * 255) // 5 for c in color))
+        for i, (color, label, series) in enumerate(colored):
+            draw.line([place(*q[:2]) for q in series], fill=color, width=2)
             draw.text((p * w + w - 150, top + 4 + 14 * i), label, color, font)
     return page

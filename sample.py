@@ -21,7 +21,7 @@ from tqdm import tqdm
 import cli
 import figures
 from chat import answer_last, check_folder, read_messages, talk
-from checkpoint import Trained, check_device, load_trained
+from checkpoint import Trained, check_device, load_trained, write_atomic
 from diffusion import T
 from generate import Style, describe_images, edit_images, generate_images, generate_text, read_picture
 
@@ -53,7 +53,11 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     )
     add("--base", help="where the base language model lies, if it was moved since training")
     add("--vae", help="where the VAE lies, if it was moved since training")
-    add("--out", help="file of the picture, several in a grid (sample.png); folder of a chat (chat)")
+    add(
+        "--out",
+        help="file of the picture, several in a grid (sample.png); without an ending, a folder: 000000.png "
+        "and its prompt in 000000.txt, and so on; folder of a chat (chat)",
+    )
     add("--n", type=int, default=1, help="pictures a prompt")
     add("--steps", type=int, default=None, help="denoising steps (default: 25 for ddim, 250 for ddpm)")
     add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm is the paper's, with 250 steps")
@@ -61,7 +65,11 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--cfg-image", type=float, default=3.0, help="guidance over the picture of --edit; 1 is none")
     add("--seed", type=int, default=0, help="same seed and arguments: same file")
     add("--labels", action="store_true", help="write each prompt below its picture")
-    add("--scale", type=int, help="pixels a side; 0: as generated (default: 256, or 128 with --labels)")
+    add(
+        "--scale",
+        type=int,
+        help="pixels a side; 0: as generated (default: 256, or 128 with --labels, or 0 in a folder)",
+    )
     add("--gif", metavar="FILE", help="also write a film of the denoising")
     add("--max-tokens", type=int, help="longest text to write (default: 64; 256 an answer in a chat)")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -98,8 +106,9 @@ def check(args: argparse.Namespace) -> None:
     args.out = args.out if args.out is not None else "chat" if talking else "sample.png"
     args.max_tokens = args.max_tokens if args.max_tokens is not None else 256 if talking else 64
     args.steps = args.steps if args.steps is not None else {"ddim": 25, "ddpm": 250}[args.sampler]
+    args.folder = Path(args.out) if not Path(args.out).suffix and not talking else None
     if args.scale is None:
-        args.scale = 128 if args.labels else 256
+        args.scale = 0 if args.folder else 128 if args.labels else 256
     limits = {
         "scale": (0, 4096),
         "n": (1, 10000),
@@ -120,12 +129,24 @@ def check(args: argparse.Namespace) -> None:
             )
     args.messages = read_messages(args.chat_file) if args.chat_file is not None else None
     check_device(args.device)
-    if args.prompt:
+    if args.prompt and args.folder:
+        check_picture_folder(args.folder, args.labels)
+    elif args.prompt:
         figures.check_place(args.out, figures.FORMATS)
+    if args.prompt:
         if args.gif:
             figures.check_place(args.gif, figures.FILMS)
     if talking:
         check_folder(Path(args.out))
+
+
+def check_picture_folder(folder: Path, labels: bool) -> None:
+    """Make the folder of many pictures; OSError if it cannot be, ValueError if something lies in it."""
+    if labels:
+        raise ValueError(f"--labels is for a sheet; --out {folder} is a folder (a sheet has an ending: .png)")
+    figures.check_place(folder / "000000.png")
+    if any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; name another folder with --out")
 
 
 def pixels(trained: Trained) -> int:
@@ -151,12 +172,21 @@ def paint(trained: Trained, args: argparse.Namespace, batch: int = 64) -> None:
         part = slice(i, i + batch)
         how = (seeds[part], args.steps, args.cfg, args.sampler, watch)
         if source is None:
-            pictures.append(generate_images(trained, prompts[part], *how))
+            painted = generate_images(trained, prompts[part], *how)
         else:
             copies = source.expand(len(prompts[part]), -1, -1, -1)
-            pictures.append(edit_images(trained, copies, prompts[part], *how, args.cfg_image))
+            painted = edit_images(trained, copies, prompts[part], *how, args.cfg_image)
+        if args.folder:  # one by one, and no more of them in memory than a batch
+            write_pictures(args.folder, i, painted, prompts[part], args.scale)
+        else:
+            pictures.append(painted)
         films.append(frames)
     bar.close()
+    if args.gif:
+        save_film(films, args)
+    if args.folder:
+        print(f"{args.folder}: {len(prompts)} picture{'s' * (len(prompts) > 1)}, each beside its prompt")
+        return
     everything = torch.cat(pictures)
     native = everything.shape[-1]
     if args.labels:
@@ -167,10 +197,21 @@ def paint(trained: Trained, args: argparse.Namespace, batch: int = 64) -> None:
     print(
         f"{args.out}: {len(prompts)} picture{'s' * (len(prompts) > 1)}, {page.width} x {page.height} pixels"
     )
-    if args.gif:
-        frames = [figures.grid(torch.cat(step), args.scale or native) for step in zip(*films, strict=True)]
-        figures.save_gif(frames, args.gif)
-        print(f"{args.gif}: {len(frames)} frames")
+
+
+def write_pictures(folder: Path, first: int, pictures: Tensor, prompts: list[str], scale: int) -> None:
+    """Pictures from number `first` on, and their prompts beside them: what FID and CLIP score tools read."""
+    for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True), start=first):
+        figures.save_image(figures.to_image(picture, scale or None), folder / f"{number:06d}.png")
+        write_atomic(folder / f"{number:06d}.txt", prompt + "\n")
+
+
+def save_film(films: list[list[Tensor]], args: argparse.Namespace) -> None:
+    """The steps of all batches side by side."""
+    steps = [torch.cat(step) for step in zip(*films, strict=True)]
+    frames = [figures.grid(step, args.scale or step.shape[-1]) for step in steps]
+    figures.save_gif(frames, args.gif)
+    print(f"{args.gif}: {len(frames)} frames")
 
 
 def converse(trained: Trained, args: argparse.Namespace) -> None:

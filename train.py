@@ -22,6 +22,7 @@ import random
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,10 +113,10 @@ class TrainConfig:
     init_from: str = setting("", "run or checkpoint whose image side this run starts from (second stage)")
     task: str = setting(
         "",
-        "caption, generate, edit, chat, text, or a mixture with weights (generate=2,chat=3); empty: "
-        "captioned pictures, as --caption-first has it",
+        "caption, generate, edit, chat, or a mixture with weights (generate=2,chat=3); empty: captioned "
+        "pictures, as --caption-first has it",
     )
-    text_data: str = setting("", "file of text for --task text, in paragraphs; empty: the built-in text")
+    text_data: str = setting("", "file of text for --text-batch, in paragraphs; empty: the built-in text")
     from_scratch: bool = setting(
         False, "random text weights in the base's place: with --separation none it is Transfusion (Table 1)"
     )
@@ -151,6 +152,7 @@ class TrainConfig:
     # optimisation
     steps: int = setting(250_000, "training steps")
     batch_size: int = setting(64, "pictures a step, over all processes")
+    text_batch: int = setting(0, "documents of text alone beside them, where the text side learns")
     micro_batch: int = setting(0, "pictures a process computes at once; 0: its whole share of the batch")
     pack: int = setting(0, "documents share sequences of up to this many tokens; 0: one document a sequence")
     activation_checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory")
@@ -206,6 +208,7 @@ class TrainConfig:
             "weight_decay",
             "lambda_ddpm",
             "whiten",
+            "text_batch",
             "micro_batch",
             "pack",
             "sheet_every",
@@ -234,16 +237,15 @@ class TrainConfig:
                 f"--latent-channels {self.latent_channels} is more than the {3 * self.latent_patch**2} "
                 "numbers of a patch"
             )
-        tasks = parse_tasks(self.task) if self.task else {}
-        if self.lr_text_ratio == 0 and ("text" in tasks or self.from_scratch):
+        if self.task:
+            parse_tasks(self.task)
+        if self.lr_text_ratio == 0 and (self.text_batch or self.from_scratch):
             raise ValueError(
-                f"{'--task text' if 'text' in tasks else '--from-scratch'} trains nothing while the text is "
-                "frozen: give --lr-text-ratio too"
+                f"{'--text-batch' if self.text_batch else '--from-scratch'} trains nothing while the text is "
+                "frozen: give --lr-text-ratio as well"
             )
-        if self.text_data and "text" not in tasks:
-            raise ValueError(
-                f"--text-data {self.text_data} goes with --task text (or text=WEIGHT in a mixture)"
-            )
+        if self.text_data and not self.text_batch:
+            raise ValueError(f"--text-data {self.text_data} goes with --text-batch")
         parse_stages(self.stages)
         if self.noise_limit > 1000:
             raise ValueError(f"--noise-limit is {self.noise_limit}; there are 1000 timesteps")
@@ -521,10 +523,9 @@ class Run:
     def __init__(self, config: TrainConfig, name: str, team: Team | None = None, former: str | None = None):
         self.config, self.name, self.out = config, name, Path(config.out)
         self.team = team or Team(device=config.device)
-        if config.batch_size % self.team.size:
-            raise ValueError(
-                f"--batch-size {config.batch_size} is not a multiple of {self.team.size} processes"
-            )
+        for flag, size in (("batch-size", config.batch_size), ("text-batch", config.text_batch)):
+            if size % self.team.size:
+                raise ValueError(f"--{flag} {size} is not a multiple of {self.team.size} processes")
         self.source = open_source(config)
         self.vae, self.codec = open_codec(config, self.source, self.team.device)
         alone = self.team.size == 1
@@ -631,8 +632,11 @@ class Run:
         All that is random follows from the seed and the step's number, and is drawn for the whole batch: it
         does not depend on how many processes share it, or on the size of the micro batches.
         """
-        if self.tasks:
-            return self.draw_task_batches()
+        batches = self.draw_task_batches() if self.tasks else self.draw_captioned_batches()
+        return batches + self.draw_text_batches()
+
+    def draw_captioned_batches(self) -> list[tuple[Batch, tuple[Tensor, Tensor]]]:
+        """The first stage's: captioned pictures."""
         config, rng = self.config, random.Random(f"{self.config.seed}-{self.step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         share = self.team.share(config.batch_size)
@@ -659,7 +663,7 @@ class Run:
             drawn.append((self.draw_document(rng), rng.getrandbits(63)))
         size = config.micro_batch or len(drawn)
         if size < len(drawn):  # those of like length together: less padding
-            drawn.sort(key=lambda x: len(x[0]))
+            drawn.sort(key=lambda x: len(x[0]) + len(x[0].pictures) * (model.num_patches - 1))
         batches = []
         for i in range(0, len(drawn), size):
             documents, seeds = zip(*drawn[i : i + size], strict=True)
@@ -681,8 +685,6 @@ class Run:
         config, model = self.config, self.model.config
         task = rng.choices(list(self.tasks), list(self.tasks.values()))[0]
         dropped = rng.random() < (config.edit_drop if task == "edit" else config.caption_drop)
-        if task == "text":
-            return self.draw_text(rng)
         if task == "chat":
             return chat_document(self.source.conversation(rng), dropped, self.tokenizer, model, rng)
         if task == "edit":
@@ -692,8 +694,22 @@ class Run:
         order = BEHIND if task == "caption" else DROPPED if dropped else FIRST
         return caption_document(picture, self.tokenise(caption), order, model, config.recipe)
 
+    def draw_text_batches(self) -> list[tuple[Batch, tuple[Tensor, Tensor]]]:
+        """Text alone, beside the pictures: what only a text side that learns has use for (Section 4.2)."""
+        config, model, batches = self.config, self.model.config, []
+        documents = []
+        for number in range(config.text_batch)[self.team.share(config.text_batch)]:
+            documents.append(self.draw_text(random.Random(f"text {config.seed}-{self.step}-{number}")))
+        documents.sort(key=lambda d: len(d.ids))
+        size = config.micro_batch or max(1, len(documents))
+        for i in range(0, len(documents), size):
+            batch = collate(documents[i : i + size], torch.zeros(0), model, config.pack)
+            noise = torch.zeros(1), torch.zeros_like(batch.latents)  # of the empty picture it puts there
+            batches.append((batch.to(self.team.device), noise))
+        return batches
+
     def draw_text(self, rng: random.Random) -> Document:
-        """A document without pictures: built-in text as the tiny base was pretrained on, or a paragraph."""
+        """A paragraph of --text-data, or built-in text and conversations as the tiny base was made of."""
         if self.paragraphs:
             ids = encode_plain(self.tokenizer, rng.choice(self.paragraphs)) + [self.model.config.eos_id]
             own = [True] * len(ids)
@@ -1159,8 +1175,8 @@ def check_tasks(tasks: dict[str, float], source, tokenizer: Tokenizer, where: st
                 )
 
 
-def train(run: Run) -> None:
-    """The loop."""
+def train(run: Run, watch: Callable[[Run], dict] | None = None) -> None:
+    """The loop. What `watch` says of the model at each validation goes into metrics.jsonl as "watched"."""
     config, start, first = run.config, time.perf_counter(), run.step
     window: list[dict[str, float]] = []
     window_start, waited = start, 0.0  # images per second count training alone, without sheets and validation
@@ -1180,6 +1196,8 @@ def train(run: Run) -> None:
         line = {}
         if last or run.step % config.val_every == 0:
             line["val"] = run.validate()
+            if watch is not None:
+                line["watched"] = watch(run)
         if config.sheet_every and (last or run.step % config.sheet_every == 0):
             run.draw_sheet()
         waited += time.perf_counter() - pause

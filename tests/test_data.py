@@ -779,7 +779,7 @@ def test_one_picture_of_the_last_message_is_painted_and_what_stands_behind_it_is
             assert n == 4 and d.ids == whole
         assert len(d) == len(d.ids) - at[0]
     shares = [count[t] / 400 for t in ((0, 0, 0, 0), (0, 0, 1000), (0, 0, 0, 1000))]
-    assert len(count) == 3 and shares == pytest.approx([0.25, 0.1875, 0.5625], abs=0.07)  # the later one rather
+    assert len(count) == 3 and shares == pytest.approx([0.25, 0.1875, 0.5625], abs=0.07)
 
 
 def test_a_dropped_conversation_is_a_picture_of_its_last_message_alone():

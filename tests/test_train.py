@@ -1406,8 +1406,8 @@ def test_every_field_of_the_configuration_is_a_flag(tmp_path):
     first = tmp_path / "first"
     values = dict(
         zip(
-            "base data val_data device out vae init_from task".split(),
-            ("b", "d", "v", "meta", str(tmp_path), "w", str(first), "edit"),
+            "base data val_data device out vae init_from task text_data stages".split(),
+            ("b", "d", "v", "meta", str(tmp_path), "w", str(first), "edit", "t", "0:*"),
             strict=True,
         ),
         dtype="bfloat16",

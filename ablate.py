@@ -1,0 +1,349 @@
+"""The paper's ablations at the size of `small`: Figures 4, 5 and 6, Table 1, and what else is left to choose.
+
+python ablate.py                    # every cell, three seeds; a cell that is done is not done again
+python ablate.py --jobs 2           # the same, two cells at a time, one core each
+python ablate.py --cell deep-0 --seed 1
+python ablate.py --quick            # every cell for a few steps: does it run?
+python ablate.py --tables           # figures and tables from the results that are there
+
+A cell is the `small` configuration with a few flags changed, trained on the same pictures in the same order
+(they follow from the seed), from one pretrained tiny Qwen3. A result is one JSON file: the curve over
+training (without guidance, as the paper's Figure 3 has it), the final figures, FLOPs counted by
+torch.utils.flop_counter on the very steps that were timed, and the commit and the command that made it.
+
+Where the text side learns it reads text beside the pictures, about as many tokens as their captions and
+patches have (Section 5.1.1: 0.03T of each). Where it is frozen, text would train nothing and is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import cli
+import pretrain
+import train
+from checkpoint import Trained, list_checkpoints, write_atomic
+from evaluate import caption_report, prompt_match, text_parameters_changed
+from generate import describe_images, encode_text, generate_images
+from language import knowledge, multiple_choice, perplexity, reasoning
+from load_qwen3 import load_qwen3
+from metrics import frechet
+from model import LMFusion
+from report import write_report
+from template import encode_plain
+from train import CONFIGS, Run, TrainConfig
+from world import all_scenes, render, text_document
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a cell trains and how closely it is looked at."""
+
+    steps: int = 1000
+    every: int = 200  # steps between the points of a curve
+    pictures: int = 64  # of a point: painted, and described
+    final: int = len(all_scenes(held_out=True))  # likewise at the end
+    questions: int = 300  # of the reasoning set
+    documents: int = 200  # of unseen text, for its perplexity
+    text_batch: int = 40  # documents a step: about as many tokens as 64 pictures and captions
+    counted: int = 8  # steps whose FLOPs are counted
+    seeds: int = 3
+    ddpm: int = 250
+    out: str = "results"
+    runs: str = "runs/ablate"
+
+
+QUICK = Plan(
+    *(4, 2, 2, 3, 4, 4, 2, 1, 1, 5),
+    out="runs/ablate-quick/results",
+    runs="runs/ablate-quick",
+)
+# The staged recipe that circulates for LMFusion: projections, then attention from the top layers down, then
+# all. Shares of the run.
+STAGED = (
+    (0.0, "unet_*,boi_head"),
+    (0.15, "unet_*,boi_head,layers.[45].image.self_attn.*"),
+    (0.30, "unet_*,boi_head,layers.[2345].image.self_attn.*"),
+    (0.45, "unet_*,boi_head,layers.*.image.self_attn.*"),
+    (0.60, "*"),
+)
+
+
+def cells(plan: Plan) -> dict[str, dict]:
+    """Name -> what differs from `small`."""
+
+    def cell(separation: str, ratio: float, **changes) -> dict:
+        text = plan.text_batch if ratio else 0
+        return dict(separation=separation, lr_text_ratio=ratio, text_batch=text, steps=plan.steps) | changes
+
+    stages = ";".join(f"{round(share * plan.steps)}:{patterns}" for share, patterns in STAGED)
+    return {
+        "none-0": cell("none", 0.0),  # Figures 4 and 5
+        "none-0.1": cell("none", 0.1),
+        "none-1": cell("none", 1.0),
+        "shallow-0": cell("shallow", 0.0),
+        "deep-0": cell("deep", 0.0),  # ours: Figures 5 and 6; Table 1 at half of Transfusion's FLOPs
+        "deep-0.1": cell("deep", 0.1),
+        "deep-1": cell("deep", 1.0),
+        "transfusion": cell("none", 1.0, from_scratch=True),  # Table 1
+        "deep-0-equal": cell("deep", 0.0),  # Table 1 at equal FLOPs: its steps are computed
+        "deep-0-no-limit": cell("deep", 0.0, noise_limit=1000),
+        "deep-0-half": cell("deep", 0.0, caption_first=0.5),
+        "deep-0-staged": cell("deep", 0.0, stages=stages if plan.steps >= 20 else "0:unet_*;2:*"),
+    }
+
+
+def configure(plan: Plan, name: str, seed: int, base: Path) -> TrainConfig:
+    """The configuration of a cell; that of "deep-0-equal" takes a count of FLOPs first."""
+    own = dict(base=str(base), seed=seed, out=f"{plan.runs}/{name}-{seed}", sheet_every=0)
+    own |= dict(val_every=plan.every, checkpoint_every=plan.every, log_every=plan.every)
+    if plan.steps < 200:
+        own |= dict(batch_size=4, unet_channels=(8, 12), warmup=1)
+    config = dataclasses.replace(CONFIGS["small"], **own, **cells(plan)[name])
+    if name == "deep-0-equal":
+        theirs = count_flops(configure(plan, "transfusion", seed, base), plan.counted)["flops_per_step"]
+        ours = count_flops(config, plan.counted)["flops_per_step"]
+        config = dataclasses.replace(config, steps=round(plan.steps * theirs / ours))
+    return config
+
+
+def count_flops(config: TrainConfig, steps: int) -> dict[str, float]:
+    """FLOPs and seconds a training step, on average: each step is timed, and done again to be counted."""
+    run = Run(dataclasses.replace(config, out=f"{config.out}-scratch", stages=""), "small")
+    for _ in range(2):  # the first steps also make the optimizers' states
+        run.train_step()
+    flops = seconds = 0.0
+    for _ in range(steps):
+        start = time.perf_counter()
+        run.train_step()
+        seconds += time.perf_counter() - start
+        run.step -= 1  # the very same batch
+        with FlopCounterMode(display=False) as counter:
+            run.train_step()
+        flops += counter.get_total_flops()
+    return {"flops_per_step": flops / steps, "seconds_per_step": seconds / steps}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def measure_text(model: LMFusion, trained: Trained, plan: Plan) -> dict[str, float]:
+    """What the language model knows; documents and questions are the same for every cell and seed."""
+    rng = random.Random("held-out text")
+    ids = [encode_text(trained, text_document(rng), room=0) for _ in range(plan.documents)]
+    found = {"perplexity": perplexity(model, [row + [model.config.eos_id] for row in ids])}
+    for name, questions in (("knowledge", knowledge()), ("reasoning", reasoning(plan.questions))):
+        asked = questions if plan.steps >= 200 else questions[:: len(questions) // 4]
+        asking = multiple_choice(model, lambda text: encode_plain(trained.tokenizer, text), asked, name)
+        found[name] = asking["accuracy"]
+    return found
+
+
+def measure_pictures(
+    trained: Trained, n: int, seed: int, cfg: float = 1.0, sampler: str = "ddim", steps: int = 25
+) -> dict[str, float]:
+    """n held-out prompts painted: each attribute and "match", all of them; and the Frechet distance."""
+    scenes = random.Random("prompts").sample(all_scenes(held_out=True), n)
+    seeds = [random.Random(f"{seed}-{i}").getrandbits(63) for i in range(n)]
+    painted = []
+    for i in range(0, n, 64):
+        prompts = [s.caption for s in scenes[i : i + 64]]
+        painted.append(generate_images(trained, prompts, seeds[i : i + 64], steps, cfg, sampler))
+    pictures = torch.cat(painted)
+    found = prompt_match(scenes, pictures)
+    return {
+        "match": found.pop("all"),
+        **found,
+        "frechet": frechet(pictures, render(scenes, random.Random(0))),
+    }
+
+
+def measure_captions(trained: Trained, n: int) -> dict[str, float]:
+    """Captions of n held-out pictures: CIDEr and the share that is right word for word."""
+    scenes = random.Random("pictures").sample(all_scenes(held_out=True), n)
+    pictures, written = render(scenes, random.Random(1)), []
+    for i in range(0, n, 64):
+        written += describe_images(trained, pictures[i : i + 64], max_tokens=32)
+    report = caption_report(written, [[s.caption] for s in scenes])
+    return {"cider": report["cider"], "captions_exact": report["exact"]}
+
+
+def measure(run: Run, plan: Plan) -> dict[str, float]:
+    """A point of a curve."""
+    trained = as_trained(run)
+    found = measure_text(run.model, trained, plan) | measure_captions(trained, plan.pictures)
+    return found | measure_pictures(trained, plan.pictures, run.config.seed)
+
+
+def as_trained(run: Run) -> Trained:
+    """A run as the functions that generate take it."""
+    return Trained(run.model, run.tokenizer, run.diffusion, run.codec, {}, run.out)
+
+
+def final_figures(run: Run, plan: Plan, name: str, base: LMFusion) -> dict:
+    """All of it at the end of a run; of `deep-0` under every guidance and sampler as well."""
+    trained, n, seed = as_trained(run), plan.final, run.config.seed
+    found = {
+        "text": measure_text(run.model, trained, plan),
+        "text_of_base": measure_text(base, trained, plan),
+        "text_tensors_changed": len(text_parameters_changed(run.model, base)),
+        "captions": measure_captions(trained, n),
+        "pictures": {str(cfg): measure_pictures(trained, n, seed, cfg) for cfg in (1.0, 1.55)},
+    }
+    if name == "deep-0":
+        found["pictures"] |= {str(cfg): measure_pictures(trained, n, seed, cfg) for cfg in (3.0, 5.0)}
+        found["samplers"] = {
+            f"{sampler} {steps}": measure_pictures(trained, n, seed, 1.55, sampler, steps)
+            for sampler, steps in (("ddpm", plan.ddpm), ("ddim", 10), ("ddim", 25), ("ddim", 50))
+        }
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+def ensure_base(plan: Plan) -> Path:
+    """The one base of all cells; a quick plan has a quick one."""
+    if plan.steps >= 200:
+        return train.ensure_base(0)
+    folder = Path(plan.runs) / "base"
+    if not folder.is_dir():
+        pretrain.pretrain_base(folder, steps=2, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    return folder
+
+
+def result_file(plan: Plan, name: str, seed: int) -> Path:
+    return Path(plan.out) / f"{name}-{seed}.json"
+
+
+def run_cell(plan: Plan, name: str, seed: int) -> None:
+    """Train and measure one cell, or go on where it stopped; its result is written when it is whole."""
+    start, base = time.perf_counter(), ensure_base(plan)
+    config = configure(plan, name, seed, base)
+    counted = count_flops(config, plan.counted)
+    run = Run(config, "ablation")
+    found = list_checkpoints(run.out)
+    if found:
+        run.resume(found[-1])
+    else:
+        run.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(run.out / "metrics.jsonl", "")
+    if run.step < config.steps:
+        train.train(run, watch=lambda run: measure(run, plan))
+    lines = train.read_metrics(run.out / "metrics.jsonl")
+    frozen = load_qwen3(base, **{**run.overrides, "unet_channels": (4, 4), "separation": "none"})
+    seen = config.steps * config.batch_size
+    result = {
+        "cell": name,
+        "seed": seed,
+        "made_by": {"commit": commit(), "command": f"python ablate.py --cell {name} --seed {seed}"},
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("base", "out")},
+        "base_fingerprint": run.fingerprint,
+        "parameters": {
+            "trained": sum(p.numel() for p in run.trained.values()),
+            "all": sum(p.numel() for p in run.model.parameters()),
+        },
+        **counted,
+        "flops": counted["flops_per_step"] * config.steps,
+        "pictures_seen": seen,
+        "curve": [{"step": x["step"], **x["watched"], "val": x["val"]} for x in lines if "watched" in x],
+        "final": final_figures(run, plan, name, frozen),
+        "training_seconds": lines[-1]["seconds"],
+        "cell_seconds": round(time.perf_counter() - start, 1),
+    }
+    file = result_file(plan, name, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(result, indent=1) + "\n")
+
+
+def commit() -> str:
+    """What the code is, by git; a "+" behind it says that files differ from it."""
+    try:
+        head = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip()
+
+
+def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int, quick: bool) -> None:
+    """The cells that have no result yet; several at once are processes of one thread each."""
+    todo = [(name, seed) for name, seed in wanted if not result_file(plan, name, seed).is_file()]
+    print(f"{len(todo)} of {len(wanted)} cells to do; results in {plan.out}")
+    if jobs == 1:
+        for name, seed in tqdm(todo, desc="cells", disable=None):
+            run_cell(plan, name, seed)
+        return
+    ensure_base(plan)
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    Path(plan.runs).mkdir(parents=True, exist_ok=True)
+
+    def work(cell: tuple[str, int]) -> None:
+        name, seed = cell
+        command = [sys.executable, __file__, "--cell", name, "--seed", str(seed), *(["--quick"] * quick)]
+        with open(Path(plan.runs) / f"{name}-{seed}.log", "w") as log:
+            status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+        if status:
+            raise ValueError(f"cell {name} of seed {seed} ended with status {status}; see {log.name}")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in tqdm(pool.map(work, todo), total=len(todo), desc="cells", disable=None):
+            pass
+
+
+def parse(args: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(prog="ablate.py", description="The paper's ablations at laptop size.")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a few steps of every cell, into runs/ablate-quick")
+    add("--cell", help="only this cell, or those that fit a pattern like 'deep-*'")
+    add("--seed", type=int, help="only this seed")
+    add("--seeds", type=int, help="how many seeds (3; with --quick 1)")
+    add("--jobs", type=int, default=1, help="cells at a time")
+    add("--tables", action="store_true", help="only draw figures and write tables of the results there are")
+    args = parser.parse_args(args)
+    args.plan = QUICK if args.quick else Plan()
+    args.seeds = args.seeds or args.plan.seeds
+    args.names = fnmatch.filter(cells(args.plan), args.cell or "*")
+    if not args.names:
+        raise ValueError(f"--cell {args.cell} fits none of {', '.join(cells(args.plan))}")
+    for flag, value, low in (("seed", args.seed, 0), ("seeds", args.seeds, 1), ("jobs", args.jobs, 1)):
+        if value is not None and not low <= value < 1000:
+            raise ValueError(f"--{flag} is {value}; it must be from {low} to 999")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    cli.tune_cpu()
+    seeds = [args.seed] if args.seed is not None else list(range(args.seeds))
+    wanted = [(name, seed) for seed in seeds for name in args.names]
+    if not args.tables:
+        run_all(args.plan, wanted, args.jobs, args.quick)
+    for path in write_report(Path(args.plan.out)):
+        print(path)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,188 @@
+"""What the language model knows (Section 4.3): perplexity, and multiple choice by log-likelihood.
+
+    perplexity        of documents
+    multiple_choice   the form that HellaSwag, PIQA, SIQA and WinoGrande take, from JSON lines:
+                      {"context": "the cow says", "choices": ["moo", "woof"], "label": 0}
+    knowledge         built-in questions whose answers stand in no caption
+    reasoning         built-in questions that need two sentences, or a sentence and a fact
+
+Shapes: B rows, N tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import LMFusion, Tokens
+from world import (
+    COLOR_THINGS,
+    DAYS,
+    LORE,
+    NUMBERS,
+    OPPOSITE,
+    SHAPE_THINGS,
+    SIZE_THINGS,
+    SOUNDS,
+    draw_puzzle,
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text, what may follow it, and the number of the choice that should."""
+
+    context: str
+    choices: tuple[str, ...]
+    label: int
+
+
+def read_questions(path: str) -> list[Question]:
+    """The questions of a JSONL file; ValueError names the file, the line and what is wrong there."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
+        wrong = fault(row)
+        if wrong:
+            raise ValueError(f"{path}: line {number} {wrong}")
+        questions.append(Question(row["context"], tuple(row["choices"]), row["label"]))
+    if not questions:
+        raise ValueError(f"{path}: no question in it")
+    return questions
+
+
+def fault(row: object) -> str | None:
+    """What is wrong with a line of questions, or None."""
+    if not isinstance(row, dict):
+        return 'is no object with "context", "choices" and "label"'
+    for key in ("context", "choices", "label"):
+        if key not in row:
+            return f'has no "{key}"; it takes "context", "choices" and "label"'
+    context, choices, label = row["context"], row["choices"], row["label"]
+    if not isinstance(context, str) or not context.strip():
+        return f'has as "context" {context!r:.40}; it must be a text'
+    if not isinstance(choices, list) or len(choices) < 2:
+        return f'has as "choices" {choices!r:.40}; it must be a list of two texts at least'
+    if not all(isinstance(c, str) and c.strip() for c in choices):
+        return f'has "choices" that are no texts: {choices!r:.60}'
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+        return f'has as "label" {label!r:.40}; it must be a number from 0 to {len(choices) - 1}'
+    return None
+
+
+def cut(encode: Callable[[str], list[int]], context: str, choice: str) -> tuple[list[int], int]:
+    """Ids of context and choice as one text, and how many of them are the context's.
+
+    A space stands between them; like every word's, it belongs to the choice. Tokens that reach over the
+    border count as the choice's.
+    """
+    context = context.rstrip()
+    whole, alone = encode(f"{context} {choice.strip()}"), encode(context)
+    same = 0
+    while same < min(len(whole) - 1, len(alone)) and whole[same] == alone[same]:
+        same += 1
+    return whole, same
+
+
+@torch.inference_mode()
+def log_likelihoods(model: LMFusion, rows: list[tuple[list[int], int]], batch: int = 32) -> list[float]:
+    """log P(ids[n:] | ids[:n]) of each (ids, n), in nats; rows of like length are computed together."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    out = [0.0] * len(rows)
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        hidden = model.encode(Tokens.rows([rows[i][0] for i in part], 1), keep=False).text  # (T_text, D)
+        begin = 0
+        for i in part:
+            ids, n = rows[i]
+            predicting = hidden[begin + n - 1 : begin + len(ids) - 1]  # each from the token before
+            logits = model.logits(predicting).float()
+            target = torch.tensor(ids[n:], device=logits.device)
+            out[i] = -F.cross_entropy(logits, target, reduction="sum").item()
+            begin += len(ids)
+    return out
+
+
+def multiple_choice(
+    model: LMFusion, encode: Callable[[str], list[int]], questions: list[Question], what: str = "choosing"
+) -> dict[str, float]:
+    """Share of questions whose right choice is the likeliest, per character of the choice and in all.
+
+    The first, "accuracy", is what the field calls acc_norm, the second, "accuracy_unnormalised", acc.
+    encode: text -> ids. ValueError for a question that is longer than the context.
+    """
+    limit = model.config.max_position_embeddings
+    rows, owners = [], []
+    for number, q in enumerate(questions):
+        for choice in q.choices:
+            ids, n = cut(encode, q.context, choice)
+            if len(ids) > limit or not n:
+                raise ValueError(
+                    f"question {number + 1} ({q.context[:40]!r}...) is {len(ids)} tokens long, {n} of them "
+                    f"context; the model takes {limit} in all and needs one of context"
+                )
+            rows.append((ids, n))
+            owners.append(number)
+    found: list[float] = []
+    for start in tqdm(range(0, len(rows), 512), desc=what, disable=None, leave=False):
+        found += log_likelihoods(model, rows[start : start + 512])
+    plain: list[list[float]] = [[] for _ in questions]
+    for number, value in zip(owners, found, strict=True):
+        plain[number].append(value)
+    hits = [0, 0]
+    for q, values in zip(questions, plain, strict=True):
+        per_character = [v / len(c.strip()) for v, c in zip(values, q.choices, strict=True)]
+        for k, scores in enumerate((per_character, values)):
+            hits[k] += max(range(len(scores)), key=scores.__getitem__) == q.label
+    n = len(questions)
+    return {"questions": n, "accuracy": hits[0] / n, "accuracy_unnormalised": hits[1] / n}
+
+
+@torch.inference_mode()
+def perplexity(model: LMFusion, documents: list[list[int]], batch: int = 32) -> float:
+    """exp of the mean cross-entropy of every token but the first of each document (token ids)."""
+    found = log_likelihoods(model, [(ids, 1) for ids in documents], batch)
+    return math.exp(-sum(found) / sum(len(ids) - 1 for ids in documents))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Built-in questions
+
+
+def knowledge() -> list[Question]:
+    """One question a fact of the text world, the choices being all values that such a fact can have."""
+    kinds = ((" is", COLOR_THINGS), (" is a", SHAPE_THINGS), (" is", SIZE_THINGS))
+    rows = [(x + be, value, tuple(table)) for be, table in kinds for value, xs in table.items() for x in xs]
+    rows += [(f"the opposite of {a} is", b, tuple(OPPOSITE)) for a, b in OPPOSITE.items()]
+    for fact in LORE:
+        context, _, value = fact.rpartition(" ")
+        values = next(v for v in (tuple(SOUNDS.values()), DAYS, NUMBERS) if value in v)
+        rows.append((context, value, values))
+    return [Question(context, choices, choices.index(value)) for context, value, choices in rows]
+
+
+def reasoning(n: int, seed: int = 0) -> list[Question]:
+    """n puzzles about people; the answer needs two of the sentences, or one and a fact."""
+    rng, out = random.Random(f"reasoning {seed}"), []
+    while len(out) < n:
+        puzzle = draw_puzzle(rng)
+        question, answer = puzzle.questions[0]
+        out.append(Question(f"{puzzle.premises}. {question}?", puzzle.choices, puzzle.choices.index(answer)))
+    return out

@@ -1,0 +1,224 @@
+"""The two metrics of images in the paper's evaluation (Section 4.3), from their definitions: CIDEr for
+captions, a Fréchet distance for pictures.
+
+    cider              CIDEr-D of captions that are tokens already, as pycocoevalcap computes it (times 10)
+    exact_match        share of captions that are one of their references, token by token
+    frechet_distance   between Gaussians fitted to two sets of features; FID is this on InceptionV3's features
+    frechet            the same between two sets of pictures, by any function from pictures to features
+
+Neither the Penn Treebank tokenizer nor InceptionV3, which published numbers are computed with, is here:
+`caption_tokens` and `shape_features` are our own, and numbers that come from them compare only with others
+that do.
+
+Shapes: n, m pictures or rows of features, d features, S pixels a side; pictures are uint8 (n, 3, S, S).
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NGRAM = 4  # n-grams of 1 to 4 tokens
+SIGMA = 6.0  # of the length penalty, in tokens
+CELLS = 4  # shape_features: cells a side
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, of red, green and blue
+
+# ------------------------------------------------------------------------------------------------------------
+# Captions
+
+
+def caption_tokens(text: str) -> list[str]:
+    """Lower-case words without punctuation; apostrophes and hyphens inside a word stay.
+
+    Ours, and not the Penn Treebank tokenizer that published CIDEr scores are computed behind (it makes
+    "it 's" of "it's", for one): to compare with those, give `cider` what that tokenizer made.
+    """
+    text = unicodedata.normalize("NFC", text.lower()).replace("’", "'").replace("--", " ")
+    blanked = "".join(" " if unicodedata.category(c)[0] == "P" and c not in "'-" else c for c in text)
+    return [word for word in (w.strip("'-") for w in blanked.split()) if word]
+
+
+def check_captions(candidates: list[list[str]], references: list[list[list[str]]]) -> None:
+    """ValueError unless every image has one candidate and at least one reference, all of them token lists."""
+    if not candidates:
+        raise ValueError("candidates is empty: there is nothing to score")
+    if len(candidates) != len(references):
+        raise ValueError(
+            f"candidates has {len(candidates)} captions and references has {len(references)} images; "
+            "there must be one candidate an image"
+        )
+    for i, (candidate, group) in enumerate(zip(candidates, references, strict=True)):
+        if isinstance(group, str) or not group:
+            raise ValueError(f"references[{i}] is {group!r}; it must be a list of at least one reference")
+        names = (f"candidates[{i}]", *(f"references[{i}][{j}]" for j in range(len(group))))
+        for name, caption in zip(names, (candidate, *group), strict=True):
+            if isinstance(caption, str):
+                raise ValueError(
+                    f"{name} is the string {caption!r}; it must be a list of tokens (caption_tokens)"
+                )
+
+
+def count_ngrams(tokens: list[str]) -> Counter[tuple[str, ...]]:
+    """How often each run of 1 to NGRAM tokens occurs."""
+    return Counter(tuple(tokens[i : i + n]) for n in range(1, NGRAM + 1) for i in range(len(tokens) - n + 1))
+
+
+def tfidf(tokens: list[str], frequency: Counter, images: int) -> list[dict[tuple[str, ...], float]]:
+    """The vectors g_1 .. g_4 of a caption: counts times log(images / images that have the n-gram)."""
+    vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(NGRAM)]
+    for ngram, count in count_ngrams(tokens).items():
+        rarity = math.log(images) - math.log(max(1, frequency[ngram]))
+        vectors[len(ngram) - 1][ngram] = count * rarity
+    return vectors
+
+
+def clipped_cosine(candidate: dict, reference: dict) -> float:
+    """min(c, r) . r / (|c| |r|) of two sparse vectors; 0 if one of them is 0."""
+    product = sum(min(w, reference[g]) * reference[g] for g, w in candidate.items() if g in reference)
+    squares = [sum(w * w for w in v.values()) for v in (candidate, reference)]
+    return product / (math.sqrt(squares[0]) * math.sqrt(squares[1])) if all(squares) else 0.0
+
+
+def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> tuple[float, list[float]]:
+    """CIDEr-D (Vedantam, Zitnick and Parikh, 2015): the corpus score and the score of each image.
+
+    Of a candidate c and the references s_1 .. s_m of its image, one of M images,
+
+        CIDEr-D(c)   = 10/m sum_j exp(-(l(c) - l(s_j))^2 / (2 sigma^2)) 1/4 sum_n cos_n(c, s_j),   n = 1 .. 4
+        cos_n(c, s)  = min(g_n(c), g_n(s)) . g_n(s) / (|g_n(c)| |g_n(s)|)
+        g_n(s)[w]    = h_w(s) (log M - log max(1, df(w)))                      for every n-gram w
+
+    l is the number of tokens, h_w how often a caption has w, df(w) in how many images a reference has w, and
+    sigma is 6. The corpus score is the mean over images. What -D adds to CIDEr: weights are clipped at the
+    reference's (min), so that a word gains nothing by being said more often than there; captions of another
+    length are penalised by a Gaussian; and all is times 10. As in pycocoevalcap's CiderScorer h is a count,
+    where the paper's Eq. (1) divides by the number of n-grams in the caption: under min that is not the same.
+
+    A single image has log M = 0 and scores 0, whatever its caption.
+    """
+    check_captions(candidates, references)
+    frequency = Counter(w for group in references for w in {w for s in group for w in count_ngrams(s)})
+    scores = []
+    for candidate, group in zip(candidates, references, strict=True):
+        g, total = tfidf(candidate, frequency, len(references)), 0.0
+        for reference in group:
+            cosines = map(clipped_cosine, g, tfidf(reference, frequency, len(references)))
+            penalty = math.exp(-((len(candidate) - len(reference)) ** 2) / (2 * SIGMA**2))
+            total += penalty * sum(cosines) / NGRAM
+        scores.append(10 * total / len(group))
+    return sum(scores) / len(scores), scores
+
+
+def exact_match(candidates: list[list[str]], references: list[list[list[str]]]) -> float:
+    """Share of candidates that equal one of their references, token by token."""
+    check_captions(candidates, references)
+    pairs = zip(candidates, references, strict=True)
+    return sum(any(list(c) == list(s) for s in group) for c, group in pairs) / len(candidates)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def check_gaussian(suffix: str, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance in float64; ValueError, by name, for what is not a mean and a covariance."""
+    if mean.dim() != 1 or len(mean) == 0 or cov.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"mean_{suffix} and cov_{suffix} are {tuple(mean.shape)} and {tuple(cov.shape)}; "
+            "they must be (d,) and (d, d)"
+        )
+    mean, cov = mean.detach().cpu().double(), cov.detach().cpu().double()
+    for name, x in ((f"mean_{suffix}", mean), (f"cov_{suffix}", cov)):
+        if not x.isfinite().all():
+            raise ValueError(f"{name} has {int((~x.isfinite()).sum())} values that are not finite")
+    asymmetry = (cov - cov.T).abs().max().item()
+    if asymmetry > 1e-5 * cov.abs().max().item():
+        raise ValueError(f"cov_{suffix} differs from its transpose by {asymmetry:g}; it must be symmetric")
+    return mean, (cov + cov.T) / 2
+
+
+def square_root(name: str, cov: Tensor) -> Tensor:
+    """The symmetric root of a covariance (d, d). Eigenvalues that are mere rounding count as 0.
+
+    Without that cut, a null direction of size 1e-16 would have a root of 1e-8.
+    """
+    values, vectors = torch.linalg.eigh(cov)
+    largest = values.abs().max().item()
+    if values[0].item() < -1e-5 * largest:
+        raise ValueError(f"{name} has the eigenvalue {values[0].item():g}; a covariance has none below 0")
+    rounding = largest * len(values) * torch.finfo(torch.float64).eps
+    return (vectors * values.where(values > rounding, 0.0).sqrt()) @ vectors.T
+
+
+def frechet_of_gaussians(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) with covariances A, B: means (d,), covariances (d, d).
+
+    A B has the eigenvalues of R R^T with R = A^(1/2) B^(1/2), so the trace of its root is the sum of R's
+    singular values. That needs no root of a matrix that is not symmetric, and covariances may be singular.
+    """
+    mean_a, cov_a = check_gaussian("a", mean_a, cov_a)
+    mean_b, cov_b = check_gaussian("b", mean_b, cov_b)
+    if len(mean_a) != len(mean_b):
+        raise ValueError(f"mean_a has {len(mean_a)} features and mean_b has {len(mean_b)}; they must agree")
+    shared = torch.linalg.svdvals(square_root("cov_a", cov_a) @ square_root("cov_b", cov_b)).sum()
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * shared
+    return max(distance.item(), 0.0)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """The Fréchet distance of features (n, d) and (m, d), in float64; covariances divide by n - 1.
+
+    It is biased: with few rows it is too large, so sets of different sizes do not compare.
+    """
+    for name, x in (("a", a), ("b", b)):
+        if x.dim() != 2 or len(x) < 2 or x.shape[1] == 0:
+            raise ValueError(f"{name} is {tuple(x.shape)}; features must be (n, d) with at least two rows")
+        if not x.isfinite().all():
+            raise ValueError(f"{name} has {int((~x.isfinite()).sum())} values that are not finite")
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"a has {a.shape[1]} features and b has {b.shape[1]}; they must agree")
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    d = a.shape[1]
+    return frechet_of_gaussians(a.mean(0), a.T.cov().view(d, d), b.mean(0), b.T.cov().view(d, d))
+
+
+def check_pictures(name: str, pictures: Tensor) -> None:
+    """ValueError for what is not uint8 (n, 3, S, S)."""
+    shape = tuple(pictures.shape)
+    if pictures.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise ValueError(f"{name} is {pictures.dtype} {shape}; pictures must be uint8 (n, 3, S, S)")
+
+
+def shape_features(pictures: Tensor) -> Tensor:
+    """uint8 (n, 3, S, S) -> float64 (n, 64), in 0 .. 1: what lies where in a built-in picture of 32 x 32.
+
+    Of a grid of 4 x 4 cells, the mean colours (3 x 4 x 4 numbers) and the standard deviations of luminance
+    within each cell (4 x 4). Our own, made up for the built-in shapes: a Fréchet distance on these features
+    compares only with others on them, never with a published FID.
+    """
+    check_pictures("pictures", pictures)
+    n, _, side, _ = pictures.shape
+    if side == 0 or side % CELLS:
+        raise ValueError(f"pictures has {side} pixels a side; shape_features needs a multiple of {CELLS}")
+    cell = side // CELLS
+    x = pictures.double().div(255).view(n, 3, CELLS, cell, CELLS, cell).transpose(3, 4).flatten(4)
+    weights = torch.tensor(LUMINANCE, dtype=x.dtype, device=x.device)
+    luminance = torch.einsum("ncijp,c->nijp", x, weights)
+    return torch.cat((x.mean(4).flatten(1), luminance.std(3, correction=0).flatten(1)), dim=1)
+
+
+def frechet(
+    pictures_a: Tensor, pictures_b: Tensor, features: Callable[[Tensor], Tensor] = shape_features
+) -> float:
+    """The Fréchet distance of two sets of pictures; `features` maps uint8 (n, 3, S, S) to (n, d).
+
+    With InceptionV3's 2,048 pooled features, which are not here, this is FID.
+    """
+    check_pictures("pictures_a", pictures_a)
+    check_pictures("pictures_b", pictures_b)
+    return frechet_distance(features(pictures_a), features(pictures_b))

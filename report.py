@@ -1,0 +1,267 @@
+"""Figures and tables of the ablations (ablate.py), from the JSON files it left: nothing is computed anew.
+
+Numbers are means over seeds, with the smallest and largest behind them. A claim of the paper "holds" here if
+the difference it speaks of has its sign in every seed, "does not" if it has the other sign in every seed, and
+is "not clear" else; differences are taken seed by seed. A claim that two are alike fails only if every seed
+says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+import figures
+from checkpoint import write_atomic
+
+Results = dict[str, dict[int, dict]]  # cell -> seed -> its JSON
+FIGURES = {
+    "figure4": ("none-0", "none-0.1", "none-1"),
+    "figure5": ("none-0", "shallow-0", "deep-0"),
+    "figure6": ("deep-0", "deep-0.1", "deep-1"),
+    "table1": ("transfusion", "deep-0", "deep-0-equal"),
+}
+LABELS = {
+    "none-0": "no separation, frozen text",
+    "none-0.1": "no separation, ratio 0.1",
+    "none-1": "no separation, ratio 1",
+    "shallow-0": "shallow, frozen text",
+    "deep-0": "deep, frozen text",
+    "deep-0.1": "deep, ratio 0.1",
+    "deep-1": "deep, ratio 1",
+    "transfusion": "Transfusion, from scratch",
+    "deep-0-equal": "deep, frozen, equal FLOPs",
+    "deep-0-no-limit": "deep, frozen, no noise limit",
+    "deep-0-half": "deep, frozen, captions first in 50%",
+    "deep-0-staged": "deep, frozen, staged",
+}
+PANELS = (
+    ("knowledge", "facts of the text world, right"),
+    ("reasoning", "puzzles over two sentences, right"),
+    ("cider", "captions: CIDEr"),
+    ("match", "pictures: all five attributes"),
+)
+
+
+def read_results(folder: Path) -> Results:
+    """All results of a folder; ValueError names a file that is none."""
+    found: Results = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+            found.setdefault(row["cell"], {})[row["seed"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no result of ablate.py: {error!r}") from None
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Numbers of one result
+
+GUIDED = "1.55"  # the paper's guidance
+
+
+def text(key: str) -> Callable[[dict], float]:
+    return lambda r: r["final"]["text"][key]
+
+
+def lost(key: str) -> Callable[[dict], float]:
+    """By how much a figure of the text fell below the base's."""
+    return lambda r: r["final"]["text_of_base"][key] - r["final"]["text"][key]
+
+
+def pictures(key: str, cfg: str = GUIDED) -> Callable[[dict], float]:
+    return lambda r: r["final"]["pictures"][cfg][key]
+
+
+def caption(r: dict) -> float:
+    return r["final"]["captions"]["cider"]
+
+
+def spread(results: Results, cell: str, number: Callable[[dict], float], digits: int = 3) -> str:
+    """ "0.912 (0.900 to 0.925)": mean, smallest and largest over seeds; "-" without a result."""
+    values = [number(r) for r in results.get(cell, {}).values()]
+    if not values:
+        return "-"
+    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def differences(results: Results, a: str, b: str, number: Callable[[dict], float]) -> list[float]:
+    """number(a) - number(b), seed by seed; number(a) if b is empty."""
+    ours, theirs = results.get(a, {}), results.get(b, {})
+    if not b:
+        return [number(ours[s]) for s in sorted(ours)]
+    return [number(ours[s]) - number(theirs[s]) for s in sorted(ours.keys() & theirs.keys())]
+
+
+def verdict(values: list[float], equal_is_enough: bool = False) -> str:
+    """Whether every difference is positive or every one negative; for equality, only the latter counts."""
+    if not values:
+        return "not run"
+    if all(v < 0 for v in values):
+        return "does not"
+    return "holds" if equal_is_enough or all(v > 0 for v in values) else "not clear"
+
+
+def said(values: list[float]) -> str:
+    """ "+0.120 (+0.100 to +0.150)", or "-"."""
+    if not values:
+        return "-"
+    return f"{mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+# Claim; the paper's numbers; the cell that should be ahead, and the one behind it ("": the number itself
+# should be positive); what is compared; whether being equal is enough.
+BOTH = (("CIDEr", caption), ("match", pictures("match")))
+TEXT = (("reasoning", text("reasoning")), ("knowledge", text("knowledge")))
+LOST = (("reasoning", lost("reasoning")), ("knowledge", lost("knowledge")))
+CLAIMS = (
+    ("a dense model at ratio 1 forgets text (Fig. 4)", "HellaSwag -15%, then -7%", "none-1", "", LOST, False),
+    ("ratio 0.1 forgets less (Fig. 4)", "-7% becomes -2%", "none-0.1", "none-1", TEXT, False),
+    ("... but learns images less well (Fig. 4)", "a lower curve", "none-1", "none-0.1", BOTH, False),
+    ("a frozen dense model learns them worst (Fig. 4)", "a lower curve", "none-0.1", "none-0", BOTH, False),
+    ("shallow beats none, text frozen (Fig. 5)", "clearly", "shallow-0", "none-0", BOTH, False),
+    ("deep beats shallow, text frozen (Fig. 5)", "most in generation", "deep-0", "shallow-0", BOTH, False),
+    ("frozen deep beats dense at ratio 1 (5.1.2)", "a higher curve", "deep-0", "none-1", BOTH, False),
+    ("frozen deep is as good as deep at ratio 1 (Fig. 6)", "alike", "deep-0", "deep-1", BOTH, True),
+    (
+        "half the FLOPs beat Transfusion (Table 1)",
+        "CIDEr +20%, FID -3.6%",
+        "deep-0",
+        "transfusion",
+        BOTH,
+        False,
+    ),
+    ("... with better text (Table 1)", "+9.0, +5.8, +8.5 points", "deep-0", "transfusion", TEXT, False),
+    ("half are as good as all (Table 1)", "CIDEr 38.3 and 38.4", "deep-0", "deep-0-equal", BOTH, True),
+    (
+        "a noise limit helps captions (Transfusion)",
+        "33.7 to 35.2",
+        "deep-0",
+        "deep-0-no-limit",
+        BOTH[:1],
+        False,
+    ),
+)
+
+
+def claims(results: Results) -> str:
+    """Claim in the paper | their number | ours | is the sign theirs in every seed?"""
+    rows = []
+    for claim, theirs, ahead, behind, numbers, equal_is_enough in CLAIMS:
+        found = {unit: differences(results, ahead, behind, number) for unit, number in numbers}
+        verdicts = {unit: verdict(values, equal_is_enough) for unit, values in found.items()}
+        holds = ", ".join(f"{unit}: {v}" for unit, v in verdicts.items())
+        if len(set(verdicts.values())) == 1:
+            holds = next(iter(verdicts.values()))
+        ours = "; ".join(f"{unit} {said(values)}" for unit, values in found.items())
+        what = f"{LABELS[ahead]} - {LABELS[behind]}" if behind else f"what {LABELS[ahead]} lost"
+        rows.append([claim, theirs, f"{what}: {ours}", holds])
+    done = [r["final"] for r in results.get("deep-0", {}).values()]
+    equal = [f["text"] == f["text_of_base"] and not f["text_tensors_changed"] for f in done]
+    ours = f"{sum(equal)} of {len(equal)} seeds: no tensor changed, every figure the base's to the last digit"
+    holds = "not run" if not equal else "holds" if all(equal) else "does not"
+    rows.insert(7, ["deep with frozen text keeps the text exactly (Fig. 6)", "unchanged", ours, holds])
+    return markdown(["claim", "paper", "ours: mean (least to most) over seeds", "holds?"], rows)
+
+
+def overview(results: Results) -> str:
+    """Every cell and what it reached."""
+    rows = []
+    for cell, label in LABELS.items():
+        if cell not in results:
+            continue
+        some = next(iter(results[cell].values()))
+        rows.append(
+            [
+                label,
+                str(len(results[cell])),
+                f"{some['parameters']['trained'] / 1e6:.2f}",
+                f"{mean(r['flops'] for r in results[cell].values()) / 1e12:.1f}",
+                spread(results, cell, text("perplexity"), 4),
+                spread(results, cell, text("knowledge")),
+                spread(results, cell, text("reasoning")),
+                spread(results, cell, caption),
+                spread(results, cell, pictures("match", "1.0")),
+                spread(results, cell, pictures("match")),
+                spread(results, cell, pictures("frechet")),
+            ]
+        )
+    some = next((r for by_seed in results.values() for r in by_seed.values()), None)
+    if some:
+        base = some["final"]["text_of_base"]
+        numbers = [f"{base['perplexity']:.4f}", f"{base['knowledge']:.3f}", f"{base['reasoning']:.3f}"]
+        rows.insert(0, ["the base", "", "", "", *numbers, "", "", "", ""])
+    head = (
+        "cell,seeds,trained (M),TFLOP,perplexity,knowledge,reasoning,CIDEr,match at 1.0,match at 1.55,Frechet"
+    )
+    return markdown(head.split(","), rows)
+
+
+def samplers(results: Results) -> str:
+    """Guidance and samplers, on the model of `deep-0`."""
+    done = results.get("deep-0", {})
+    if not done:
+        return ""
+    kinds = next(iter(done.values()))["final"]
+    rows = [
+        [f"DDIM 25, guidance {cfg}", spread(results, "deep-0", pictures("match", cfg)),
+         spread(results, "deep-0", pictures("frechet", cfg))]
+        for cfg in kinds["pictures"]
+    ]  # fmt: skip
+    for name in kinds["samplers"]:
+
+        def of(key: str, name: str = name) -> Callable[[dict], float]:
+            return lambda r: r["final"]["samplers"][name][key]
+
+        rows.append(
+            [f"{name.upper()}, guidance 1.55", spread(results, "deep-0", of("match")),
+             spread(results, "deep-0", of("frechet"))]
+        )  # fmt: skip
+    return markdown(["sampling from deep, frozen text", "match", "Frechet"], rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def curve(by_seed: dict[int, dict], key: str) -> list[tuple[float, float, float, float]]:
+    """(step, mean, least, most) over seeds, from the start, where the text is the base's."""
+    rows: dict[int, list[float]] = {}
+    for r in by_seed.values():
+        if key in r["final"]["text_of_base"] and not r["config"]["from_scratch"]:
+            rows.setdefault(0, []).append(r["final"]["text_of_base"][key])
+        for point in r["curve"]:
+            rows.setdefault(point["step"], []).append(point[key])
+    whole = max(map(len, rows.values()), default=0)
+    return [(step, mean(v), min(v), max(v)) for step, v in sorted(rows.items()) if len(v) == whole]
+
+
+def write_report(folder: Path) -> list[Path]:
+    """Draw figures and write tables.md beside the results; the files written."""
+    results, written = read_results(folder), []
+    for name, chosen in FIGURES.items():
+        there = [cell for cell in chosen if cell in results]
+        if not there:
+            continue
+        panels = [
+            (f"{title}, by step", {LABELS[cell]: curve(results[cell], key) for cell in there})
+            for key, title in PANELS
+        ]
+        figures.save_image(figures.curves(panels, (380, 300)), folder / f"{name}.png")
+        written.append(folder / f"{name}.png")
+    if results:
+        tables = [claims(results), overview(results), samplers(results)]
+        write_atomic(folder / "tables.md", "\n\n".join(t for t in tables if t) + "\n")
+        written.append(folder / "tables.md")
+    return written
