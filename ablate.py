@@ -40,7 +40,7 @@ import train
 from checkpoint import Trained, list_checkpoints, write_atomic
 from evaluate import caption_report, prompt_match, text_parameters_changed
 from generate import describe_images, encode_text, generate_images
-from language import knowledge, multiple_choice, perplexity, reasoning
+from language import knowledge, multiple_choice, perplexity, puzzles, reasoning
 from load_qwen3 import load_qwen3
 from metrics import frechet
 from model import LMFusion
@@ -54,11 +54,11 @@ from world import all_scenes, render, text_document
 class Plan:
     """How long a cell trains and how closely it is looked at."""
 
-    steps: int = 1000
-    every: int = 200  # steps between the points of a curve
+    steps: int = 600
+    every: int = 120  # steps between the points of a curve
     pictures: int = 64  # of a point: painted, and described
     final: int = len(all_scenes(held_out=True))  # likewise at the end
-    questions: int = 300  # of the reasoning set
+    questions: int = 200  # of each set over several sentences
     documents: int = 200  # of unseen text, for its perplexity
     text_batch: int = 40  # documents a step: about as many tokens as 64 pictures and captions
     counted: int = 8  # steps whose FLOPs are counted
@@ -148,7 +148,9 @@ def measure_text(model: LMFusion, trained: Trained, plan: Plan) -> dict[str, flo
     rng = random.Random("held-out text")
     ids = [encode_text(trained, text_document(rng), room=0) for _ in range(plan.documents)]
     found = {"perplexity": perplexity(model, [row + [model.config.eos_id] for row in ids])}
-    for name, questions in (("knowledge", knowledge()), ("reasoning", reasoning(plan.questions))):
+    n = plan.questions
+    sets = {"knowledge": knowledge(), "reasoning": reasoning(n), "puzzles": puzzles(n)}
+    for name, questions in sets.items():
         asked = questions if plan.steps >= 200 else questions[:: len(questions) // 4]
         asking = multiple_choice(model, lambda text: encode_plain(trained.tokenizer, text), asked, name)
         found[name] = asking["accuracy"]

@@ -11,7 +11,7 @@ prompt match   each attribute, and all at once, read off the generated picture b
 captions       of held-out pictures: CIDEr, and exactly right, word for word
 Frechet        the distance of painted from real pictures (metrics.py: features of our own, not FID's)
 validation     the diffusion error under the right and under another caption, by timestep
-language       questions about the text world, and about two sentences together (language.py)
+language       questions about the text world, and over several sentences (language.py)
 text           perplexity of the base and of the trained model, and whether both are the same to the last bit
 
 On files, with any checkpoint: --text, --choices (multiple choice), --data (CIDEr of the captions it writes).
@@ -36,7 +36,7 @@ from checkpoint import Trained, check_device, load_trained, write_atomic
 from data import Batch, Recipe, make_batch
 from diffusion import Diffusion, T
 from generate import continue_text, describe_images, encode_text, generate_images
-from language import knowledge, multiple_choice, perplexity, read_questions, reasoning
+from language import knowledge, multiple_choice, perplexity, puzzles, read_questions, reasoning
 from load_qwen3 import load_qwen3
 from metrics import caption_tokens, cider, exact_match, frechet
 from model import LMFusion, Tokens
@@ -176,8 +176,8 @@ def text_report(trained: Trained, documents: list[str]) -> dict:
 
 
 def language_report(trained: Trained, n: int, seed: int) -> dict:
-    """Built-in multiple choice: what captions never repeat, and n puzzles over two sentences."""
-    sets = {"knowledge": knowledge(), "reasoning": reasoning(n, seed)}
+    """Built-in multiple choice: what captions never repeat, and n questions over several sentences each."""
+    sets = {"knowledge": knowledge(), "reasoning": reasoning(n, seed), "puzzles": puzzles(n, seed)}
     return {name: choose_answers(trained.model, trained, questions, name) for name, questions in sets.items()}
 
 

@@ -4,13 +4,15 @@
     multiple_choice   the form that HellaSwag, PIQA, SIQA and WinoGrande take, from JSON lines:
                       {"context": "the cow says", "choices": ["moo", "woof"], "label": 0}
     knowledge         built-in questions whose answers stand in no caption
-    reasoning         built-in questions that need two sentences, or a sentence and a fact
+    reasoning         a scene in words and an instruction: what comes of it
+    puzzles           two or three sentences about people, and a question
 
 Shapes: B rows, N tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -32,6 +34,8 @@ from world import (
     SHAPE_THINGS,
     SIZE_THINGS,
     SOUNDS,
+    VALUES,
+    draw_edit,
     draw_puzzle,
 )
 
@@ -179,8 +183,33 @@ def knowledge() -> list[Question]:
 
 
 def reasoning(n: int, seed: int = 0) -> list[Question]:
-    """n puzzles about people; the answer needs two of the sentences, or one and a fact."""
+    """n scenes in words and an instruction: which scene comes of it? Neither sentence says so alone.
+
+    Of the wrong scenes one is as before, one changed to another value, and one changed elsewhere.
+    """
     rng, out = random.Random(f"reasoning {seed}"), []
+    while len(out) < n:
+        edit = draw_edit(rng, held_out=True)
+        others = [(a, v) for a in VALUES for v in VALUES[a] if v != getattr(edit.source, a)]
+        changed = [
+            (a, dataclasses.replace(edit.source, **{a: v})) for a, v in rng.sample(others, len(others))
+        ]
+        changed = [(a, scene) for a, scene in changed if scene.color != scene.background]
+        same = [scene for a, scene in changed if a == edit.attribute and scene != edit.target]
+        elsewhere = [scene for a, scene in changed if a != edit.attribute]
+        if not same:  # there are two sizes only
+            same, elsewhere = elsewhere[:1], elsewhere[1:]
+        scenes = rng.sample([edit.target, edit.source, same[0], elsewhere[0]], 4)
+        choices = tuple(scene.caption for scene in scenes)
+        out.append(
+            Question(f"{edit.source.caption}. {edit.instruction}:", choices, scenes.index(edit.target))
+        )
+    return out
+
+
+def puzzles(n: int, seed: int = 0) -> list[Question]:
+    """n questions about people; the answer needs two of the sentences, or one and a fact."""
+    rng, out = random.Random(f"puzzles {seed}"), []
     while len(out) < n:
         puzzle = draw_puzzle(rng)
         question, answer = puzzle.questions[0]

@@ -39,7 +39,7 @@ LABELS = {
 }
 PANELS = (
     ("knowledge", "facts of the text world, right"),
-    ("reasoning", "puzzles over two sentences, right"),
+    ("reasoning", "edits in words, right"),
     ("cider", "captions: CIDEr"),
     ("match", "pictures: all five attributes"),
 )
@@ -208,6 +208,16 @@ def overview(results: Results) -> str:
     return markdown(head.split(","), rows)
 
 
+def origin(results: Results) -> str:
+    """Where the numbers come from, in a line; several bases or commits are all named."""
+    rows = [r for by_seed in results.values() for r in by_seed.values()]
+    bases = sorted({r["base_fingerprint"][:12] for r in rows})
+    commits = sorted({r["made_by"]["commit"] for r in rows})
+    hours = sum(r["cell_seconds"] for r in rows) / 3600
+    made = f"{len(rows)} runs of `python ablate.py`, {hours:.1f} hours of one process in all"
+    return f"{made}; base {', '.join(bases)}, commit {', '.join(commits)}."
+
+
 def samplers(results: Results) -> str:
     """Guidance and samplers, on the model of `deep-0`."""
     done = results.get("deep-0", {})
@@ -261,7 +271,7 @@ def write_report(folder: Path) -> list[Path]:
         figures.save_image(figures.curves(panels, (380, 300)), folder / f"{name}.png")
         written.append(folder / f"{name}.png")
     if results:
-        tables = [claims(results), overview(results), samplers(results)]
+        tables = [origin(results), claims(results), overview(results), samplers(results)]
         write_atomic(folder / "tables.md", "\n\n".join(t for t in tables if t) + "\n")
         written.append(folder / "tables.md")
     return written
