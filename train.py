@@ -1265,6 +1265,8 @@ def dry_run(config: TrainConfig) -> None:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if not set(config.tasks) <= {"caption", "generate"}:
         print(f"of captioned pictures; --task {config.task} has more text, and clean pictures as well\n")
+    if config.text_batch:
+        print(f"without the {config.text_batch} documents of text beside the pictures\n")
     print(budget.table(budget.report(model, config, size)))
 
 
