@@ -243,6 +243,9 @@ def run_cell(plan: Plan, name: str, seed: int) -> None:
     run = Run(config, "ablation")
     found = list_checkpoints(run.out)
     if found:
+        saved = train.saved_config(found[-1] / "checkpoint.json")
+        if saved != dataclasses.asdict(config) | {"out": saved["out"], "base": saved["base"]}:
+            raise ValueError(f"{run.out} holds a run of another configuration; delete it to start over")
         run.resume(found[-1])
     else:
         run.out.mkdir(parents=True, exist_ok=True)
@@ -251,11 +254,11 @@ def run_cell(plan: Plan, name: str, seed: int) -> None:
         train.train(run, watch=lambda run: measure(run, plan))
     lines = train.read_metrics(run.out / "metrics.jsonl")
     frozen = load_qwen3(base, **{**run.overrides, "unet_channels": (4, 4), "separation": "none"})
-    seen = config.steps * config.batch_size
+    seen, quick = config.steps * config.batch_size, " --quick" * (plan.steps < 200)
     result = {
         "cell": name,
         "seed": seed,
-        "made_by": {"commit": commit(), "command": f"python ablate.py --cell {name} --seed {seed}"},
+        "made_by": {"commit": commit(), "command": f"python ablate.py --cell {name} --seed {seed}{quick}"},
         "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("base", "out")},
         "base_fingerprint": run.fingerprint,
         "parameters": {
@@ -326,7 +329,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--tables", action="store_true", help="only draw figures and write tables of the results there are")
     args = parser.parse_args(args)
     args.plan = QUICK if args.quick else Plan()
-    args.seeds = args.seeds or args.plan.seeds
+    args.seeds = args.plan.seeds if args.seeds is None else args.seeds
     args.names = fnmatch.filter(cells(args.plan), args.cell or "*")
     if not args.names:
         raise ValueError(f"--cell {args.cell} fits none of {', '.join(cells(args.plan))}")

@@ -49,7 +49,7 @@ class Trained:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a small file beside and rename it; OSError with the name of the file if that cannot be done."""
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as f:
             f.write(content.encode() if isinstance(content, str) else content)

@@ -327,15 +327,15 @@ def text_line(text: dict) -> str:
     )
 
 
-def read_paragraphs(path: str) -> list[str]:
+def read_paragraphs(path: str, flag: str = "--text") -> list[str]:
     """The paragraphs of a text file of more than 20 characters; ValueError if there are none."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--text {path}: {error}") from None
+        raise ValueError(f"{flag} {path}: {error}") from None
     found = [p.strip() for p in re.split(r"\n\s*\n", text) if len(p.strip()) > 20]
     if not found:
-        raise ValueError(f"--text {path}: no paragraph in it")
+        raise ValueError(f"{flag} {path}: no paragraph in it")
     return found
 
 

@@ -52,7 +52,7 @@ class Question:
 def read_questions(path: str) -> list[Question]:
     """The questions of a JSONL file; ValueError names the file, the line and what is wrong there."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     questions = []
@@ -86,6 +86,8 @@ def fault(row: object) -> str | None:
         return f'has as "choices" {choices!r:.40}; it must be a list of two texts at least'
     if not all(isinstance(c, str) and c.strip() for c in choices):
         return f'has "choices" that are no texts: {choices!r:.60}'
+    if any("\ud800" <= c <= "\udfff" for text in (context, *choices) for c in text):
+        return "has text that is not UTF-8: it holds half a surrogate pair"
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
         return f'has as "label" {label!r:.40}; it must be a number from 0 to {len(choices) - 1}'
     return None
@@ -118,7 +120,7 @@ def log_likelihoods(model: LMFusion, rows: list[tuple[list[int], int]], batch: i
             ids, n = rows[i]
             predicting = hidden[begin + n - 1 : begin + len(ids) - 1]  # each from the token before
             logits = model.logits(predicting).float()
-            target = torch.tensor(ids[n:], device=logits.device)
+            target = torch.tensor(ids[n:], dtype=torch.long, device=logits.device)
             out[i] = -F.cross_entropy(logits, target, reduction="sum").item()
             begin += len(ids)
     return out

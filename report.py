@@ -51,6 +51,7 @@ def read_results(folder: Path) -> Results:
     for path in sorted(folder.glob("*.json")):
         try:
             row = json.loads(path.read_text(encoding="utf-8"))
+            row["final"]["text_of_base"], row["curve"], row["flops"]
             found.setdefault(row["cell"], {})[row["seed"]] = row
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no result of ablate.py: {error!r}") from None

@@ -182,12 +182,16 @@ def paint(trained: Trained, args: argparse.Namespace, batch: int = 64) -> None:
             pictures.append(painted)
         films.append(frames)
     bar.close()
-    if args.gif:
-        save_film(films, args)
     if args.folder:
         print(f"{args.folder}: {len(prompts)} picture{'s' * (len(prompts) > 1)}, each beside its prompt")
-        return
-    everything = torch.cat(pictures)
+    else:
+        save_page(torch.cat(pictures), prompts, args)
+    if args.gif:
+        save_film(films, args)
+
+
+def save_page(everything: Tensor, prompts: list[str], args: argparse.Namespace) -> None:
+    """All pictures in one file: a grid, or a sheet with their prompts."""
     native = everything.shape[-1]
     if args.labels:
         page = figures.sheet(everything, prompts, columns=min(6, len(prompts)), side=args.scale or native)

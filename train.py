@@ -89,7 +89,7 @@ def parse_stages(text: str) -> list[tuple[int, list[str]]]:
     for item in text.split(";") if text.strip() else []:
         step, colon, patterns = item.partition(":")
         names = [p.strip() for p in patterns.split(",") if p.strip()]
-        if not colon or not step.strip().isdigit() or not names:
+        if not colon or not step.strip().isdecimal() or not names:
             raise ValueError(f"--stages: {item.strip()!r} is not of the form STEP:PATTERN,PATTERN")
         first = int(step)
         if first <= stages[-1][0] if stages else first:
@@ -566,7 +566,7 @@ class Run:
         self.average = {n: p.detach().clone() for n, p in self.trained.items()} if config.ema else None
         self.optimizers = make_optimizers(self.model, config)
         self.stages = [(step, self.matching(patterns)) for step, patterns in parse_stages(config.stages)]
-        self.paragraphs = read_paragraphs(config.text_data) if config.text_data else []
+        self.paragraphs = read_paragraphs(config.text_data, "--text-data") if config.text_data else []
         self.step, self.seconds = 0, 0.0
         self.ids: dict[str, list[int]] = {}  # captions already tokenised
         self.validation = self.make_validation()

@@ -162,6 +162,7 @@ def half_picture(here: Path) -> None:
 TINY = "--config small --unet-channels 8,12 --batch-size 2 --steps 1 --out new"
 FEW = f"{TINY} --image-size 16 --latent-channels 8"
 PHOTO = f"{FEW} --data @photos --base"
+TEXT = "--lr-text-ratio 0.1 --text-batch 2 --text-data"
 TRAIN = {
     # flags
     "no configuration": ("", ("required", "--config")),
@@ -195,6 +196,25 @@ TRAIN = {
     "a negative rate of the row for BOI": ("--config small --draw-lr-ratio -1", ("--draw-lr-ratio is -1",)),
     "an average that never moves": ("--config small --ema 1", ("--ema is 1",)),
     "an average beyond one": ("--config small --ema 2", ("--ema is 2",)),
+    "a negative number of texts": ("--config small --text-batch -1", ("--text-batch is -1", "negative")),
+    "text alone for a text that is frozen": (
+        "--config small --text-batch 8",
+        ("--text-batch trains nothing", "frozen", "--lr-text-ratio"),
+    ),
+    "random text weights that stay so": (
+        "--config small --from-scratch true",
+        ("--from-scratch trains nothing", "frozen", "--lr-text-ratio"),
+    ),
+    "a file of text for nothing": (
+        "--config small --text-data words.txt",
+        ("--text-data words.txt goes with --text-batch",),
+    ),
+    "stages without a step": ("--config small --stages unet_*", ("--stages", "'unet_*'", "STEP:PATTERN")),
+    "stages that start late": ("--config small --stages 5:*", ("--stages 5:*", "begin with 0")),
+    "a stage of nothing": (
+        f"{PHOTO} @base --stages 0:*;2:none.*",
+        ("--stages: none.* fits no trained parameter; some are ", "unet_"),
+    ),
     "more timesteps than there are": ("--config small --noise-limit 1001", ("--noise-limit is 1001", "1000")),
     "a size that is no multiple": ("--config small --image-size 30", ("--image-size 30", "--latent-patch 4")),
     "more channels than numbers": ("--config small --latent-channels 49", ("--latent-channels 49", "48")),
@@ -302,6 +322,18 @@ TRAIN = {
     "validation data for the built-in shapes": (
         f"{TINY} --base @base --val-data nowhere",
         ("--val-data",),
+    ),
+    "no such file of text": (f"{PHOTO} @base {TEXT} none.txt", ("--text-data none.txt", "No such file")),
+    "a folder for a file of text": (f"{PHOTO} @base {TEXT} .", ("--text-data .", "directory")),
+    "a file of text that is empty": (
+        f"{PHOTO} @base {TEXT} empty.txt",
+        ("--text-data empty.txt: no paragraph in it",),
+        write("empty.txt"),
+    ),
+    "a file of text that is not UTF-8": (
+        f"{PHOTO} @base {TEXT} odd.txt",
+        ("--text-data odd.txt", "utf-8"),
+        write("odd.txt", b"caf\xe9 " * 20),
     ),
     # runs
     "a run that is already there": (
@@ -550,7 +582,20 @@ SAMPLE = {
     ),
     "a caption of a folder": ("--checkpoint @run --caption .", (".: Is a directory",)),
     "an unknown ending": ("--checkpoint @run --prompt red --steps 1 --out p.xyz", ("p.xyz", ".xyz")),
-    "no ending": ("--checkpoint @run --prompt red --steps 1 --out picture", ("picture", "ending")),
+    "a folder that is not empty": (
+        "--checkpoint @run --prompt red --steps 1 --out full",
+        ("full is not empty", "--out"),
+        write("full/notes.md", b"mine"),
+    ),
+    "a file in the place of a folder": (
+        "--checkpoint @run --prompt red --steps 1 --out taken",
+        ("taken",),
+        write("taken"),
+    ),
+    "labels in a folder": (
+        "--checkpoint @run --prompt red --steps 1 --out pictures --labels",
+        ("--labels is for a sheet", "pictures is a folder"),
+    ),
     "an ending that can only be read": (
         "--checkpoint @run --prompt red --steps 1 --out p.psd",
         ("p.psd", ".psd"),
@@ -595,6 +640,42 @@ EVALUATE = {
         write("taken"),
     ),
     "a sheet with an unknown ending": ("--checkpoint @shapes --n 1 --steps 1 --sheet s.xyz", ("s.xyz",)),
+    # files of one's own
+    "captions of nothing": ("--checkpoint @run --captions c.json", ("--captions c.json goes with --data",)),
+    "captions below a file": (
+        "--checkpoint @run --data @photos --captions taken/c.json",
+        ("taken",),
+        write("taken"),
+    ),
+    "captions without words": ("--checkpoint @run --data @photos --max-tokens 0", ("--max-tokens is 0",)),
+    "captions longer than the context": (
+        "--checkpoint @run --data @photos --max-tokens 91",
+        ("room for 90 tokens", "91"),
+    ),
+    "no such pictures": ("--checkpoint @run --data nowhere", ("nowhere: no such file or folder",)),
+    "no captioned pictures": ("--checkpoint @run --data @edits", ("no captioned pictures", "24 edits")),
+    "no such text": ("--checkpoint @run --text none.txt", ("--text none.txt", "No such file")),
+    "an empty text": (
+        "--checkpoint @run --text t.txt",
+        ("--text t.txt: no paragraph in it",),
+        write("t.txt", b"\n\nshort\n\n"),
+    ),
+    "a paragraph longer than the context": (
+        "--checkpoint @run --text t.txt",
+        ("red and blue", "tokens long", "room for 96"),
+        write("t.txt", b"red and blue " * 50),
+    ),
+    "no such questions": ("--checkpoint @run --choices none.jsonl", ("none.jsonl: No such file",)),
+    "a question without its label": (
+        "--checkpoint @run --choices q.jsonl",
+        ("q.jsonl: line 2", '"label"'),
+        write("q.jsonl", b'\n{"context": "a", "choices": ["b", "c"]}\n'),
+    ),
+    "no questions": (
+        "--checkpoint @run --choices q.jsonl",
+        ("q.jsonl: no question in it",),
+        write("q.jsonl"),
+    ),
 }
 CASES = [
     pytest.param(
@@ -714,7 +795,14 @@ def test_a_disk_full_at_a_picture_names_it_and_keeps_the_old_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", (("--out", "p.xyz"), ("--out", "taken/p.png"), ("--gif", "f.xyz"), ("--gif", "taken/f.gif"))
+    "flags",
+    (
+        ("--out", "p.xyz"),
+        ("--out", "taken"),
+        ("--out", "taken/p.png"),
+        ("--gif", "f.xyz"),
+        ("--gif", "taken/f.gif"),
+    ),
 )
 def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch, flags):
     (tmp_path / "taken").write_text("")

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import small
@@ -17,7 +19,10 @@ from checkpoint import load_trained
 from data import FIRST, Document, Recipe, caption_document, collate, edit_document
 from diffusion import Diffusion, T
 from evaluate import errors_by_timestep, perplexity, prompt_match, read_scenes, text_report, validation_error
+from metrics import caption_tokens, cider, frechet
 from model import Tokens
+from pictures import load_pictures
+from template import encode_plain
 from world import COLORS, PLACES, SHAPES, SIZES, Scene, all_scenes, render
 
 HELD_OUT = list(all_scenes(held_out=True))
@@ -201,6 +206,14 @@ def test_the_command_prints_a_table_and_writes_json_and_a_sheet(tmp_path):
     assert report["template_check"] == 1.0 and 0 <= report["captions_exact"] <= 1
     assert report["text"]["tensors_changed"] == [] and report["text"]["logits_bit_equal"] is True
     assert "pictures" not in report and len(report["caption_errors"]) == 5
+    assert report["captions_cider"] >= 0 and report["frechet"] > 0
+    assert {"knowledge", "reasoning"} <= set(report["language"])
+    for name, found in report["language"].items():
+        assert found["questions"] > 50 and 0 <= found["accuracy"] <= 1
+        assert f" {name} {100 * found['accuracy']:.1f}% of {found['questions']}" in out
+    assert f"Captions: CIDEr {report['captions_cider']:.3f}. Frechet distance of" in out
+    assert f"(own features): {report['frechet']:.4f}." in out
+    assert "Frechet" not in evaluate.table(report | {"frechet": None})  # of a single picture
     for words in ("5 held-out prompts, ddim 2 steps", "| **all five at once** |", "| right caption |"):
         assert words in out
     assert "0 of 24 tensors changed; logits equal to the last bit" in out
@@ -230,13 +243,14 @@ def test_what_is_counted_is_what_was_painted(trained, monkeypatch):
     report = evaluate.evaluate(trained, n=30, steps=1, cfg=1.0, sampler="ddim", seed=0, batch=7)
     assert set(report["prompt_match"].values()) == {1.0} and report["captions_exact"] == 1.0
     assert report["caption_errors"] == [] and len(set(report["prompts_used"])) == 30
+    assert report["captions_cider"] == pytest.approx(10)
+    real = render([captions[p] for p in report["prompts_used"]], random.Random(0))
+    assert report["frechet"] == frechet(report["pictures"], real) > 0
     assert report["pictures"].shape == (30, 3, 32, 32)
     assert not {*report["prompts_used"]} & {s.caption for s in all_scenes(held_out=False)}
 
 
 def test_a_base_that_was_moved_is_named_with_a_flag(tmp_path):
-    import shutil
-
     shutil.copytree(small.base(), tmp_path / "moved")
     shutil.copytree(small.shapes_run(), tmp_path / "run")
     file = next((tmp_path / "run").glob("step-*/checkpoint.json"))
@@ -249,3 +263,146 @@ def test_a_base_that_was_moved_is_named_with_a_flag(tmp_path):
 def test_a_run_on_pictures_of_another_size_is_refused_in_words(tmp_path):
     result = small.call(evaluate, "--checkpoint", small.photo_run(), folder=tmp_path)
     assert result.status == 2 and "paints 16 pixels a side" in result.err
+
+
+# ---- files of one's own ----
+
+
+def on_files(folder: Path, *flags: object) -> tuple[str, dict]:
+    """What the command prints about files, and its JSON; the run paints 16 pixels, not 32."""
+    flags = ("--checkpoint", small.photo_run(), *flags, "--json", "report.json")
+    out = small.good(evaluate, *flags, folder=folder)
+    return out, json.loads((folder / "report.json").read_text())
+
+
+def test_a_text_of_one_s_own_is_as_likely_to_the_last_bit_as_under_the_base(tmp_path):
+    paragraphs = ["the grass is green, and so is\nthe frog in it.", "nobody knows what the cow says."]
+    text = "\r\n \r\n".join([paragraphs[0].replace("\n", "\r\n"), "too short", "", paragraphs[1]]) + "\r\n"
+    (tmp_path / "book.txt").write_bytes(text.encode("utf-8-sig"))
+    out, report = on_files(tmp_path, "--text", "book.txt")
+    assert set(report) == {"checkpoint", "step", "text"} and report["step"] == 2
+    found, trained = report["text"], load_trained(small.photo_run())
+    assert found["perplexity_base"] == found["perplexity_trained"] and found["logits_bit_equal"] is True
+    assert found["tensors"] == 24 and found["tensors_changed"] == []
+    ids = [encode_plain(trained.tokenizer, p) + [trained.model.config.eos_id] for p in paragraphs]
+    assert found["perplexity_base"] == pytest.approx(perplexity(trained.model, ids), rel=1e-5)
+    assert out.startswith(f"Text perplexity: base {found['perplexity_base']:.10f}, trained ")
+    assert "0 of 24 tensors changed; logits equal to the last bit" in out and out.count("\n") == 1
+
+
+def test_questions_of_two_files_are_answered_by_the_trained_model_and_its_base(tmp_path):
+    questions = [("the cow says", "moo"), ("grass is", "green"), ("the day after monday is", "tuesday")]
+    for name, n in (("a.jsonl", 3), ("b.jsonl", 2)):
+        rows = [{"context": c, "choices": [right, "woof woof"], "label": 0} for c, right in questions[:n]]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    out, report = on_files(tmp_path, "--choices", "a.jsonl", "--choices", "b.jsonl")
+    trained = load_trained(small.photo_run())
+    assert set(report) == {"checkpoint", "step", "choices"} and list(report["choices"]) == [
+        "a.jsonl",
+        "b.jsonl",
+    ]
+    for (name, found), line in zip(report["choices"].items(), out.splitlines(), strict=True):
+        asked = evaluate.read_questions(str(tmp_path / name))
+        assert found["trained"] == found["base"] and found["base"]["questions"] == len(asked)
+        encode = lambda text: encode_plain(trained.tokenizer, text)  # noqa: E731
+        assert found["base"] == evaluate.multiple_choice(trained.model, encode, asked)
+        share, plain = (100 * found["base"][k] for k in ("accuracy", "accuracy_unnormalised"))
+        both = ", ".join(f"{who} {share:.2f}% ({plain:.2f}%)" for who in ("trained", "base"))
+        assert line.startswith(f"{name}: {len(asked)} questions, {both}; ")
+
+
+def test_choices_are_made_by_the_model_of_the_checkpoint_and_by_its_base(tmp_path, monkeypatch):
+    trained = load_trained(small.photo_run())
+    seen = []
+    monkeypatch.setattr(evaluate, "load_trained", lambda *a, **k: trained)
+    monkeypatch.setattr(
+        evaluate,
+        "multiple_choice",
+        lambda model, *a: seen.append(model) or {"accuracy": len(seen) / 4, "accuracy_unnormalised": 0},
+    )
+    (tmp_path / "a.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "label": 1}')
+    _, report = on_files(tmp_path, "--choices", "a.jsonl")
+    assert {who: x["accuracy"] for who, x in report["choices"]["a.jsonl"].items()} == {
+        "trained": 0.25,
+        "base": 0.5,
+    }
+    assert seen[0] is trained.model is not seen[1]
+    assert evaluate.text_parameters_changed(trained.model, seen[1]) == []
+
+
+def test_captions_of_a_folder_are_written_as_coco_has_them(tmp_path):
+    names = ("COCO_val2014_000000000042", "000007", "a photo")
+    (tmp_path / "data").mkdir()
+    for name, photo in zip(names, sorted(small.photos().glob("*.png")), strict=False):
+        shutil.copy(photo, tmp_path / "data" / f"{name}.png")
+        shutil.copy(photo.with_suffix(".txt"), tmp_path / "data" / f"{name}.txt")
+    flags = ("--data", "data", "--max-tokens", 5, "--captions", "new/captions.json")
+    out, report = on_files(tmp_path, *flags)
+    trained, found = load_trained(small.photo_run()), load_pictures(str(tmp_path / "data"), 16)
+    written = evaluate.describe_images(trained, found.pixels, 5)
+    assert json.loads((tmp_path / "new" / "captions.json").read_text()) == [
+        {"image_id": i, "caption": c} for i, c in zip((7, 42, "a photo.png"), written, strict=True)
+    ]
+    assert set(report) == {"checkpoint", "step", "captions"}
+    assert report["captions"] == evaluate.caption_report(written, [[c] for c in found.captions])
+    assert out == f"data: 3 pictures, CIDEr {report['captions']['cider']:.4f}, exact 0.0%\n"
+
+
+def test_rows_that_name_one_file_are_references_of_one_picture(tmp_path, monkeypatch):
+    for name, color in (("000000000009", "red"), ("blue", "blue")):
+        Image.new("RGB", (20, 30), color).save(tmp_path / f"{name}.png")
+    rows = [
+        ("000000000009.png", "a picture in red"),
+        ("000000000009.png", "all of this is red"),
+        ("blue.png", "a blue picture, café"),
+        ("000000000009.png", "nothing but red"),
+    ]
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    shown = []
+
+    def describe(trained, pictures, max_tokens):
+        shown.append((len(pictures), max_tokens))
+        return ["All of this is red." if p[0, 0, 0] > 200 else "a blue café" for p in pictures]
+
+    monkeypatch.setattr(evaluate, "describe_images", describe)
+    out, report = on_files(tmp_path, "--data", "metadata.jsonl", "--captions", "captions.json")
+    assert shown == [(2, 64)]  # each once
+    references = [[rows[i][1] for i in (0, 1, 3)], [rows[2][1]]]
+    tokens = [[caption_tokens(c) for c in group] for group in references]
+    score = cider([caption_tokens("all of this is red"), caption_tokens("a blue café")], tokens)[0]
+    assert report["captions"] == {"pictures": 2, "cider": pytest.approx(score), "exact": 0.5} and score > 1
+    assert f"metadata.jsonl: 2 pictures, CIDEr {score:.4f}, exact 50.0%" in out
+    assert json.loads((tmp_path / "captions.json").read_text(encoding="utf-8")) == [
+        {"image_id": 9, "caption": "All of this is red."},
+        {"image_id": "blue.png", "caption": "a blue café"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, number",
+    (
+        ("COCO_val2014_000000391895.jpg", 391895),
+        ("val2017/000000000139.jpg", 139),
+        ("part-3.tar/000000000139.jpg", 139),
+        ("7.png", 7),
+        ("photo12.png", 12),
+        ("photo.png", "photo.png"),
+        ("12 photos.png", "12 photos.png"),
+        ("photos-2014/a.png", "photos-2014/a.png"),
+    ),
+)
+def test_a_picture_is_called_by_the_number_at_the_end_of_its_name(name, number):
+    assert evaluate.image_id(name) == number
+
+
+def test_several_files_are_looked_at_in_one_call_and_a_bad_one_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "book.txt").write_text("the grass is green, and so is the frog.\n")
+    (tmp_path / "a.jsonl").write_text('{"context": "grass is", "choices": ["red", "green"], "label": 1}\n')
+    flags = ("--text", "book.txt", "--choices", "a.jsonl", "--data", small.photos(), "--max-tokens", 1)
+    out, report = on_files(tmp_path, *flags)
+    assert {"text", "choices", "captions"} < set(report) and len(out.splitlines()) == 3
+    (tmp_path / "b.jsonl").write_text('{"context": "grass is"}\n')
+    flags = ("--checkpoint", small.photo_run(), "--text", "book.txt", "--choices", "b.jsonl")
+    result = small.call(evaluate, *flags, folder=tmp_path)
+    assert result.status == 2 and result.out == "" and "b.jsonl: line 1 has no " in result.err

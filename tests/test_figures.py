@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageFont
 
 import figures
-from figures import INK, PAPER, cases, sheet, to_image, wrap
+from figures import INK, PAPER, SERIES, cases, curves, sheet, to_image, wrap
 
 RED, BLUE = ((255, 0, 0), (0, 0, 255))
 
@@ -94,3 +94,73 @@ def test_a_bad_place_is_an_error_before_the_work(tmp_path):
         figures.check_place(tmp_path / "x.png")
     figures.check_place(tmp_path / "new" / "x.png", figures.FORMATS)
     assert (tmp_path / "new").is_dir()
+
+
+# ---- curves ----
+
+SIZE = (420, 280)
+
+
+def place(x: float, y: float, largest: tuple[float, float]) -> tuple[int, int]:
+    """Where a point lies on a panel whose axes reach from 0 to `largest`."""
+    return round(52 + x / largest[0] * (420 - 66)), round(280 - 26 - y / largest[1] * (280 - 56))
+
+
+def column(page: Image.Image, x: int) -> list[tuple[int, int, int]]:
+    return [page.getpixel((x, y)) for y in range(30, page.height - 24)]
+
+
+def hues(page: Image.Image) -> set[tuple[int, int, int]]:
+    """Colours of a panel that are no shade of grey, but for the corner with the names of the lines."""
+    found = colors(page, (0, 0, 260, 280)) | colors(page, (260, 80, 420, 280))
+    return {c for c in found if max(c) - min(c) > 5}
+
+
+def test_curves_of_plain_points_are_lines_in_one_colour_each_and_nothing_else():
+    lines = {"rising": [(0, 1.0), (50, 2.0), (100, 4.0)], "falling": [(0, 3.0), (100, 0.0)]}
+    page = curves([("both", lines), ("none", {}), ("again", lines)], SIZE)
+    assert page.size == (3 * 420, 280)
+    first, last = page.crop((0, 0, 420, 280)), page.crop((840, 0, 1260, 280))
+    assert colors(page, (420, 0, 840, 280)) == {PAPER}
+    assert hues(first) == set(SERIES[:2]) == hues(last)
+    for series, color in zip(lines.values(), SERIES, strict=False):
+        for x, y in series[:-1]:
+            i, j = place(x + 1, y, (100, 4))
+            assert color in colors(first, (i - 2, j - 4, i + 3, j + 5)), (x, y)
+
+
+def test_a_band_lies_in_a_lighter_colour_behind_its_line_from_low_to_high():
+    banded = [(0, 2.0, 1.0, 4.0), (100, 2.0, 1.0, 4.0)]
+    page = curves([("one", {"banded": banded, "plain": [(0, 0.5), (100, 4.0)]})], SIZE)
+    light = hues(page) - set(SERIES[:2])
+    assert len(light) == 1
+    light = light.pop()
+    assert all(SERIES[0][i] < light[i] < 255 for i in range(3)) and light[0] < light[1] < light[2]  # bluish
+    i = place(30, 0, (100, 4))[0]
+    shown = column(page, i)
+    rows = [30 + j for j, color in enumerate(shown) if color == light]
+    assert abs(min(rows) - place(0, 4, (100, 4))[1]) <= 1 and abs(max(rows) - place(0, 1, (100, 4))[1]) <= 1
+    line = [30 + j for j, color in enumerate(shown) if color == SERIES[0]]
+    assert len(line) == 2 and abs(line[0] - place(0, 2, (100, 4))[1]) <= 1  # before it
+    assert len(rows) == max(rows) - min(rows) + 1 - len(line) - shown.count(SERIES[1])
+    assert SERIES[1] in shown and min(rows) < 30 + shown.index(SERIES[1]) < max(rows)  # all lines are
+
+
+def test_a_band_is_drawn_only_where_points_have_one():
+    points = [(0, 1.0), (40, 1.0), (60, 1.0, 0.5, 1.5), (100, 1.0, 0.5, 1.5)]
+    page = curves([("half", {"a": points})], SIZE)
+    (light,) = hues(page) - {SERIES[0]}
+    shown = {x: column(page, place(x, 0, (100, 1.5))[0]) for x in (5, 30, 58, 65, 80, 95)}
+    assert {x for x, colors in shown.items() if light in colors} == {65, 80, 95}
+    assert all(SERIES[0] in colors for colors in shown.values())
+    alone = curves([("half", {"a": [(0, 1.0), (60, 1.0, 0.5, 1.5), (100, 1.0)]})], SIZE)
+    assert hues(alone) == {SERIES[0]}  # one point has no width
+
+
+def test_the_axis_reaches_to_the_ends_of_a_band():
+    narrow, wide = [(0, 1.0), (100, 1.0)], [(0, 1.0, -1.0, 3.0), (100, 1.0, -1.0, 3.0)]
+    heights = []
+    for points in (narrow, wide):
+        shown = column(curves([("x", {"a": points})], SIZE), 150)
+        heights.append(30 + shown.index(SERIES[0]))
+    assert abs(heights[0] - 30) <= 1 and abs(heights[1] - (30 + 224 / 2)) <= 1  # 1 of 1; 1 of -1 .. 3

@@ -14,6 +14,7 @@ import sample
 from checkpoint import Trained
 from data import Shapes
 from generate import edit_images, generate_text
+from pictures import load_pictures
 
 PROMPTS = ["a red circle", "on a white background, in the top left, a small blue cross"]
 
@@ -147,6 +148,103 @@ def test_without_a_checkpoint_the_last_small_run_is_used(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+# ---- a folder of pictures ----
+
+
+def contents(folder: Path) -> dict[str, torch.Tensor | str]:
+    """Every file of a folder: pictures as uint8 (3, S, S), texts as they are."""
+    return {
+        p.name: p.read_text(encoding="utf-8") if p.suffix == ".txt" else pixels_of(p)
+        for p in sorted(folder.iterdir())
+    }
+
+
+def pixels_of(path: Path) -> torch.Tensor:
+    """A PNG as uint8 (3, height, width)."""
+    with Image.open(path) as image:
+        assert image.format == "PNG" and image.mode == "RGB"
+        data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return data.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def test_a_name_without_an_ending_is_a_folder_of_pictures_each_beside_its_prompt(tmp_path):
+    flags = ("--prompt", PROMPTS[0], "--prompt", "a café", "--n", 2, "--steps", 2, "--seed", 4)
+    out = run(*flags, "--out", "deep/er/pictures", folder=tmp_path)
+    assert out == "deep/er/pictures: 4 pictures, each beside its prompt\n"
+    found = contents(tmp_path / "deep/er/pictures")
+    assert list(found) == [f"{i:06d}.{kind}" for i in range(4) for kind in ("png", "txt")]
+    assert [found[f"{i:06d}.txt"] for i in range(4)] == [f"{PROMPTS[0]}\n"] * 2 + ["a café\n"] * 2
+    run(*flags, "--scale", 0, "--out", "grid.png", folder=tmp_path)
+    page = pixels_of(tmp_path / "grid.png")  # 2 x 2 pictures, row by row
+    tiles = [page[:, y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32)]
+    assert all(torch.equal(found[f"{i:06d}.png"], tile) for i, tile in enumerate(tiles))
+    assert len({x.numpy().tobytes() for x in tiles}) == 4
+    back = load_pictures(str(tmp_path / "deep/er/pictures"), 32)
+    assert back.captions == [PROMPTS[0]] * 2 + ["a café"] * 2 and back.skipped == []
+    assert torch.equal(back.pixels, torch.stack(tiles))
+
+
+def test_pictures_of_a_folder_are_numbered_through_all_batches_and_written_as_they_come(
+    trained, tmp_path, monkeypatch
+):
+    words = ["--prompt", "red", "--prompt", "blue", "--n", "3", "--steps", "2", "--gif", "film.gif"]
+    paint, there = sample.generate_images, []
+
+    def watched(*args):
+        there.append(len(list(Path(name).glob("*.png"))))
+        return paint(*args)
+
+    monkeypatch.setattr(sample, "generate_images", watched)
+    with small.inside(tmp_path):
+        for batch, name in ((64, "one"), (4, "two")):
+            args = sample.parse([*words, "--out", name])
+            sample.check(args)
+            sample.paint(trained, args, batch)
+            with Image.open("film.gif") as film:
+                assert film.n_frames == 2 and film.size == (3 * 32, 2 * 32)
+    assert there == [0, 0, 4]
+    one, two = (contents(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) == 12
+    assert [two[f"{i:06d}.txt"] for i in range(6)] == ["red\n"] * 3 + ["blue\n"] * 3
+    for name, picture in one.items():
+        if name.endswith(".png"):
+            assert (picture.int() - two[name].int()).abs().max() <= 1
+
+
+def test_pictures_of_a_folder_are_as_large_as_generated_unless_told_otherwise(tmp_path):
+    (tmp_path / "large").mkdir()  # an empty one may be there
+    for name, flags in (("plain", ()), ("large", ("--scale", 64))):
+        out = run("--prompt", "red", "--steps", 1, "--out", name, *flags, folder=tmp_path)
+        assert out == f"{name}: 1 picture, each beside its prompt\n"
+    plain, large = (pixels_of(tmp_path / name / "000000.png") for name in ("plain", "large"))
+    assert plain.shape == (3, 32, 32)
+    assert torch.equal(large, plain.repeat_interleave(2, 1).repeat_interleave(2, 2))
+
+
+@pytest.mark.parametrize(
+    "flags, error",
+    (
+        ("--out full", "full is not empty"),
+        ("--out taken", "taken"),
+        ("--out taken/pictures", "taken"),
+        ("--out new --labels", "--labels is for a sheet; --out new is a folder"),
+        ("--out full --labels", "--labels is for a sheet"),
+    ),
+)
+def test_a_folder_that_cannot_take_the_pictures_is_named_before_the_work(tmp_path, monkeypatch, flags, error):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.md").write_text("mine")
+    (tmp_path / "taken").write_text("")
+    before, files = sorted(tmp_path.rglob("*")), small.files(tmp_path)
+    painted = []
+    monkeypatch.setattr(sample, "generate_images", lambda *a: painted.append(a))
+    words = ("--checkpoint", small.shapes_run(), "--prompt", "red", *flags.split())
+    result = small.call(sample, *words, folder=tmp_path)
+    assert result.status == 2 and result.out == "" and result.err.count("\n") == 1
+    assert result.err.startswith("error: ") and error in result.err
+    assert not painted and sorted(tmp_path.rglob("*")) == before and small.files(tmp_path) == files
+
+
 # ---- editing ----
 
 
@@ -190,6 +288,15 @@ def test_more_edits_than_fit_a_batch_are_painted_as_if_they_did(trained, tmp_pat
         with Image.open(args.out) as page:
             pages.append(torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8).int())
     assert (pages[0] - pages[1]).abs().max() <= 1
+
+
+def test_edits_may_go_into_a_folder_as_well(tmp_path, source):
+    flags = ("--prompt", "make it green", "--prompt", "make it big", "--steps", 2, "--scale", 0)
+    for out in ("edits", "edits.png"):
+        run("--edit", source, *flags, "--out", out, folder=tmp_path)
+    found, page = contents(tmp_path / "edits"), pixels_of(tmp_path / "edits.png")
+    assert [found[f"{i:06d}.txt"] for i in range(2)] == ["make it green\n", "make it big\n"]
+    assert torch.equal(torch.cat((found["000000.png"], found["000001.png"]), 2), page)
 
 
 def test_instructions_may_come_from_a_file(tmp_path, source):
@@ -257,8 +364,10 @@ def test_defaults_that_depend_on_what_is_done(tmp_path):
         ("--text red", "sample.png", 64),
         ("--chat", "chat", 256),
         ("--chat --max-tokens 7 --out x", "x", 7),
+        ("--text red --out y", "y", 64),
     ):
         with small.inside(tmp_path):
             args = sample.parse(flags.split())
             sample.check(args)
         assert (args.out, args.max_tokens, args.max_images) == (out, tokens, 4)
+    assert not (tmp_path / "y").exists()  # nothing is painted

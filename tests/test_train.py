@@ -26,9 +26,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 import checkpoint
+import data
 import train
 from checkpoint import list_checkpoints, load_trained
 from data import BEHIND, DROPPED, FIRST, Document, PictureSource, Recipe, arrange, collate, make_batch
+from evaluate import text_report
 from latents import LatentSource
 from model import IMAGE, LMFusion, Tokens
 from parallel import Team
@@ -427,6 +429,65 @@ def test_inside_averaged_the_model_has_the_average_and_its_own_weights_again_beh
     assert all(torch.equal(run.average[n], x) for n, x in average.items())
 
 
+# ---- stages ----
+
+
+def test_stages_are_read_as_steps_and_patterns():
+    assert train.parse_stages("") == train.parse_stages(" ") == []
+    assert train.parse_stages("0:*") == [(0, ["*"])]
+    text = " 0 : unet_* ;500:unet_*, *.self_attn.*,;900:*"
+    assert train.parse_stages(text) == [(0, ["unet_*"]), (500, ["unet_*", "*.self_attn.*"]), (900, ["*"])]
+
+
+@pytest.mark.parametrize("text", ("unet_*", "0", "0:", "0: , ", ":*", "x:*", "-1:*", "0.5:*", "²:*", "0:*;"))
+def test_a_stage_of_another_form_is_refused(tmp_path, text):
+    with pytest.raises(ValueError) as error:
+        small.photo_config(tmp_path, f"--stages={text}")
+    last_item = text.split(";")[-1].strip()
+    assert str(error.value) == f"--stages: {last_item!r} is not of the form STEP:PATTERN,PATTERN"
+
+
+@pytest.mark.parametrize("text", ("5:*", "1:unet_*;0:*", "0:unet_*;0:*", "0:*;9:unet_*;5:*"))
+def test_stages_begin_with_the_first_step_and_follow_each_other(tmp_path, text):
+    with pytest.raises(ValueError, match="--stages .*: the steps must begin with 0 and grow") as error:
+        small.photo_config(tmp_path, f"--stages={text}")
+    assert text in str(error.value)
+
+
+def test_a_pattern_that_fits_no_trained_parameter_names_some_that_are_there(make_run):
+    for pattern in ("unet.*", "layers.0.text.*"):  # the latter is there, and frozen
+        with pytest.raises(ValueError, match="fits no trained parameter; some are ") as error:
+            make_run("--stages", f"0:*;3:unet_*,{pattern}")
+        start, _, named = str(error.value).partition("some are ")
+        assert start.startswith(f"--stages: {pattern} fits no ")
+        assert 3 <= len(named.split(", ")) <= 5 and set(named.split(", ")) < set(make_run().trained)
+    run = make_run("--stages", "0:layers.0.text.*", "--lr-text-ratio", 0.1)
+    assert run.stages == [(0, {n for n in run.trained if n.startswith("layers.0.text.")})]
+
+
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+def test_only_what_its_stage_names_changes_in_a_step_or_counts_in_the_norm(make_run, monkeypatch, optimizer):
+    stages = ("--stages", "0:unet_up.*;2:*;3:unet_down.*,*.image.self_attn.*")
+    run = make_run(*stages, "--optimizer", optimizer, "--weight-decay", 0.5, "--warmup", 0)
+    clip, norms = torch.nn.utils.clip_grad_norm_, []
+
+    def clipping(parameters, largest):
+        squares = {n: p.grad.square().sum() for n, p in run.trained.items() if p.grad is not None}
+        norms.append((set(squares), sum(squares.values()).sqrt(), clip(parameters, largest)))
+        return norms[-1][-1]
+
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", clipping)
+    up, everything = {n for n in run.trained if n.startswith("unet_up.")}, set(run.trained)
+    down = {n for n in run.trained if n.startswith("unet_down.") or ".image.self_attn." in n}
+    assert up and down and up | down < everything
+    for wanted in (up, up, everything, down, down):  # by then `up` has momentum, and has to rest as well
+        before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+        run.train_step()
+        assert changed(before, run.model) == wanted
+        with_gradient, norm, reported = norms.pop()
+        assert with_gradient == wanted and torch.allclose(norm, reported)
+
+
 # ---- the schedule ----
 
 
@@ -477,6 +538,9 @@ KINDS = {
     "muon": ("--optimizer", "muon"),
     "average": ("--optimizer", "muon", "--ema", 0.8, "--lr-text-ratio", 0.1),
     "tasks": ("--init-from", "first", "--task", TASKS, "--micro-batch", 4, "--ema", 0.8, *EDITS),
+    # the last checkpoint lies in the middle of the second stage, and some tensors have not moved by then
+    "stages": ("--optimizer", "muon", "--ema", 0.8, "--stages", "0:unet_*;1:unet_down.*,*.image.mlp.*;3:*"),
+    "scratch": ("--optimizer", "muon", "--from-scratch", True, "--lr-text-ratio", 1, "--text-batch", 3),
 }
 
 
@@ -791,6 +855,176 @@ def test_a_step_on_tasks_is_the_same_in_micro_batches_and_packed(make_run):
             assert (grads[name] - x).abs().max() <= 2e-4 * x.abs().max(), name
 
 
+# ---- text alone ----
+
+TEXT = ("--lr-text-ratio", 0.5, "--text-batch", 8)
+
+
+def same_batch(one: tuple, other: tuple) -> bool:
+    """Whether two batches and their noise are the same."""
+    (a, noise), (b, other_noise) = one, other
+    one, other = ((x.prefix.ids, x.rest.ids, x.latents, x.max_t) for x in (a, b))
+    return all(map(torch.equal, (*one, *noise), (*other, *other_noise)))
+
+
+def texts_of(run: Run) -> list[tuple[int, ...]]:
+    """The documents of a step's text alone, in the order of its batches, each of which ends in a picture."""
+    rows = [r for batch, _ in run.draw_text_batches() for r in batch.prefix.ids.tolist()[:-1]]
+    return [tuple(i for i in row if i >= 0) for row in rows]
+
+
+def test_text_alone_trains_the_text_and_of_the_image_side_the_boi_row(make_run):
+    run = make_run(*TEXT)
+    ((batch, noise),) = run.draw_text_batches()
+    out = losses(run.model, run.diffusion, batch, run.config, noise)
+    assert out["ddpm_loss"] == 0 < out["lm_loss"] == out["loss"]
+    (out["loss"] + out["draw_loss"]).backward()
+    assert all(p.grad is not None for p in run.trained.values())
+    moved = {n for n, p in run.trained.items() if p.grad.abs().max() > 0}
+    assert moved == set(run.model.text_parameters()) - {"norm_text.weight"} | {"boi_head"}
+
+
+def test_the_lm_loss_of_a_step_is_the_mean_over_the_words_of_captions_and_of_text_alone(
+    make_run, monkeypatch
+):
+    run, seen = make_run(*TEXT), []
+    monkeypatch.setattr(train, "collate", lambda d, *a: seen.extend(d) or collate(d, *a))
+    (captions, noise), _ = run.draw_batches()
+    out = losses(run.model, run.diffusion, captions, run.config, noise)
+    n, from_captions = train.targets(run.model, captions)[1], out["lm_loss"].item()
+    words = [n * from_captions]
+    assert n > 0 and len(seen) == 8
+    for d in seen:
+        with torch.no_grad():
+            log_p = run.model.text_logits(torch.tensor([d.ids]))[0].log_softmax(-1)
+        learned = [k for k in range(1, len(d.ids)) if d.spoken[k]]
+        words += [-log_p[k - 1, d.ids[k]].item() for k in learned]
+        n += len(learned)
+    result = run.train_step()
+    assert result["lm_loss"] == pytest.approx(sum(words) / n, rel=1e-4)
+    assert result["lm_loss"] != pytest.approx(from_captions, rel=1e-3)
+    assert result["ddpm_loss"] == pytest.approx(out["ddpm_loss"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", ((), ("--task", TASKS, *SHAPES)), ids=("captions", "tasks"))
+def test_pictures_captions_and_noise_of_a_step_are_the_same_with_and_without_text(make_run, flags):
+    run = make_run(*flags, *TEXT, "--micro-batch", 4)
+    drawn = run.draw_batches()
+    change(run, text_batch=0)
+    without = run.draw_batches()
+    assert len(drawn) == 2 + 2 and len(without) == 2
+    assert all(map(same_batch, drawn[:2], without))
+    assert not same_batch(drawn[0], drawn[1]) and not same_batch(drawn[1], drawn[2])
+
+
+def test_a_text_follows_from_the_seed_the_step_and_its_number_alone(make_run):
+    run = make_run(*TEXT)
+    whole = texts_of(run)
+    assert len(set(whole)) == 8 and texts_of(run) == whole == sorted(whole, key=len)
+    assert {tuple(run.draw_text(random.Random(f"text 0-0-{i}")).ids) for i in range(8)} == set(whole)
+    shared = []
+    for rank in range(2):
+        run.team = Team(rank, 2)
+        shared.append(texts_of(run))
+    assert [len(x) for x in shared] == [4, 4] and sorted(sum(shared, [])) == sorted(whole)
+    run.team, run.step = Team(), 1
+    assert not set(texts_of(run)) & set(whole)
+    run.step = 0
+    for size in (1, 3):
+        change(run, micro_batch=size)
+        assert texts_of(run) == whole and len(run.draw_text_batches()) == math.ceil(8 / size)
+    change(run, micro_batch=0, text_batch=16)
+    assert len(texts_of(run)) == 16 and set(whole) < set(texts_of(run))
+    change(run, text_batch=8, seed=1)
+    assert not set(texts_of(run)) & set(whole)
+
+
+def test_a_step_with_text_alone_is_the_same_in_micro_batches_and_packed(make_run):
+    run, found = make_run(*TEXT, "--clip", 1e9), []
+    run.optimizers = []  # the gradient stays
+    for micro, pack in ((0, 0), (3, 0), (0, 150)):
+        change(run, micro_batch=micro, pack=pack)
+        run.step, result = 0, run.train_step()
+        found.append((result, {n: p.grad for n, p in run.trained.items()}))
+        run.model.zero_grad()
+    result, gradient = found.pop(0)
+    assert all(x.abs().max() > 0 for x in gradient.values())
+    for other, grads in found:
+        assert other == pytest.approx(result, rel=1e-5)
+        for name, x in gradient.items():
+            assert (grads[name] - x).abs().max() <= 2e-4 * x.abs().max(), name
+
+
+def test_paragraphs_of_a_file_are_learned_word_by_word_and_cut_to_the_context(make_run, tmp_path):
+    paragraphs = [
+        "the grass is green and the sky is blue.",
+        "red and blue " * 60,
+        "a cow says moo,\nand a dog woof.",
+    ]
+    (tmp_path / "text.txt").write_text("\n\n".join([*paragraphs, "too short"]) + "\n")
+    run = make_run(*TEXT, "--text-data", tmp_path / "text.txt")
+    c, rng = run.model.config, random.Random(0)
+    wanted = {(*train.encode_plain(run.tokenizer, p.strip()), c.eos_id)[:96] for p in paragraphs}
+    drawn = [run.draw_text(rng) for _ in range(40)]
+    assert {tuple(d.ids) for d in drawn} == wanted and c.max_position_embeddings == 96
+    cut = [ids for ids in wanted if ids[-1] != c.eos_id]
+    assert [len(ids) for ids in cut] == [96]
+    assert all(d.spoken == [True] * len(d.ids) and not d.pictures for d in drawn)
+    assert run.train_step()["lm_loss"] > 0 and set(texts_of(run)) <= wanted
+
+
+@pytest.mark.parametrize("flag", ("--batch-size", "--text-batch"))
+def test_a_batch_that_processes_cannot_share_is_named(tmp_path, flag):
+    config = small.photo_config(tmp_path / "run", *TEXT, flag, 7)
+    with pytest.raises(ValueError, match=f"{flag} 7 is not a multiple of 2 processes"):
+        Run(config, "small", Team(0, 2))
+
+
+# ---- random text weights ----
+
+SCRATCH = ("--from-scratch", True, "--lr-text-ratio", 1)
+
+
+def test_random_text_weights_have_nothing_of_the_base(make_run, write_qwen3, tmp_path):
+    base = write_qwen3(tmp_path / "base")
+    runs = [make_run(*SCRATCH, "--base", base, "--seed", seed, perturb=0) for seed in (0, 0, 1)]
+    text, again, other = (run.model.text_parameters() for run in runs)
+    former = checkpoint.load_qwen3(base).text_parameters()
+    assert len(text) == 24 and not any(torch.equal(p, former[n]) for n, p in text.items())
+    for name, p in text.items():
+        assert torch.equal(p, again[name])
+        if p.dim() == 1:
+            assert set(p.tolist()) == {2.0 if "q_norm" in name else 1.0}, name
+        else:
+            residual = 2 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1  # sqrt(2 layers)
+            wanted = 0.05 if name == "embed_tokens.weight" else p.shape[1] ** -0.5 / residual
+            assert p.std().item() == pytest.approx(wanted, rel=0.1) and not torch.equal(p, other[name]), name
+            assert former[name].std().item() == pytest.approx(0.15, rel=0.1)
+    assert runs[0].fingerprint == runs[2].fingerprint  # the base's: what a checkpoint is loaded on
+    image = runs[0].model.image_parameters()
+    copies = {n: p for n, p in image.items() if n.startswith(("layers.", "norm_image."))}
+    assert len(copies) == 11 * 2 + 1
+    assert all(torch.equal(p, text[n.replace("image", "text")]) for n, p in copies.items())
+
+
+@pytest.mark.parametrize("separation", ("deep", "none"))
+def test_a_run_from_random_text_trains_the_final_norm_and_its_checkpoint_is_loaded_as_it_was(
+    make_run, separation
+):
+    run = make_run(*SCRATCH, "--separation", separation, "--weight-decay", 0, "--warmup", 0)
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    take_steps(run, 2)
+    assert changed(before, run.model) == set(before) == set(run.trained) >= {"norm_text.weight"}
+    run.save()
+    trained = load_trained(run.out)
+    parameters = dict(trained.model.named_parameters())
+    assert parameters.keys() == run.trained.keys()
+    assert all(torch.equal(p, run.trained[n]) for n, p in parameters.items())
+    report = text_report(trained, ["grass is green."])
+    assert set(report["tensors_changed"]) == set(run.model.text_parameters())
+    assert not report["logits_bit_equal"] and report["perplexity_base"] != report["perplexity_trained"]
+
+
 # ---- tasks: the loss ----
 
 
@@ -975,6 +1209,21 @@ def test_training_on_tasks_changes_every_image_tensor_and_no_bit_of_the_text(mak
     assert changed(before, run.model) == set(run.model.image_parameters())
     with torch.no_grad():
         assert torch.equal(run.model.text_logits(ids), logits)
+
+
+def test_the_kinds_of_built_in_conversations_have_their_shares(monkeypatch):
+    monkeypatch.setattr(data, "conversation", lambda rng, thinking, kinds: kinds)
+    rng = random.Random(0)
+    drawn = [data.Shapes().conversation(rng) for _ in range(2000)]
+    kinds = [kind for turns in drawn for kind in turns]
+    shares = {k: weight / sum(data.TURNS) for k, weight in zip(data.KINDS, data.TURNS, strict=True)}
+    for name, share in shares.items():
+        n = len(kinds)
+        assert abs(kinds.count(name) - n * share) < 4 * (n * share * (1 - share)) ** 0.5, name
+    assert max(shares, key=shares.get) == "story" and set(kinds) == set(shares)
+    for turns, share in ((1, 0.7), (2, 0.25), (3, 0.05)):
+        count = sum(len(x) == turns for x in drawn)
+        assert abs(count - 2000 * share) < 4 * (2000 * share * (1 - share)) ** 0.5, turns
 
 
 # ---- tasks: real pictures ----
@@ -1337,6 +1586,22 @@ def test_validation_tells_the_right_caption_from_a_permuted_one_and_repeats_itse
     assert report == run.validate()
     assert all(abs(a - b) > 1e-6 for a, b in zip(report["right"], report["permuted"], strict=True))
     assert all(p.grad is None for p in run.model.parameters())
+
+
+def test_what_is_watched_stands_in_the_metrics_at_each_validation_and_nowhere_else(make_run):
+    run = make_run("--steps", 5, "--val-every", 2, "--sheet-every", 0)
+    run.out.mkdir()
+    train.train(run, watch=lambda r: {"seen": [r is run, r.step]})
+    lines = read_metrics(run.out / "metrics.jsonl")
+    assert [m["step"] for m in lines] == [1, 2, 3, 4, 5]
+    watched = {m["step"]: m["watched"] for m in lines if "watched" in m}
+    assert watched == {step: {"seen": [True, step]} for step in (2, 4, 5)}
+    assert set(watched) == {m["step"] for m in lines if "val" in m}
+    assert b"seen" not in (last(run.out) / "checkpoint.json").read_bytes()
+    again = make_run("--steps", 2, "--val-every", 1, "--sheet-every", 0, "--out", run.out / "unwatched")
+    again.out.mkdir()
+    train.train(again)
+    assert not any("watched" in m for m in read_metrics(again.out / "metrics.jsonl"))
 
 
 def test_a_sheet_and_a_validation_leave_no_trace_in_the_training(make_run):

@@ -1,0 +1,452 @@
+"""report.py: what the tables and curves say of invented results is what follows from their numbers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ablate import Plan, cells
+from report import (
+    CLAIMS,
+    FIGURES,
+    LABELS,
+    PANELS,
+    caption,
+    claims,
+    curve,
+    differences,
+    lost,
+    origin,
+    overview,
+    pictures,
+    read_results,
+    said,
+    samplers,
+    spread,
+    text,
+    verdict,
+    write_report,
+)
+
+BASE = {"perplexity": 2.5, "knowledge": 0.9, "reasoning": 0.8, "puzzles": 0.7}
+GUIDANCE, SAMPLERS = ("1.0", "1.55", "3.0", "5.0"), ("ddpm 250", "ddim 10", "ddim 25", "ddim 50")
+
+
+def result(
+    cell: str,
+    seed: int = 0,
+    cider: float = 1.0,
+    match: float = 0.5,
+    frechet: float = 0.25,
+    steps: tuple[int, ...] = (120, 240),
+    changed: int = 0,
+    from_scratch: bool = False,
+    base: dict | None = None,
+    **of_text: float,
+) -> dict:
+    """What ablate.run_cell writes, with numbers of one's own; text that is not given is the base's.
+
+    Along the curve every number grows to its last value in even steps. Under guidance g the match is that of
+    1.55 plus (g - 1.55) / 100.
+    """
+    base = base or BASE
+    numbers = base | of_text
+    shown = numbers | {"cider": cider, "match": match, "frechet": frechet}
+    share = {step: (i + 1) / len(steps) for i, step in enumerate(steps)}
+
+    def painted(more: float) -> dict:
+        return {"match": match + more / 100, "frechet": frechet + more / 100}
+
+    final = {
+        "text": numbers,
+        "text_of_base": base,
+        "text_tensors_changed": changed,
+        "captions": {"cider": cider, "captions_exact": 0.5},
+        "pictures": {g: painted(float(g) - 1.55) for g in GUIDANCE[: 4 if cell == "deep-0" else 2]},
+    }
+    if cell == "deep-0":
+        final["samplers"] = {name: painted(i) for i, name in enumerate(SAMPLERS)}
+    return {
+        "cell": cell,
+        "seed": seed,
+        "made_by": {"commit": "0123456789ab", "command": f"python ablate.py --cell {cell} --seed {seed}"},
+        "config": {"from_scratch": from_scratch, "steps": steps[-1]},
+        "base_fingerprint": "feedbeef" * 8,
+        "parameters": {"trained": 1_230_000, "all": 4_560_000},
+        "flops_per_step": 1e10,
+        "seconds_per_step": 0.2,
+        "flops": 1e10 * steps[-1],
+        "pictures_seen": 64 * steps[-1],
+        "curve": [{"step": s, **{k: v * share[s] for k, v in shown.items()}, "val": {}} for s in steps],
+        "final": final,
+        "training_seconds": 100.0,
+        "cell_seconds": 360.0,
+    }
+
+
+def gathered(*rows: dict) -> dict[str, dict[int, dict]]:
+    """As read_results gives them."""
+    found: dict[str, dict[int, dict]] = {}
+    for row in rows:
+        found.setdefault(row["cell"], {})[row["seed"]] = row
+    return found
+
+
+def several(cell: str, number: str, *values: float | None) -> list[dict]:
+    """Results of seeds 0, 1, ..., which differ in one number; None: this seed was not run."""
+    return [result(cell, seed, **{number: v}) for seed, v in enumerate(values) if v is not None]
+
+
+def save(folder: Path, *rows: dict) -> None:
+    folder.mkdir(exist_ok=True)
+    for row in rows:
+        (folder / f"{row['cell']}-{row['seed']}.json").write_text(json.dumps(row))
+
+
+def cut(table: str) -> list[list[str]]:
+    """The rows of a table in Markdown, its head left out."""
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in table.splitlines()]
+    assert len({len(row) for row in rows}) == 1 and set(rows[1]) == {"---"}
+    return rows[2:]
+
+
+# ---- verdicts ----
+
+
+@pytest.mark.parametrize(
+    "values, greater, alike",
+    (
+        ([], "not run", "not run"),
+        ([0.2], "holds", "holds"),
+        ([0.2, 0.001, 3.0], "holds", "holds"),
+        ([-0.2], "does not", "does not"),
+        ([-0.2, -0.001], "does not", "does not"),
+        ([0.2, -0.2], "not clear", "holds"),
+        ([-0.2, -0.3, 0.001], "not clear", "holds"),
+        ([0.0], "not clear", "holds"),
+        ([0.2, 0.0], "not clear", "holds"),
+        ([-0.2, 0.0], "not clear", "holds"),
+    ),
+)
+def test_a_claim_holds_if_every_seed_says_so_and_fails_if_every_seed_says_otherwise(values, greater, alike):
+    assert verdict(values) == greater and verdict(values, equal_is_enough=True) == alike
+
+
+def test_differences_are_taken_seed_by_seed():
+    """Sorted first, or against the mean of the others, other signs would come out."""
+    deep, shallow = several("deep-0", "cider", 5.0, 0.1, 0.3), several("shallow-0", "cider", 4.0, 0.3, 0.2)
+    results = gathered(*deep, *shallow[::-1])  # in whatever order they lie there
+    assert differences(results, "deep-0", "shallow-0", caption) == pytest.approx([1.0, -0.2, 0.1])
+    assert differences(results, "shallow-0", "deep-0", caption) == pytest.approx([-1.0, 0.2, -0.1])
+
+
+def test_a_seed_that_one_of_the_two_lacks_is_left_out():
+    deep = several("deep-0", "match", 0.5, None, 0.7, 0.9)
+    results = gathered(*deep, *several("none-1", "match", None, 0.1, 0.4, 0.3))
+    assert differences(results, "deep-0", "none-1", pictures("match")) == pytest.approx([0.3, 0.6])
+    assert differences(gathered(*deep), "deep-0", "none-1", pictures("match")) == []
+    assert differences({}, "deep-0", "none-1", pictures("match")) == []
+
+
+def test_without_a_second_cell_the_number_itself_is_taken():
+    results = gathered(*several("none-1", "reasoning", 0.5, 0.9))
+    assert differences(results, "none-1", "", lost("reasoning")) == pytest.approx([0.3, -0.1])
+    assert differences(results, "none-1", "", text("reasoning")) == [0.5, 0.9]
+
+
+def test_what_was_lost_is_counted_from_the_base_of_the_same_result():
+    row = result("none-1", knowledge=0.6, base=BASE | {"knowledge": 0.65})
+    assert lost("knowledge")(row) == pytest.approx(0.05) and text("knowledge")(row) == 0.6
+
+
+def test_numbers_over_seeds_are_a_mean_and_the_two_ends():
+    results = gathered(*several("deep-0", "cider", 0.5, 2.0, 0.8))
+    assert spread(results, "deep-0", caption) == "1.100 (0.500 to 2.000)"
+    assert spread(results, "deep-0", caption, digits=1) == "1.1 (0.5 to 2.0)"
+    assert spread(results, "deep-1", caption) == "-"
+    assert said([0.25, -0.5, 0.1]) == "-0.050 (-0.500 to +0.250)" and said([]) == "-"
+
+
+def test_pictures_are_those_at_the_guidance_of_the_paper_unless_told_otherwise():
+    row = result("deep-0", match=0.5)
+    assert pictures("match")(row) == 0.5 and pictures("match", "3.0")(row) == pytest.approx(0.5145)
+
+
+# ---- the table of claims ----
+
+
+def verdicts(results: dict) -> dict[str, str]:
+    return {row[0]: row[3] for row in cut(claims(results))}
+
+
+KEEPS = "deep with frozen text keeps the text exactly (Fig. 6)"
+# cider, match; reasoning and knowledge: a world in which everything is as the paper has it
+WORLD = {
+    "none-0": (0.1, 0.1, None),
+    "none-0.1": (0.2, 0.2, 0.7),
+    "none-1": (0.3, 0.3, 0.6),
+    "shallow-0": (0.4, 0.4, None),
+    "deep-0": (0.9, 0.9, None),
+    "deep-0.1": (0.8, 0.8, 0.75),
+    "deep-1": (0.85, 0.85, 0.65),
+    "transfusion": (0.35, 0.35, 0.5),
+    "deep-0-equal": (0.88, 0.88, None),
+    "deep-0-no-limit": (0.7, 0.7, None),
+    "deep-0-half": (0.7, 0.7, None),
+    "deep-0-staged": (0.7, 0.7, None),
+}
+
+
+def world(mirrored: bool = False) -> dict:
+    """WORLD over three seeds; mirrored: every number is one less it, and every difference the other way."""
+
+    def number(value: float, seed: int) -> float:
+        return (1 - value if mirrored else value) + seed / 1000
+
+    base = BASE | {k: number(0.8, 0) for k in ("reasoning", "knowledge")}
+    rows = []
+    for cell, (cider, match, words) in WORLD.items():
+        for seed in range(3):
+            words_too = (
+                {} if words is None else dict.fromkeys(("reasoning", "knowledge"), number(words, seed))
+            )
+            changes = dict(changed=int(mirrored or words is not None), base=base, **words_too)
+            rows.append(result(cell, seed, number(cider, seed), number(match, seed), **changes))
+    return gathered(*rows)
+
+
+def test_there_is_a_row_for_every_claim():
+    rows = cut(claims(world()))
+    assert [row[0] for row in rows if row[0] != KEEPS] == [claim[0] for claim in CLAIMS]
+    assert len(rows) == len(CLAIMS) + 1 and rows[7][0] == KEEPS
+
+
+def test_in_a_world_like_the_papers_every_claim_holds_and_in_its_mirror_none():
+    assert set(verdicts(world()).values()) == {"holds"}
+    assert set(verdicts(world(mirrored=True)).values()) == {"does not"}
+
+
+def test_without_results_nothing_was_run():
+    rows = cut(claims({}))
+    assert {row[3] for row in rows} == {"not run"}
+    assert rows[0][2] == "what no separation, ratio 1 lost: reasoning -; knowledge -"
+
+
+def test_a_claim_about_cells_of_which_one_is_missing_was_not_run():
+    results = world()
+    del results["shallow-0"], results["deep-0-equal"]
+    found = {claim: v for claim, v in verdicts(results).items() if v != "holds"}
+    assert found == {
+        "shallow beats none, text frozen (Fig. 5)": "not run",
+        "deep beats shallow, text frozen (Fig. 5)": "not run",
+        "half are as good as all (Table 1)": "not run",
+    }
+
+
+def test_a_row_of_claims_says_what_was_compared_and_each_verdict_where_they_differ():
+    deep = [result("deep-0", 0, 1.0, 0.5), result("deep-0", 1, 1.5, 0.6)]
+    shallow = [result("shallow-0", 0, 0.9, 0.6), result("shallow-0", 1, 1.2, 0.5)]
+    row = next(r for r in cut(claims(gathered(*deep, *shallow))) if r[0].startswith("deep beats shallow"))
+    assert row[1:] == [
+        "most in generation",
+        "deep, frozen text - shallow, frozen text: CIDEr +0.200 (+0.100 to +0.300); "
+        "match +0.000 (-0.100 to +0.100)",
+        "CIDEr: holds, match: not clear",
+    ]
+
+
+def test_cells_that_are_to_be_alike_are_if_a_single_seed_is():
+    def found(*values: float) -> str:
+        rows = several("deep-0", "cider", *values) + several("deep-1", "cider", *[1.0] * len(values))
+        return verdicts(gathered(*rows))["frozen deep is as good as deep at ratio 1 (Fig. 6)"]
+
+    assert found(0.8, 1.0, 0.9) == "holds" and found(0.8, 1.1) == "holds"
+    assert found(0.8, 0.9) == "CIDEr: does not, match: holds"
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    (dict(changed=1), dict(perplexity=2.5000000001), dict(knowledge=0.9 + 2**-52), dict(puzzles=0.6)),
+)
+def test_text_is_kept_only_if_no_tensor_and_no_figure_changed_in_any_seed(spoiled):
+    whole = [result("deep-0", seed) for seed in range(2)]
+    row = cut(claims(gathered(*whole)))[7]
+    assert row[0] == KEEPS and row[2].startswith("2 of 2 seeds: no tensor changed") and row[3] == "holds"
+    row = cut(claims(gathered(*whole, result("deep-0", 2, **spoiled))))[7]
+    assert row[2].startswith("2 of 3 seeds") and row[3] == "does not"
+
+
+# ---- the other tables ----
+
+
+def test_every_cell_has_a_label_and_every_figure_and_claim_speaks_of_cells_that_there_are():
+    assert set(LABELS) == set(cells(Plan())) and len(set(LABELS.values())) == len(LABELS)
+    assert {cell for chosen in FIGURES.values() for cell in chosen} <= set(LABELS)
+    assert {cell for claim in CLAIMS for cell in claim[2:4]} <= {*LABELS, ""}
+
+
+def test_the_overview_has_the_base_and_every_cell_that_was_run():
+    rows = cut(overview(world()))
+    assert [row[0] for row in rows] == ["the base", *LABELS.values()]
+    assert rows[0][1:7] == ["", "", "", "2.5000", "0.800", "0.800"] and set(rows[0][7:]) == {""}
+    few = gathered(*several("none-1", "perplexity", 3.0, 4.0), result("deep-0"))
+    assert [row[:2] for row in cut(overview(few))] == [
+        ["the base", ""],
+        ["no separation, ratio 1", "2"],
+        ["deep, frozen text", "1"],
+    ]
+    assert cut(overview({})) == []
+
+
+def test_a_row_of_the_overview_is_what_the_results_say():
+    rows = [
+        result(
+            "deep-1", seed, cider=1 + seed, match=0.5, perplexity=3.0 + seed, reasoning=0.25, knowledge=0.5
+        )
+        for seed in range(2)
+    ]
+    rows[1]["flops"] = 3.6e12  # the other has 2.4e12
+    assert cut(overview(gathered(*rows)))[1] == [
+        "deep, ratio 1",
+        "2",
+        "1.23",
+        "3.0",
+        "3.5000 (3.0000 to 4.0000)",
+        "0.500 (0.500 to 0.500)",
+        "0.250 (0.250 to 0.250)",
+        "1.500 (1.000 to 2.000)",
+        "0.494 (0.494 to 0.494)",  # at 1.0
+        "0.500 (0.500 to 0.500)",  # at 1.55
+        "0.250 (0.250 to 0.250)",
+    ]
+
+
+def test_the_samplers_are_those_of_deep_with_frozen_text():
+    rows = cut(samplers(gathered(*several("deep-0", "match", 0.25, 0.75), result("deep-1", match=0.0))))
+    assert [row[0] for row in rows] == [
+        *(f"DDIM 25, guidance {g}" for g in GUIDANCE),
+        *(f"{name.upper()}, guidance 1.55" for name in SAMPLERS),
+    ]
+    assert rows[1][1:] == ["0.500 (0.250 to 0.750)", "0.250 (0.250 to 0.250)"]
+    assert rows[3][1] == "0.534 (0.284 to 0.784)"  # 3.45 hundredths more
+    assert rows[4][1] == rows[1][1] and rows[7][1:] == ["0.530 (0.280 to 0.780)", "0.280 (0.280 to 0.280)"]
+    assert samplers(gathered(result("deep-1"))) == ""
+
+
+def test_the_origin_names_every_base_and_commit():
+    rows = [result("deep-0", seed) for seed in range(3)]
+    rows[1]["base_fingerprint"] = "0" * 64
+    rows[2]["made_by"]["commit"] = "fedcba987654+"
+    line = origin(gathered(*rows))
+    assert "3 runs" in line and "0.3 hours" in line and "feedbeeffeed" in line and "000000000000" in line
+    assert "0123456789ab" in line and "fedcba987654+" in line
+
+
+# ---- curves ----
+
+
+def test_a_curve_is_the_mean_and_the_ends_over_seeds():
+    rows = several("deep-0", "cider", 1.0, 2.0, 6.0)
+    assert curve(gathered(*rows)["deep-0"], "cider") == [(120, 1.5, 0.5, 3.0), (240, 3.0, 1.0, 6.0)]
+
+
+def test_a_curve_of_text_starts_with_the_bases():
+    rows = several("deep-1", "knowledge", 0.4, 0.6)
+    start, middle, end = curve(gathered(*rows)["deep-1"], "knowledge")
+    assert start == (0, 0.9, 0.9, 0.9)
+    assert middle == pytest.approx((120, 0.25, 0.2, 0.3)) and end == pytest.approx((240, 0.5, 0.4, 0.6))
+    assert [q[0] for q in curve(gathered(*rows)["deep-1"], "match")] == [120, 240]  # the base paints nothing
+
+
+def test_a_curve_of_text_from_scratch_does_not_start_with_the_bases():
+    rows = [result("transfusion", seed, from_scratch=True, knowledge=0.4) for seed in range(2)]
+    assert [q[:2] for q in curve(gathered(*rows)["transfusion"], "knowledge")] == [(120, 0.2), (240, 0.4)]
+
+
+def test_a_step_that_not_all_seeds_have_is_left_out():
+    rows = [result("deep-0", 0, steps=(120, 240, 300)), result("deep-0", 1, steps=(120, 180, 300))]
+    assert [q[0] for q in curve(gathered(*rows)["deep-0"], "cider")] == [120, 300]
+    assert [q[0] for q in curve(gathered(*rows)["deep-0"], "knowledge")] == [0, 120, 300]
+    assert curve({}, "cider") == []
+
+
+# ---- what is written ----
+
+
+def test_results_are_read_by_cell_and_seed(tmp_path):
+    rows = [result("deep-0", 0), result("deep-0", 11), result("none-0.1", 2)]
+    save(tmp_path, *rows)
+    (tmp_path / "tables.md").write_text("of no interest")
+    assert read_results(tmp_path) == gathered(*rows)
+
+
+def test_the_report_is_figures_that_open_and_tables(tmp_path):
+    results = world()
+    save(tmp_path, *(row for by_seed in results.values() for row in by_seed.values()))
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    written = write_report(tmp_path)
+    assert written == [tmp_path / f"{name}.png" for name in FIGURES] + [tmp_path / "tables.md"]
+    assert {*tmp_path.iterdir()} == {*before, *written}
+    assert all(p.read_bytes() == content for p, content in before.items())
+    for path in written[:-1]:
+        with Image.open(path) as page:
+            assert page.format == "PNG" and page.size == (380 * len(PANELS), 300)
+            assert len(page.convert("RGB").getcolors(10**6)) > 20  # lines, bands and words
+    tables = (tmp_path / "tables.md").read_text()
+    for part in (origin(results), claims(results), overview(results), samplers(results)):
+        assert f"{part}\n" in tables
+    again = {p: p.read_bytes() for p in written}
+    assert write_report(tmp_path) == written and all(p.read_bytes() == again[p] for p in written)
+
+
+def test_a_figure_shows_what_the_curves_are(tmp_path):
+    """One number of a cell that stands in figure 6 alone is another: so is that figure, and no other."""
+    results = world()
+    save(tmp_path / "a", *(row for by_seed in results.values() for row in by_seed.values()))
+    results = copy.deepcopy(results)
+    results["deep-0.1"][1]["curve"][0]["cider"] *= 2
+    save(tmp_path / "b", *(row for by_seed in results.values() for row in by_seed.values()))
+    for folder in "ab":
+        write_report(tmp_path / folder)
+    same = {
+        name: (tmp_path / "a" / f"{name}.png").read_bytes() == (tmp_path / "b" / f"{name}.png").read_bytes()
+        for name in FIGURES
+    }
+    assert same == {"figure4": True, "figure5": True, "figure6": False, "table1": True}
+
+
+def test_figures_are_drawn_of_the_cells_that_are_there(tmp_path):
+    save(tmp_path / "half", result("deep-0-half"))
+    assert [p.name for p in write_report(tmp_path / "half")] == ["tables.md"]
+    save(tmp_path / "one", result("none-1"), result("none-1", 1))
+    assert [p.name for p in write_report(tmp_path / "one")] == ["figure4.png", "tables.md"]
+
+
+def test_nothing_is_written_where_there_are_no_results(tmp_path):
+    assert write_report(tmp_path) == [] and not list(tmp_path.iterdir())
+    assert write_report(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    (
+        b"",
+        b'{"cell": "deep-0", "se',
+        b"[1, 2]",
+        b"3",
+        b'{"cell": "deep-0"}',
+        b'{"cell": ["deep-0"], "seed": 0}',
+        b'{"cell": "\xff", "seed": 0}',
+        b'{"cell": "deep-0", "seed": 1}',
+    ),
+)
+def test_a_file_that_is_no_result_is_named(tmp_path, content):
+    save(tmp_path, result("deep-0"))
+    (tmp_path / "deep-0-1.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"deep-0-1\.json is no result of ablate\.py"):
+        write_report(tmp_path)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".json"] * 2  # before anything is drawn
