@@ -618,7 +618,7 @@ def test_tasks_and_their_shares(text, shares):
 
 
 def test_every_task_can_be_named():
-    assert set(TASKS) == {"caption", "generate", "edit", "chat", "text"}
+    assert set(TASKS) == {"caption", "generate", "edit", "chat"}
     assert parse_tasks(",".join(TASKS)) == dict.fromkeys(TASKS, 0.25)
 
 
