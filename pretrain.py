@@ -23,6 +23,7 @@ from data import next_tokens
 from dialogues import as_text, conversation
 from load_qwen3 import BOI, EOI, STOCK, known_config, text_names
 from model import LMFusion, ModelConfig, Tokens, replace
+from muon import Muon
 from parallel import fill
 from template import END_THINK, IM_END, IM_START, THINK, encode, render, spoken
 from world import text_document
@@ -125,9 +126,7 @@ def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> N
     others = [p for n, p in model.text_parameters().items() if not (p.dim() == 2 and n.startswith("layers."))]
     optimizers = (
         torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
-        torch.optim.Muon(
-            matrices, lr=MUON_LR, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        ),
+        Muon(matrices, MUON_LR, weight_decay=0.01),
     )
 
     def factor(i: int) -> float:

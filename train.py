@@ -35,6 +35,7 @@ from tqdm import tqdm
 import cli
 import dialogues
 import figures
+import muon
 import pretrain
 import template
 import world
@@ -74,6 +75,7 @@ from generate import edit_images, generate_images
 from latents import INDEX, LatentShards, LatentSource
 from load_qwen3 import fingerprint, known_config, load_qwen3, load_tokenizer, read_json, resolve
 from model import SEPARATIONS, Hidden, LMFusion, Tokens, replace
+from muon import Muon
 from parallel import Team, alike, fill, join, leave, own_device, release, shard, whole
 from pictures import list_samples, load_edits, load_pictures
 from template import IM_END, IM_START, encode_plain
@@ -442,7 +444,7 @@ def make_optimizers(model: LMFusion, config: TrainConfig) -> list[torch.optim.Op
     A group's "peak" is its learning rate at the height of the schedule. At ratio 0 the text is in no group.
     """
     text = set(model.text_parameters())
-    muon, adamw = [], {}
+    matrices, adamw = [], {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -450,7 +452,7 @@ def make_optimizers(model: LMFusion, config: TrainConfig) -> list[torch.optim.Op
         if name == "boi_head":
             ratio = config.draw_lr_ratio
         if config.optimizer == "muon" and p.dim() == 2 and name.startswith("layers."):
-            muon.append({"params": [p], "peak": config.muon_lr * ratio})
+            matrices.append({"params": [p], "peak": config.muon_lr * ratio})
         else:
             decay = config.weight_decay if p.dim() > 1 else 0.0
             adamw.setdefault((ratio, decay), []).append(p)
@@ -461,12 +463,8 @@ def make_optimizers(model: LMFusion, config: TrainConfig) -> list[torch.optim.Op
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
     ]
-    if muon:
-        optimizers.append(
-            torch.optim.Muon(
-                muon, lr=0.0, momentum=0.95, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+    if matrices:
+        optimizers.append(Muon(matrices, lr=0.0, weight_decay=config.weight_decay))
     return optimizers
 
 
@@ -1082,7 +1080,7 @@ def open_codec(
 
 def ensure_base(seed: int) -> Path:
     """The tiny Qwen3, pretrained unless a former run has left it."""
-    recipe = b"".join(Path(m.__file__).read_bytes() for m in (world, dialogues, template, pretrain))
+    recipe = b"".join(Path(m.__file__).read_bytes() for m in (world, dialogues, template, muon, pretrain))
     folder = Path("runs") / f"base-small-{hashlib.sha256(recipe + str(seed).encode()).hexdigest()[:8]}"
     if not folder.is_dir():
         print(f"pretraining a tiny Qwen3 on built-in text, once, into {folder}", flush=True)

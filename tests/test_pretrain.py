@@ -119,8 +119,8 @@ def thirty_steps(tmp_path_factory):
         patch.setattr(pretrain.F, "cross_entropy", lambda *a, **k: losses.append(real(*a, **k)) or losses[-1])
         patch.setattr(pretrain, "next_tokens", reading)
         patch.setattr(pretrain, "WARMUP", 2)
-        for kind in (torch.optim.AdamW, torch.optim.Muon):
-            patch.setattr(torch.optim, kind.__name__, recorded(kind))
+        patch.setattr(torch.optim, "AdamW", recorded(torch.optim.AdamW))
+        patch.setattr(pretrain, "Muon", recorded(pretrain.Muon))
         pretrain_base(folder / "base", steps=30, **small.SIZES)
     return load_tokenizer(folder / "base"), losses, read, learned, groups
 
