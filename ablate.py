@@ -55,9 +55,9 @@ from world import all_scenes, render, text_document
 class Plan:
     """How long a cell trains and how closely it is looked at."""
 
-    steps: int = 600
+    steps: int = 480
     batch_size: int = 32  # half that of `small`: more steps from as much arithmetic
-    every: int = 150  # steps between the points of a curve
+    every: int = 120  # steps between the points of a curve
     pictures: int = 64  # of a point: painted, and described
     final: int = len(all_scenes(held_out=True))  # likewise at the end
     questions: int = 200  # of reasoning

@@ -213,9 +213,9 @@ def describe_pictures(trained: Trained, data: str, max_tokens: int) -> tuple[dic
     written = in_batches(
         lambda i, j: describe_images(trained, pictures[i:j], max_tokens), len(first), 32, "describing"
     )
-    results = [
-        {"image_id": image_id(name), "caption": c} for name, c in zip(references, written, strict=True)
-    ]
+    ids = [image_id(name) for name in references]
+    ids = ids if len(set(ids)) == len(ids) else list(references)  # a1.png and b1.png are not one picture
+    results = [{"image_id": i, "caption": c} for i, c in zip(ids, written, strict=True)]
     return caption_report(written, list(references.values())), results
 
 

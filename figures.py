@@ -121,31 +121,40 @@ def save_gif(frames: list[Image.Image], path: str | Path, milliseconds: int = 80
 
 
 def curves(
-    panels: list[tuple[str, dict[str, list[tuple[float, ...]]]]], size: tuple[int, int] = (420, 280)
+    panels: list[tuple[str, dict[str, list[tuple[float, ...]]]]],
+    size: tuple[int, int] = (420, 280),
+    columns: int = 3,
 ) -> Image.Image:
     """Line plots side by side; a panel is (title, {label: [(x, y), ...]}), and its y axis holds 0.
 
-    A point may be (x, y, low, high): then a band from low to high lies behind its line.
+    A point may be (x, y, low, high): then a band from low to high lies behind its line. The names of the
+    lines stand below each plot, beside `size`.
     """
     (w, h), left, top, bottom, right = size, 52, 30, 26, 14
-    page = Image.new("RGB", (w * len(panels), h), PAPER)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+    whole = h + 16 * max(len(lines) for _, lines in panels) + 8
+    columns = min(columns, len(panels))
+    page = Image.new("RGB", (w * columns, whole * -(-len(panels) // columns)), PAPER)
+    font = ImageFont.load_default(12)
     for p, (title, lines) in enumerate(panels):
+        panel = Image.new("RGB", (w, whole), PAPER)
+        draw = ImageDraw.Draw(panel)
         points = [q for series in lines.values() for q in series]
         if not points:
             continue
         x1 = max(max(q[0] for q in points), 1e-9)
         y0, y1 = min(0.0, min(min(q[1:]) for q in points)), max(max(max(q[1:]) for q in points), 1e-9)
-        x0 = p * w + left
 
-        def place(x: float, y: float, x0=x0, x1=x1, y0=y0, y1=y1) -> tuple[float, float]:
-            return (x0 + x / x1 * (w - left - right), h - bottom - (y - y0) / (y1 - y0) * (h - top - bottom))
+        def place(x: float, y: float, x1=x1, y0=y0, y1=y1) -> tuple[float, float]:
+            return (
+                left + x / x1 * (w - left - right),
+                h - bottom - (y - y0) / (y1 - y0) * (h - top - bottom),
+            )
 
-        draw.text((x0, 8), title, INK, font)
+        draw.text((left, 8), title, INK, font)
         for i in range(5):
             y = y0 + (y1 - y0) * i / 4
             draw.line((*place(0, y), *place(x1, y)), fill=(228, 228, 228))
-            draw.text((x0 - 44, place(0, y)[1] - 6), f"{y:.3g}", GREY, font)
+            draw.text((left - 44, place(0, y)[1] - 7), f"{y:.3g}", GREY, font)
             draw.text((place(x1 * i / 4, y0)[0] - 8, h - bottom + 6), f"{x1 * i / 4:.4g}", GREY, font)
         colored = [(SERIES[i % len(SERIES)], *item) for i, item in enumerate(lines.items())]
         for color, _, series in colored:
@@ -155,5 +164,7 @@ def curves(
                 draw.polygon(edge, fill=tuple((c + 4 * 255) // 5 for c in color))
         for i, (color, label, series) in enumerate(colored):
             draw.line([place(*q[:2]) for q in series], fill=color, width=2)
-            draw.text((p * w + w - 150, top + 4 + 14 * i), label, color, font)
+            draw.line((left, h + 16 * i + 7, left + 20, h + 16 * i + 7), fill=color, width=3)
+            draw.text((left + 28, h + 16 * i), label, INK, font)
+        page.paste(panel, (p % columns * w, p // columns * whole))
     return page

@@ -265,11 +265,18 @@ def write_report(folder: Path) -> list[Path]:
         there = [cell for cell in chosen if cell in results]
         if not there:
             continue
+        unit, each = "step", dict.fromkeys(there, 1.0)
+        if name == "table1":  # what a step costs is not the same there
+            unit = "TFLOP"
+            each = {c: mean(r["flops_per_step"] for r in results[c].values()) / 1e12 for c in there}
         panels = [
-            (f"{title}, by step", {LABELS[cell]: curve(results[cell], key) for cell in there})
+            (
+                f"{title}, by {unit}",
+                {LABELS[c]: [(x * each[c], *y) for x, *y in curve(results[c], key)] for c in there},
+            )
             for key, title in PANELS
         ]
-        figures.save_image(figures.curves(panels, (380, 300)), folder / f"{name}.png")
+        figures.save_image(figures.curves(panels, (450, 280), columns=2), folder / f"{name}.png")
         written.append(folder / f"{name}.png")
     if results:
         tables = [origin(results), claims(results), overview(results), samplers(results)]

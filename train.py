@@ -355,6 +355,7 @@ FREE_ON_RESUME = {
     "checkpoint_every",
     "data",
     "val_data",
+    "text_data",
     "vae",
     "micro_batch",
     "pack",
@@ -713,7 +714,8 @@ class Run:
             own = [True] * len(ids)
         else:
             ids, own = pretrain.draw_document(rng, self.tokenizer, pretrain.TALK)
-        room = self.model.config.max_position_embeddings
+        context = self.model.config.max_position_embeddings
+        room = min(context, self.config.pack or context)
         return Document(ids[:room], [], [], own[:room])
 
     def train_step(self) -> dict[str, float]:

@@ -346,6 +346,12 @@ def test_captions_of_a_folder_are_written_as_coco_has_them(tmp_path):
     assert set(report) == {"checkpoint", "step", "captions"}
     assert report["captions"] == evaluate.caption_report(written, [[c] for c in found.captions])
     assert out == f"data: 3 pictures, CIDEr {report['captions']['cider']:.4f}, exact 0.0%\n"
+    shutil.copy(tmp_path / "data" / "000007.png", tmp_path / "data" / "no 7.png")
+    shutil.copy(tmp_path / "data" / "000007.txt", tmp_path / "data" / "no 7.txt")
+    on_files(tmp_path, *flags)
+    assert {row["image_id"] for row in json.loads((tmp_path / "new" / "captions.json").read_text())} == {
+        *(f"{name}.png" for name in (*names, "no 7"))  # by their numbers two would be one
+    }
 
 
 def test_rows_that_name_one_file_are_references_of_one_picture(tmp_path, monkeypatch):

@@ -111,22 +111,30 @@ def column(page: Image.Image, x: int) -> list[tuple[int, int, int]]:
 
 
 def hues(page: Image.Image) -> set[tuple[int, int, int]]:
-    """Colours of a panel that are no shade of grey, but for the corner with the names of the lines."""
-    found = colors(page, (0, 0, 260, 280)) | colors(page, (260, 80, 420, 280))
-    return {c for c in found if max(c) - min(c) > 5}
+    """Colours of a plot that are no shade of grey."""
+    return {c for c in colors(page, (0, 0, 420, 280)) if max(c) - min(c) > 5}
 
 
 def test_curves_of_plain_points_are_lines_in_one_colour_each_and_nothing_else():
     lines = {"rising": [(0, 1.0), (50, 2.0), (100, 4.0)], "falling": [(0, 3.0), (100, 0.0)]}
     page = curves([("both", lines), ("none", {}), ("again", lines)], SIZE)
-    assert page.size == (3 * 420, 280)
+    assert page.size == (3 * 420, 320)  # the names of two lines below
     first, last = page.crop((0, 0, 420, 280)), page.crop((840, 0, 1260, 280))
-    assert colors(page, (420, 0, 840, 280)) == {PAPER}
+    assert colors(page, (420, 0, 840, 320)) == {PAPER}
+    for x in (0, 840):
+        assert {SERIES[i] in colors(page, (x, 280 + 16 * i, x + 420, 296 + 16 * i)) for i in (0, 1)} == {True}
     assert hues(first) == set(SERIES[:2]) == hues(last)
     for series, color in zip(lines.values(), SERIES, strict=False):
         for x, y in series[:-1]:
             i, j = place(x + 1, y, (100, 4))
             assert color in colors(first, (i - 2, j - 4, i + 3, j + 5)), (x, y)
+
+
+def test_panels_stand_in_rows_of_as_many_as_said():
+    lines = {"rising": [(0, 1.0), (100, 4.0)]}
+    page = curves([(name, lines) for name in "abc"], SIZE, columns=2)
+    assert page.size == (2 * 420, 2 * 304) and colors(page, (420, 304, 840, 608)) == {PAPER}
+    assert all(SERIES[0] in colors(page, (x, y, x + 420, y + 280)) for x, y in ((0, 0), (420, 0), (0, 304)))
 
 
 def test_a_band_lies_in_a_lighter_colour_behind_its_line_from_low_to_high():

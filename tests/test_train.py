@@ -971,6 +971,9 @@ def test_paragraphs_of_a_file_are_learned_word_by_word_and_cut_to_the_context(ma
     assert [len(ids) for ids in cut] == [96]
     assert all(d.spoken == [True] * len(d.ids) and not d.pictures for d in drawn)
     assert run.train_step()["lm_loss"] > 0 and set(texts_of(run)) <= wanted
+    for pack, room in ((40, 40), (150, 96)):
+        change(run, pack=pack)
+        assert max(len(run.draw_text(rng).ids) for _ in range(40)) == room
 
 
 @pytest.mark.parametrize("flag", ("--batch-size", "--text-batch"))
