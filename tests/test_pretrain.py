@@ -113,7 +113,9 @@ def thirty_steps(tmp_path_factory):
         return learned[-1], None
 
     def recorded(kind):
-        return lambda parameters, **how: groups.update({kind.__name__: parameters}) or kind(parameters, **how)
+        return lambda parameters, *a, **how: (
+            groups.update({kind.__name__: parameters}) or kind(parameters, *a, **how)
+        )
 
     with pytest.MonkeyPatch.context() as patch, small.inside(folder):
         patch.setattr(pretrain.F, "cross_entropy", lambda *a, **k: losses.append(real(*a, **k)) or losses[-1])
