@@ -30,6 +30,7 @@ from report import (
     verdict,
     write_report,
 )
+from world import VALUES
 
 BASE = {"perplexity": 2.5, "knowledge": 0.9, "reasoning": 0.8}
 GUIDANCE, SAMPLERS = ("1.0", "1.55", "3.0", "5.0"), ("ddpm 250", "ddim 10", "ddim 25", "ddim 50")
@@ -50,15 +51,18 @@ def result(
     """What ablate.run_cell writes, with numbers of one's own; text that is not given is the base's.
 
     Along the curve every number grows to its last value in even steps. Under guidance g the match is that of
-    1.55 plus (g - 1.55) / 100.
+    1.55 plus (g - 1.55) / 100. Each attribute is right in a tenth more than all five are.
     """
     base = base or BASE
     numbers = base | of_text
-    shown = numbers | {"cider": cider, "match": match, "frechet": frechet}
+    each = dict.fromkeys(VALUES, match + 0.1)
+    shown = numbers | {"cider": cider, "match": match, **each, "frechet": frechet}
     share = {step: (i + 1) / len(steps) for i, step in enumerate(steps)}
 
     def painted(more: float) -> dict:
-        return {"match": match + more / 100, "frechet": frechet + more / 100}
+        return {"match": match + more / 100, "frechet": frechet + more / 100} | {
+            name: match + 0.1 + more / 100 for name in VALUES
+        }
 
     final = {
         "text": numbers,
@@ -252,8 +256,8 @@ def test_a_row_of_claims_says_what_was_compared_and_each_verdict_where_they_diff
     assert row[1:] == [
         "most in generation",
         "deep, frozen text - shallow, frozen text: CIDEr +0.200 (+0.100 to +0.300); "
-        "match +0.000 (-0.100 to +0.100)",
-        "CIDEr: holds, match: not clear",
+        "attributes +0.000 (-0.100 to +0.100)",
+        "CIDEr: holds, attributes: not clear",
     ]
 
 
@@ -263,7 +267,7 @@ def test_cells_that_are_to_be_alike_are_if_a_single_seed_is():
         return verdicts(gathered(*rows))["frozen deep is as good as deep at ratio 1 (Fig. 6)"]
 
     assert found(0.8, 1.0, 0.9) == "holds" and found(0.8, 1.1) == "holds"
-    assert found(0.8, 0.9) == "CIDEr: does not, match: holds"
+    assert found(0.8, 0.9) == "CIDEr: does not, attributes: holds"
 
 
 @pytest.mark.parametrize(
@@ -317,8 +321,9 @@ def test_a_row_of_the_overview_is_what_the_results_say():
         "0.500 (0.500 to 0.500)",
         "0.250 (0.250 to 0.250)",
         "1.500 (1.000 to 2.000)",
-        "0.494 (0.494 to 0.494)",  # at 1.0
-        "0.500 (0.500 to 0.500)",  # at 1.55
+        "{0:.3f} ({0:.3f} to {0:.3f})".format(0.5 + 0.1 + (1.0 - 1.55) / 100),  # attributes at 1.0
+        "0.600 (0.600 to 0.600)",  # at 1.55
+        "0.500 (0.500 to 0.500)",  # all five
         "0.250 (0.250 to 0.250)",
     ]
 
@@ -329,9 +334,9 @@ def test_the_samplers_are_those_of_deep_with_frozen_text():
         *(f"DDIM 25, guidance {g}" for g in GUIDANCE),
         *(f"{name.upper()}, guidance 1.55, first seed" for name in SAMPLERS),
     ]
-    assert rows[1][1:] == ["0.500 (0.250 to 0.750)", "0.250 (0.250 to 0.250)"]
-    assert rows[3][1] == "0.534 (0.284 to 0.784)"  # 3.45 hundredths more
-    assert rows[4][1] == "0.250" and rows[7][1:] == ["0.280", "0.280"]
+    assert rows[1][1:] == ["0.600 (0.350 to 0.850)", "0.500 (0.250 to 0.750)", "0.250 (0.250 to 0.250)"]
+    assert rows[3][1] == "0.634 (0.384 to 0.884)"  # 3.45 hundredths more
+    assert rows[4][1] == "0.350" and rows[7][1:] == ["0.380", "0.280", "0.280"]
     assert samplers(gathered(result("deep-1"))) == ""
     one, two = several("deep-0", "match", 0.25, 0.75)
     del two["final"]["samplers"]  # which only the first seed has
