@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -120,6 +121,12 @@ def save_gif(frames: list[Image.Image], path: str | Path, milliseconds: int = 80
     save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
+def round_step(span: float) -> float:
+    """The step of an axis that reaches over `span` in at most four: 1, 2, 2.5 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    return next(power * m for m in (1, 2, 2.5, 5, 10) if power * m * 4 >= span * (1 - 1e-9))
+
+
 def curves(
     panels: list[tuple[str, dict[str, list[tuple[float, ...]]]]],
     size: tuple[int, int] = (420, 280),
@@ -142,7 +149,9 @@ def curves(
         if not points:
             continue
         x1 = max(max(q[0] for q in points), 1e-9)
-        y0, y1 = min(0.0, min(min(q[1:]) for q in points)), max(max(max(q[1:]) for q in points), 1e-9)
+        low, high = min(0.0, min(min(q[1:]) for q in points)), max(max(max(q[1:]) for q in points), 1e-9)
+        x_step, y_step = round_step(x1), round_step(high - low)
+        y0, y1 = math.floor(low / y_step) * y_step, math.ceil(high / y_step - 1e-9) * y_step
 
         def place(x: float, y: float, x1=x1, y0=y0, y1=y1) -> tuple[float, float]:
             return (
@@ -151,11 +160,13 @@ def curves(
             )
 
         draw.text((left, 8), title, INK, font)
-        for i in range(5):
-            y = y0 + (y1 - y0) * i / 4
+        for i in range(round((y1 - y0) / y_step) + 1):
+            y = y0 + i * y_step
             draw.line((*place(0, y), *place(x1, y)), fill=(228, 228, 228))
-            draw.text((left - 44, place(0, y)[1] - 7), f"{y:.3g}", GREY, font)
-            draw.text((place(x1 * i / 4, y0)[0] - 8, h - bottom + 6), f"{x1 * i / 4:.4g}", GREY, font)
+            draw.text((left - 8, place(0, y)[1]), f"{y:.4g}", GREY, font, anchor="rm")
+        for i in range(math.floor(x1 / x_step + 1e-9) + 1):
+            x = i * x_step
+            draw.text((place(x, y0)[0], h - bottom + 6), f"{x:.4g}", GREY, font, anchor="mt")
         colored = [(SERIES[i % len(SERIES)], *item) for i, item in enumerate(lines.items())]
         for color, _, series in colored:
             band = [q for q in series if len(q) == 4]
@@ -164,6 +175,9 @@ def curves(
                 draw.polygon(edge, fill=tuple((c + 4 * 255) // 5 for c in color))
         for i, (color, label, series) in enumerate(colored):
             draw.line([place(*q[:2]) for q in series], fill=color, width=2)
+            if len(series) <= 20:
+                for x, y in (place(*q[:2]) for q in series):
+                    draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
             draw.line((left, h + 16 * i + 7, left + 20, h + 16 * i + 7), fill=color, width=3)
             draw.text((left + 28, h + 16 * i), label, INK, font)
         page.paste(panel, (p % columns * w, p // columns * whole))

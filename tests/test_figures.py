@@ -172,3 +172,16 @@ def test_the_axis_reaches_to_the_ends_of_a_band():
         shown = column(curves([("x", {"a": points})], SIZE), 150)
         heights.append(30 + shown.index(SERIES[0]))
     assert abs(heights[0] - 30) <= 1 and abs(heights[1] - (30 + 224 / 2)) <= 1  # 1 of 1; 1 of -1 .. 3
+
+
+@pytest.mark.parametrize(
+    "span, step",
+    ((4, 1), (3.92, 1), (0.991, 0.25), (0.645, 0.2), (480, 200), (11.9, 5), (8e-3, 2e-3), (41, 20)),
+)
+def test_an_axis_has_round_steps_at_most_four(span, step):
+    assert figures.round_step(span) == pytest.approx(step)
+
+
+def test_an_axis_ends_at_a_round_number():
+    shown = column(curves([("x", {"a": [(0, 0.645), (100, 0.645)]})], SIZE), 150)
+    assert abs(30 + shown.index(SERIES[0]) - place(0, 0.645, (100, 0.8))[1]) <= 1
