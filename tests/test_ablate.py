@@ -29,7 +29,7 @@ from ablate import QUICK, STAGED, Plan, cells, configure, count_flops, run_cell
 from evaluate import read_scenes
 from load_qwen3 import load_qwen3
 from model import replace
-from report import LABELS
+from report import FIGURES, LABELS
 from train import CONFIGS, Run, parse_stages
 from world import all_scenes, render
 
@@ -228,6 +228,16 @@ def test_cells_are_what_their_names_say():
     assert len({configure(QUICK, n, s, Path("b")).out for n in NAMES[:6] for s in range(3)}) == 18
 
 
+def test_what_the_papers_figures_show_is_run_before_anything_else_and_seed_by_seed(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(ablate, "run_all", lambda plan, wanted, *rest: asked.extend(wanted))
+    monkeypatch.setattr(ablate, "write_report", lambda folder: [])
+    small.good(ablate, "--seeds", 2, folder=tmp_path)
+    shown = {name for names in FIGURES.values() for name in names}
+    assert len(shown) == 9 and len(asked) == 24 and set(asked) == {(n, s) for n in NAMES for s in (0, 1)}
+    assert asked == sorted(asked, key=lambda cell: (cell[0] not in shown, cell[1]))
+
+
 # ---- the same pictures ----
 
 
@@ -295,6 +305,15 @@ def test_the_cell_of_equal_flops_has_as_many_as_transfusion(grid):
     assert abs(ours["flops"] - theirs["flops"]) <= ours["flops_per_step"] / 2
     assert ours["flops_per_step"] == plain["flops_per_step"]
     assert ours["config"] == plain["config"] | {"steps": steps}
+
+
+def test_all_seeds_of_the_cell_of_equal_flops_take_as_many_steps(grid, monkeypatch):
+    """Though a step of another seed, with other captions, takes other FLOPs."""
+    monkeypatch.chdir(grid)
+    steps = [configured("deep-0-equal", seed).steps for seed in (0, 1)]
+    assert steps[0] == steps[1] == read(grid, "deep-0-equal")["config"]["steps"]
+    counts = [count_flops(configured("deep-0", seed), 1)["flops_per_step"] for seed in (0, 1)]
+    assert counts[0] != counts[1]
 
 
 def test_counting_more_steps_leaves_the_cell_as_it_was(grid, beside):
