@@ -3,7 +3,7 @@
     perplexity        of documents
     multiple_choice   the form that HellaSwag, PIQA, SIQA and WinoGrande take, from JSON lines:
                       {"context": "the cow says", "choices": ["moo", "woof"], "label": 0}
-    knowledge         built-in questions whose answers stand in no caption
+    knowledge         built-in questions about facts that no caption states
     reasoning         a scene in words and an instruction: what comes of it
     puzzles           two or three sentences about people, and a question
 
