@@ -200,7 +200,7 @@ def as_trained(run: Run) -> Trained:
 
 
 def final_figures(run: Run, plan: Plan, name: str, base: LMFusion) -> dict:
-    """All of it at the end of a run; `deep-0` under more guidance, its first seed by all samplers as well."""
+    """All of it at the end of a run; `deep-0` under more guidance and by all samplers as well."""
     trained, n, seed = as_trained(run), plan.final, run.config.seed
     found = {
         "text": measure_text(run.model, trained, plan),
@@ -211,7 +211,6 @@ def final_figures(run: Run, plan: Plan, name: str, base: LMFusion) -> dict:
     }
     if name == "deep-0":
         found["pictures"] |= {str(cfg): measure_pictures(trained, n, seed, cfg) for cfg in (3.0, 5.0)}
-    if name == "deep-0" and seed == 0:
         found["samplers"] = {
             f"{sampler} {steps}": measure_pictures(trained, n, seed, 1.55, sampler, steps)
             for sampler, steps in (("ddpm", plan.ddpm), ("ddim", 10), ("ddim", 25), ("ddim", 50))

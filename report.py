@@ -83,6 +83,10 @@ def pictures(key: str, cfg: str = GUIDED) -> Callable[[dict], float]:
     return lambda r: read(r["final"]["pictures"][cfg], key)
 
 
+def by_sampler(name: str, key: str) -> Callable[[dict], float]:
+    return lambda r: read(r["final"]["samplers"][name], key)
+
+
 def caption(r: dict) -> float:
     return r["final"]["captions"]["cider"]
 
@@ -238,9 +242,9 @@ def samplers(results: Results) -> str:
         [f"DDIM 25, guidance {cfg}", *(spread(results, "deep-0", pictures(k, cfg)) for k in keys)]
         for cfg in kinds["pictures"]
     ]
-    for name, found in done[min(done)]["final"].get("samplers", {}).items():
-        numbers = [f"{read(found, key):.3f}" for key in keys]
-        rows.append([f"{name.upper()}, guidance 1.55, first seed", *numbers])
+    for name in kinds["samplers"]:
+        numbers = [spread(results, "deep-0", by_sampler(name, key)) for key in keys]
+        rows.append([f"{name.upper()}, guidance {GUIDED}", *numbers])
     return markdown(["sampling from deep, frozen text", "attributes", "all five", "Frechet"], rows)
 
 
