@@ -278,19 +278,16 @@ def run_cell(plan: Plan, name: str, seed: int) -> None:
     write_atomic(file, json.dumps(result, indent=1) + "\n")
 
 
-def commit() -> str:
-    """What the code is, by git; a "+" behind it says that files differ from it."""
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """What the code is, by git; a "+" behind it says that Python files differ from it (results may)."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout
+
     try:
-        head = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(git("status", "-s", "--", "*.py"))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip()
 
 
 def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int, quick: bool) -> None:

@@ -148,13 +148,23 @@ def test_the_command_of_a_quick_result_is_a_quick_one(grid):
     assert "--quick" in read(grid, "none-0")["made_by"]["command"]
 
 
-def test_the_commit_is_what_git_says():
-    command = ["git", "-C", small.ROOT, "rev-parse", "--short=12", "HEAD"]
-    try:
-        head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        head = "unknown"
-    assert ablate.commit().removesuffix("+") == head
+def test_the_commit_says_whether_code_differs_from_it_and_not_whether_results_do(tmp_path):
+    assert ablate.commit(tmp_path) == "unknown"  # no repository, or no git
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    code, result = tmp_path / "a.py", tmp_path / "results.json"
+    code.write_text("1\n"), result.write_text("{}\n")
+    if not shutil.which("git"):
+        pytest.skip("there is no git")
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+    head = ablate.commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", head)
+    result.unlink()
+    assert ablate.commit(tmp_path) == head
+    code.write_text("2\n")
+    assert ablate.commit(tmp_path) == head + "+"
+    code.write_text("1\n"), (tmp_path / "b.py").write_text("")
+    assert ablate.commit(tmp_path) == head + "+"
 
 
 def test_all_cells_start_from_the_same_base_and_text(grid):
@@ -170,6 +180,20 @@ def test_a_cell_with_frozen_text_keeps_it_to_the_last_bit(grid, name):
     assert result["final"]["text_tensors_changed"] == 0
     assert {p["perplexity"] for p in result["curve"]} == {result["final"]["text_of_base"]["perplexity"]}
     assert result["config"]["text_batch"] == 0
+
+
+def test_captions_behind_pictures_are_a_tenth_of_the_words_that_a_learning_text_side_learns_from(beside):
+    words = {}  # a step, on average: of captions, of text alone
+    for name in ("deep-0", "none-1"):
+        run, found = Run(configured(name, plan=Plan()), name), [0, 0]
+        for run.step in range(10):
+            for batch, _ in run.draw_batches():
+                pictures, learned, _ = train.targets(run.model, batch)
+                found[not pictures] += learned / 10
+        words[name] = found
+    assert words["deep-0"][1] == 0  # frozen: captions behind pictures are all of it
+    total = sum(words["none-1"])
+    assert 0.08 < words["deep-0"][0] / total < 0.12 and 0.55 < words["none-1"][1] / total < 0.65
 
 
 @pytest.mark.parametrize("name", LEARNING)
