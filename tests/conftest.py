@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+import train
 from model import LMFusion, ModelConfig
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # tiny tensors: more threads only wait
@@ -186,3 +187,28 @@ def perturb() -> Callable[..., None]:
 def write_qwen3() -> Callable[..., Path]:
     """write_qwen3(folder, seed=0, dtype=float32, shards=1, **changes of config.json) -> the folder."""
     return write_qwen3_folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_codec_a_seed() -> Iterator[None]:
+    """PatchPCA is fitted to the built-in pictures once for each seed and size, and not by every run."""
+    fitted, fit = {}, train.open_codec
+
+    def fit_once(config, source, device):
+        key = (
+            config.seed,
+            config.image_size,
+            config.latent_channels,
+            config.latent_patch,
+            config.whiten,
+            device,
+        )
+        if config.data != "shapes" or config.vae:
+            return fit(config, source, device)
+        if key not in fitted:
+            fitted[key] = fit(config, source, device)
+        return fitted[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "open_codec", fit_once)
+        yield

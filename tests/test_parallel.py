@@ -786,7 +786,9 @@ def die_while_writing(moment: str, victim: int, rank: int) -> None:
             os.rename = not_renamed
 
 
-@pytest.mark.parametrize("moment, victim", (("model", 0), ("ema", 1), ("rename", 0)))
+@pytest.mark.parametrize(
+    "moment, victim", (pytest.param("model", 0, marks=pytest.mark.slow), ("ema", 1), ("rename", 0))
+)
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(here, start, tmp_path, moment, victim):
     run = tmp_path / "run"
     flags = [*flags_of("plain"), "--out", "run", "--steps", "5", "--checkpoint-every", "2"]
