@@ -40,7 +40,7 @@ from language import knowledge, multiple_choice, perplexity, puzzles, read_quest
 from load_qwen3 import load_qwen3
 from metrics import caption_tokens, cider, exact_match, frechet
 from model import LMFusion, Tokens
-from pictures import load_pictures
+from pictures import Pictures, load_pictures
 from template import encode_plain
 from world import (
     ATTRIBUTES,
@@ -199,12 +199,11 @@ def image_id(name: str) -> int | str:
     return int(digits[1]) if digits else name
 
 
-def describe_pictures(trained: Trained, data: str, max_tokens: int) -> tuple[dict, list[dict]]:
+def describe_pictures(trained: Trained, found: Pictures, max_tokens: int) -> tuple[dict, list[dict]]:
     """The report on real pictures with one or more captions each, and what was written, in COCO's form.
 
     Rows of a metadata.jsonl that name one file are references of one picture.
     """
-    found = load_pictures(data, trained.model.config.latent_size * trained.codec.patch)
     references: dict[str, list[str]] = {}
     for name, caption in zip(found.names, found.captions, strict=True):
         references.setdefault(name, []).append(caption)
@@ -402,9 +401,12 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
 def on_files(trained: Trained, args: argparse.Namespace) -> dict:
     """The figures on the user's own files, printed as they come."""
     report: dict = {"checkpoint": str(trained.folder), "step": trained.info["step"]}
-    questions = {path: read_questions(path) for path in args.choices}  # errors first
-    if args.text:
-        report["text"] = text_report(trained, read_paragraphs(args.text))
+    size = trained.model.config.latent_size * trained.codec.patch
+    paragraphs = read_paragraphs(args.text) if args.text else []  # all files first, and their errors
+    questions = {path: read_questions(path) for path in args.choices}
+    pictures = load_pictures(args.data, size) if args.data else None
+    if paragraphs:
+        report["text"] = text_report(trained, paragraphs)
         print(text_line(report["text"]))
     for path, asked in questions.items():
         by = {"trained": trained.model, "base": load_base(trained)}
@@ -415,8 +417,8 @@ def on_files(trained: Trained, args: argparse.Namespace) -> dict:
             for name, f in found.items()
         )
         print(f"{path}: {len(asked)} questions, {', '.join(shares)}; in brackets, not normalised by length")
-    if args.data:
-        report["captions"], written = describe_pictures(trained, args.data, args.max_tokens)
+    if pictures is not None:
+        report["captions"], written = describe_pictures(trained, pictures, args.max_tokens)
         c = report["captions"]
         print(f"{args.data}: {c['pictures']} pictures, CIDEr {c['cider']:.4f}, exact {100 * c['exact']:.1f}%")
         if args.captions:

@@ -529,6 +529,8 @@ class Run:
         self.vae, self.codec = open_codec(config, self.source, self.team.device)
         alone = self.team.size == 1
         self.team.agree("what --data holds", b"" if alone else content(self.source))
+        self.paragraphs = read_paragraphs(config.text_data, "--text-data") if config.text_data else []
+        self.team.agree("what --text-data holds", json.dumps(self.paragraphs).encode())
         base = self.find_base(former)
         self.team.agree("the base language model", b"" if alone else base_content(resolve(base)))
         dtype = getattr(torch, config.dtype)
@@ -565,7 +567,6 @@ class Run:
         self.average = {n: p.detach().clone() for n, p in self.trained.items()} if config.ema else None
         self.optimizers = make_optimizers(self.model, config)
         self.stages = [(step, self.matching(patterns)) for step, patterns in parse_stages(config.stages)]
-        self.paragraphs = read_paragraphs(config.text_data, "--text-data") if config.text_data else []
         self.step, self.seconds = 0, 0.0
         self.ids: dict[str, list[int]] = {}  # captions already tokenised
         self.validation = self.make_validation()

@@ -290,6 +290,13 @@ def test_a_text_of_one_s_own_is_as_likely_to_the_last_bit_as_under_the_base(tmp_
     assert "0 of 24 tensors changed; logits equal to the last bit" in out and out.count("\n") == 1
 
 
+def test_all_files_are_read_before_anything_is_computed(tmp_path):
+    (tmp_path / "book.txt").write_text("the grass is green, and so is the frog in it.")
+    flags = ("--checkpoint", small.photo_run(), "--text", "book.txt", "--data", "nowhere")
+    result = small.call(evaluate, *flags, folder=tmp_path)
+    assert result.status == 2 and "nowhere" in result.err and result.out == ""
+
+
 def test_questions_of_two_files_are_answered_by_the_trained_model_and_its_base(tmp_path):
     questions = [("the cow says", "moo"), ("grass is", "green"), ("the day after monday is", "tuesday")]
     for name, n in (("a.jsonl", 3), ("b.jsonl", 2)):

@@ -86,6 +86,11 @@ JOBS = {
     "bfloat16 resumed": Job(steps=5, of="bfloat16"),
     "uneven": Job("--batch-size 7", says="--batch-size 7 is not a multiple of 2"),
     "other data": Job(folder_of_the_last="other-data", says="the processes differ in what --data holds"),
+    "other text": Job(
+        "--lr-text-ratio 0.1 --text-batch 2 --text-data text.txt",
+        folder_of_the_last="other-text",
+        says="the processes differ in what --text-data holds",
+    ),
     "other base": Job(folder_of_the_last="other-base", says="differ in the base language model"),
     "other sizes": Job(folder_of_the_last="other-sizes", says="differ in the base language model"),
     "other flags": Job(flags_of_the_last="--lr 2e-3", says="the processes differ in their configuration"),
@@ -249,6 +254,12 @@ def here(tmp_path_factory) -> Path:
     folder_with(folder, small.base(), small.photos())
     folder_with(folder / "alone", small.base(), small.photos())
     folder_with(folder / "other-data", small.base(), others)
+    folder_with(folder / "other-text", small.base(), small.photos())
+    for place, text in (
+        (folder, "the sky over the sea is blue"),
+        (folder / "other-text", "the sky is grey today"),
+    ):
+        (place / "text.txt").write_text(text)
     other = shutil.copytree(small.base(), folder / "other-weights")
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] += 0.01
