@@ -22,7 +22,9 @@ chat: .venv/ready
 	$(PY) sample.py --chat-file messages.json --think --out runs/chat
 	@echo "open runs/chat/chat.md; then try: $(PY) sample.py --chat --think"
 
-# glibc keeps freed memory: a sixth of the tests' time went into giving it back and getting it again
+# Tensors are tiny: threads would only wait for each other. glibc keeps freed memory: a sixth of the tests'
+# time went into giving it back and getting it again.
+test: export OMP_NUM_THREADS = 1
 test: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 test: export MALLOC_MMAP_THRESHOLD_ = 4000000000
 test: .venv/ready

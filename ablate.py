@@ -311,8 +311,7 @@ def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int, quick: bool) -
             raise ValueError(f"cell {name} of seed {seed} ended with status {status}; see {log.name}")
 
     with ThreadPoolExecutor(jobs) as pool:
-        for _ in tqdm(pool.map(work, todo), total=len(todo), desc="cells", disable=None):
-            pass
+        list(tqdm(pool.map(work, todo), total=len(todo), desc="cells", disable=None))
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:

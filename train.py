@@ -530,7 +530,7 @@ class Run:
         alone = self.team.size == 1
         self.team.agree("what --data holds", b"" if alone else content(self.source))
         self.paragraphs = read_paragraphs(config.text_data, "--text-data") if config.text_data else []
-        self.team.agree("what --text-data holds", json.dumps(self.paragraphs).encode())
+        self.team.agree("what --text-data holds", b"" if alone else json.dumps(self.paragraphs).encode())
         base = self.find_base(former)
         self.team.agree("the base language model", b"" if alone else base_content(resolve(base)))
         dtype = getattr(torch, config.dtype)

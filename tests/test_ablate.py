@@ -446,11 +446,16 @@ def test_another_seed_is_another_run_from_the_same_base(grid, beside):
 # ---- several at once ----
 
 
-def test_a_cell_in_a_process_of_its_own_gives_what_it_gives_here(grid, beside):
-    out = small.good(ablate, "--quick", "--jobs", 2, "--cell", "deep-0-half", folder=beside)
-    assert out.startswith("1 of 1 cells to do")
-    assert timeless(read(beside, "deep-0-half")) == timeless(read(grid, "deep-0-half"))
-    assert "4 steps, 16 pictures" in (beside / QUICK.runs / "deep-0-half-0.log").read_text()
+@pytest.mark.parametrize(
+    "names", (["deep-0-half"], pytest.param(["deep-0-half", "deep-0-staged"], marks=pytest.mark.slow))
+)
+def test_cells_in_processes_of_their_own_give_what_they_give_here(grid, beside, names):
+    pattern = "deep-0-half" if len(names) == 1 else "deep-0-[hs]*"
+    out = small.good(ablate, "--quick", "--jobs", 2, "--cell", pattern, folder=beside)
+    assert out.startswith(f"{len(names)} of {len(names)} cells to do")
+    for name in names:
+        assert timeless(read(beside, name)) == timeless(read(grid, name))
+        assert "4 steps, 16 pictures" in (beside / QUICK.runs / f"{name}-0.log").read_text()
 
 
 def test_a_cell_that_fails_is_named_with_its_log(beside, monkeypatch):
