@@ -339,6 +339,7 @@ def measure(config: ModelConfig) -> float:
 
 
 @LINUX
+@pytest.mark.slow
 def test_three_real_steps_take_the_memory_that_was_predicted():
     config = ModelConfig(
         32000, 512, 1536, 4, 8, 4, 64, boi_id=1, eoi_id=2, eos_id=3, unet_channels=(160, 448)

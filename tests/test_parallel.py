@@ -798,7 +798,12 @@ def die_while_writing(moment: str, victim: int, rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment, victim", (pytest.param("model", 0, marks=pytest.mark.slow), ("ema", 1), ("rename", 0))
+    "moment, victim",
+    (
+        pytest.param("model", 0, marks=pytest.mark.slow),
+        pytest.param("ema", 1, marks=pytest.mark.slow),
+        ("rename", 0),
+    ),
 )
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(here, start, tmp_path, moment, victim):
     run = tmp_path / "run"
