@@ -21,6 +21,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -1284,12 +1285,15 @@ def main() -> None:
         )
     check_device(own_device(config.device))
     cli.tune_cpu()
+    # SIGTERM comes from a scheduler that ends a job, and from torchrun when another process has died
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     team = join(config.device, config.dtype)
     try:
         work(config, name, found[-1] if resume else None, team)
     except RuntimeError as error:
         if team.size == 1 or not re.search("(?i)peer|gloo|nccl|socket|connection|timed out", str(error)):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, of which the line below says more
         last = list_checkpoints(out)
         raise ValueError(
             "another process of this run has ended, and none can go on alone; "

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -704,13 +706,13 @@ def start(here: Path, *more: object) -> small.Result:
     return small.call(train, *small.photo_flags(Path("run"), "--steps", 6, *more), folder=here)
 
 
-@pytest.mark.parametrize("after", (0, 3))
-def test_ctrl_c_ends_in_one_line_that_says_where_it_goes_on(tmp_path, monkeypatch, after):
+@pytest.mark.parametrize("sent, after", ((signal.SIGINT, 0), (signal.SIGINT, 3), (signal.SIGTERM, 3)))
+def test_an_interrupt_ends_in_one_line_that_says_where_it_goes_on(tmp_path, monkeypatch, sent, after):
     train_step = Run.train_step
 
     def interrupted(run):
         if run.step == after:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), sent)
         return train_step(run)
 
     with monkeypatch.context() as patch:
