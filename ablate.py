@@ -13,7 +13,8 @@ torch.utils.flop_counter on the very steps that were timed, and the commit and t
 
 Where the text side learns it reads text beside the pictures (Section 5.1.1), so much that its step takes
 about twice the FLOPs of ours: that is the paper's Table 1, where half the data is text. Where it is frozen,
-text would train nothing and is left out.
+text would train nothing and is left out. So captions behind pictures are all of the language-model loss of a
+frozen cell, and a tenth of a learning one's. The cells "light" are frozen ones where they weigh as little.
 """
 
 from __future__ import annotations
@@ -93,6 +94,9 @@ def cells(plan: Plan) -> dict[str, dict]:
         text = plan.text_batch if ratio else 0
         return dict(separation=separation, lr_text_ratio=ratio, text_batch=text, steps=plan.steps) | changes
 
+    # ten times the other loss, and ten times the clip: a tenth of the language-model loss
+    small = CONFIGS["small"]
+    light = dict(lambda_ddpm=10 * small.lambda_ddpm, clip=10 * small.clip)
     stages = ";".join(f"{round(share * plan.steps)}:{patterns}" for share, patterns in STAGED)
     return {
         "none-0": cell("none", 0.0),  # Figures 4 and 5
@@ -104,6 +108,8 @@ def cells(plan: Plan) -> dict[str, dict]:
         "deep-1": cell("deep", 1.0),
         "transfusion": cell("none", 1.0, from_scratch=True),  # Table 1
         "deep-0-equal": cell("deep", 0.0),  # Table 1 at equal FLOPs: its steps are computed
+        "none-0-light": cell("none", 0.0, **light),
+        "deep-0-light": cell("deep", 0.0, **light),
         "deep-0-no-limit": cell("deep", 0.0, noise_limit=1000),
         "deep-0-half": cell("deep", 0.0, caption_first=0.5),
         "deep-0-staged": cell("deep", 0.0, stages=stages if plan.steps >= 20 else "0:unet_*;2:*"),

@@ -44,7 +44,7 @@ def grid(tmp_path_factory) -> Path:
     """Where `python ablate.py --quick` was called."""
     folder = tmp_path_factory.mktemp("grid")
     out = small.good(ablate, "--quick", folder=folder)
-    assert out.startswith(f"12 of 12 cells to do; results in {RESULTS}\n")
+    assert out.startswith(f"14 of 14 cells to do; results in {RESULTS}\n")
     assert out.splitlines()[-5:] == [
         f"{RESULTS}/{name}"
         for name in ("figure4.png", "figure5.png", "figure6.png", "table1.png", "tables.md")
@@ -228,6 +228,8 @@ def test_cells_are_what_their_names_say():
         stages = extra["deep-0-staged"].pop("stages")
         assert {n: e for n, e in extra.items() if e} == {
             "transfusion": {"from_scratch": True},
+            "none-0-light": {"lambda_ddpm": 50, "clip": 10},
+            "deep-0-light": {"lambda_ddpm": 50, "clip": 10},
             "deep-0-no-limit": {"noise_limit": 1000},
             "deep-0-half": {"caption_first": 0.5},
         }
@@ -242,7 +244,7 @@ def test_what_the_papers_figures_show_is_run_before_anything_else_and_seed_by_se
     monkeypatch.setattr(ablate, "write_report", lambda folder: [])
     small.good(ablate, "--seeds", 2, folder=tmp_path)
     shown = {name for names in FIGURES.values() for name in names}
-    assert len(shown) == 9 and len(asked) == 24 and set(asked) == {(n, s) for n in NAMES for s in (0, 1)}
+    assert len(shown) == 9 and len(asked) == 28 and set(asked) == {(n, s) for n in NAMES for s in (0, 1)}
     assert asked == sorted(asked, key=lambda cell: (cell[0] not in shown, cell[1]))
 
 
@@ -385,7 +387,7 @@ def test_what_is_done_is_not_done_again(grid, monkeypatch):
     monkeypatch.setattr(ablate, "run_cell", None)
     kept = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (grid / "runs").rglob("*") if p.is_file()}
     out = small.good(ablate, "--quick", folder=grid)
-    assert out.startswith("0 of 12 cells to do")
+    assert out.startswith("0 of 14 cells to do")
     for path, (time, content) in kept.items():
         drawn = path.suffix in (".png", ".md")  # these are, and are the same again
         assert path.read_bytes() == content and (drawn or path.stat().st_mtime_ns == time), path
