@@ -157,11 +157,11 @@ CLAIMS = (
         BOTH,
         False,
     ),
-    ("... captions weighing alike (Fig. 4)", "", "none-1", "none-0-light", BOTH, False),
+    ("... captions weighing alike (Fig. 4)", "as above", "none-1", "none-0-light", BOTH, False),
     ("shallow beats none, text frozen (Fig. 5)", "clearly", "shallow-0", "none-0", BOTH, False),
     ("deep beats shallow, text frozen (Fig. 5)", "most in generation", "deep-0", "shallow-0", BOTH, False),
     ("frozen deep beats dense at ratio 1 (5.1.2)", "a higher curve", "deep-0", "none-1", BOTH, False),
-    ("... captions weighing alike (5.1.2)", "", "deep-0-light", "none-1", BOTH, False),
+    ("... captions weighing alike (5.1.2)", "as above", "deep-0-light", "none-1", BOTH, False),
     (
         "frozen deep is not behind deep at ratio 1 (Fig. 6)",
         '"strong performance"',
@@ -170,7 +170,7 @@ CLAIMS = (
         BOTH,
         True,
     ),
-    ("... captions weighing alike (Fig. 6)", "", "deep-0-light", "deep-1", BOTH, True),
+    ("... captions weighing alike (Fig. 6)", "as above", "deep-0-light", "deep-1", BOTH, True),
     (
         "half the FLOPs beat Transfusion (Table 1)",
         "CIDEr +20%, FID -3.6% (guided +0.6%)",
@@ -179,6 +179,7 @@ CLAIMS = (
         BOTH,
         False,
     ),
+    ("... captions weighing alike (Table 1)", "as above", "deep-0-light", "transfusion", BOTH, False),
     ("... with better text (Table 1)", "+9.0, +5.8, +8.5 points", "deep-0", "transfusion", TEXT, False),
     (
         "half the FLOPs are not behind as many (Table 1)",
