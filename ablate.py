@@ -67,6 +67,7 @@ class Plan:
     counted: int = 8  # steps whose FLOPs are counted
     seeds: int = 3
     ddpm: int = 250
+    base_steps: int = 2600  # of pretraining; `small` itself takes 3,600 by now
     out: str = "results"
     runs: str = "runs/ablate"
 
@@ -231,7 +232,7 @@ def final_figures(run: Run, plan: Plan, name: str, base: LMFusion) -> dict:
 def ensure_base(plan: Plan) -> Path:
     """The one base of all cells; a quick plan has a quick one."""
     if plan.steps >= 200:
-        return train.ensure_base(0)
+        return train.ensure_base(0, plan.base_steps)
     folder = Path(plan.runs) / "base"
     if not folder.is_dir():
         pretrain.pretrain_base(folder, steps=2, hidden_size=32, intermediate_size=48, num_hidden_layers=2)

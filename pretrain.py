@@ -41,7 +41,7 @@ SIZES = dict(
     tie_word_embeddings=True,
     max_position_embeddings=1024,
 )
-STEPS, BATCH, LR, MUON_LR, WARMUP = 2600, 32, 2e-3, 8e-3, 50
+STEPS, BATCH, LR, MUON_LR, WARMUP = 3600, 32, 2e-3, 8e-3, 50
 PLAIN, TALK = 0.3, 0.7  # for this share of the steps documents alone, then this share of conversations
 
 

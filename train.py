@@ -1082,13 +1082,15 @@ def open_codec(
     return {"path": place, "fingerprint": codec.fingerprint()}, codec
 
 
-def ensure_base(seed: int) -> Path:
+def ensure_base(seed: int, steps: int = pretrain.STEPS) -> Path:
     """The tiny Qwen3, pretrained unless a former run has left it."""
     recipe = b"".join(Path(m.__file__).read_bytes() for m in (world, dialogues, template, muon, pretrain))
     folder = Path("runs") / f"base-small-{hashlib.sha256(recipe + str(seed).encode()).hexdigest()[:8]}"
+    if steps != pretrain.STEPS:
+        folder = folder.with_name(f"{folder.name}-{steps}")
     if not folder.is_dir():
         print(f"pretraining a tiny Qwen3 on built-in text, once, into {folder}", flush=True)
-        pretrain.pretrain_base(folder, seed)
+        pretrain.pretrain_base(folder, seed, steps)
     return folder
 
 

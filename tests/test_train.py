@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
+import ablate
 import checkpoint
 import data
 import train
@@ -1650,21 +1651,22 @@ def test_only_the_last_checkpoint_is_kept_and_the_last_small_run_is_remembered(t
 
 
 def test_the_base_is_pretrained_once_and_again_for_another_seed_or_text(tmp_path, monkeypatch):
-    made = []
+    made, steps = [], train.pretrain.STEPS
     monkeypatch.setattr(
-        "pretrain.pretrain_base", lambda folder, seed: made.append(seed) or folder.mkdir(parents=True)
+        "pretrain.pretrain_base", lambda folder, *how: made.append(how) or folder.mkdir(parents=True)
     )
     with small.inside(tmp_path):
         folders = [train.ensure_base(seed) for seed in (0, 0, 1)]
-        assert made == [0, 1] and folders[0] == folders[1] != folders[2]
-        for module in (train.world, train.dialogues, train.template, train.pretrain):
+        assert made == [(0, steps), (1, steps)] and folders[0] == folders[1] != folders[2]
+        for module in (train.world, train.dialogues, train.template, train.muon, train.pretrain):
             changed = tmp_path / f"{module.__name__}.py"  # one character more
             changed.write_bytes(Path(module.__file__).read_bytes() + b"\n")
             with monkeypatch.context() as patch:
                 patch.setattr(module, "__file__", str(changed))
                 folders.append(train.ensure_base(0))
+        folders += [ablate.ensure_base(ablate.Plan()) for _ in range(2)]
         assert train.ensure_base(0) == folders[0]
-    assert made == [0, 1, 0, 0, 0, 0] and len(set(folders)) == 6
+    assert made[2:] == [(0, steps)] * 5 + [(0, 2600)] and len(set(folders)) == 8  # the lab's is younger
 
 
 # ---- flags ----
