@@ -67,7 +67,7 @@ class Plan:
     counted: int = 8  # steps whose FLOPs are counted
     seeds: int = 3
     ddpm: int = 250
-    base_steps: int = 2600  # of pretraining; `small` itself takes 3,600 by now
+    base_steps: int = 2600  # of pretraining: the base of results/; `small` takes pretrain.STEPS
     out: str = "results"
     runs: str = "runs/ablate"
 

@@ -1666,7 +1666,7 @@ def test_the_base_is_pretrained_once_and_again_for_another_seed_or_text(tmp_path
                 folders.append(train.ensure_base(0))
         folders += [ablate.ensure_base(ablate.Plan()) for _ in range(2)]
         assert train.ensure_base(0) == folders[0]
-    assert made[2:] == [(0, steps)] * 5 + [(0, 2600)] and len(set(folders)) == 8  # the lab's reads less
+    assert made[2:] == [(0, steps)] * 5 + [(0, 2600)] and len(set(folders)) == 8  # the lab's base is another
 
 
 # ---- flags ----
