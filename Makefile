@@ -12,14 +12,14 @@ PY := .venv/bin/python
 
 demo: .venv/ready
 	$(PY) train.py --config small $(if $(wildcard runs/small/step-*/checkpoint.json),--resume)
-	$(PY) sample.py --prompts prompts.txt --labels --out runs/demo.png --gif runs/demo.gif
+	$(PY) sample.py --prompts small/prompts.txt --labels --out runs/demo.png --gif runs/demo.gif
 	@echo "open runs/demo.png; then try: $(PY) sample.py --prompt \"a big red circle in the center on a blue background\""
 
 chat: .venv/ready
 	$(PY) train.py --config small $(if $(wildcard runs/small/step-*/checkpoint.json),--resume)
 	$(PY) train.py --config small-chat $(if $(wildcard runs/small-chat/step-*/checkpoint.json),--resume)
 	rm -rf runs/chat
-	$(PY) sample.py --chat-file messages.json --think --out runs/chat
+	$(PY) sample.py --chat-file chat/messages.json --think --out runs/chat
 	@echo "open runs/chat/chat.md; then try: $(PY) sample.py --chat --think"
 
 # Tensors are tiny: threads would only wait for each other. glibc keeps freed memory: a sixth of the tests'

@@ -28,8 +28,8 @@ from data import PatchPCA
 from diffusion import Diffusion
 from load_qwen3 import fingerprint, load_qwen3, load_tokenizer, open_safetensors, read_json
 from model import LMFusion
-from parallel import Team, whole
-from vae import AutoencoderKL, load_vae
+from scale.parallel import Team, whole
+from scale.vae import AutoencoderKL, load_vae
 
 # each names the folder of the last run of `train.py --config ...`
 LAST_RUNS = {"small": Path("runs/last-small"), "small-chat": Path("runs/last-small-chat")}

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dialogues import KINDS, Shot, conversation, picture_conversation
+from chat.template import IM_START, Picture, encode, spoken
+from chat.template import render as render_chat
 from diffusion import Diffusion, T
 from model import IMAGE, PAD, ModelConfig, Tokens
-from pictures import Edits, Pictures
-from template import IM_START, Picture, encode, spoken
-from template import render as render_chat
-from world import PIXELS, all_scenes, draw_edit, draw_shift, render
+from scale.pictures import Edits, Pictures
+from small.dialogues import KINDS, Shot, conversation, picture_conversation
+from small.world import PIXELS, all_scenes, draw_edit, draw_shift, render
 
 # ------------------------------------------------------------------------------------------------------------
 # Latents
@@ -454,7 +454,7 @@ class PictureSource:
 
 def main() -> None:
     """`python data.py encode ...`: see latents.py, which imports this file."""
-    import latents
+    from scale import latents
 
     latents.main()
 

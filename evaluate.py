@@ -31,18 +31,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-import figures
+from chat.template import encode_plain
 from checkpoint import Trained, check_device, load_trained, write_atomic
 from data import Batch, Recipe, make_batch
 from diffusion import Diffusion, T
 from generate import continue_text, describe_images, encode_text, generate_images
-from language import knowledge, multiple_choice, perplexity, puzzles, read_questions, reasoning
+from lab import figures
+from lab.language import knowledge, multiple_choice, perplexity, puzzles, read_questions, reasoning
+from lab.metrics import caption_tokens, cider, exact_match, frechet
 from load_qwen3 import load_qwen3
-from metrics import caption_tokens, cider, exact_match, frechet
 from model import LMFusion, Tokens
-from pictures import Pictures, load_pictures
-from template import encode_plain
-from world import (
+from scale.pictures import Pictures, load_pictures
+from small.world import (
     ATTRIBUTES,
     COLORS,
     JITTER,

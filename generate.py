@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from chat.template import END_THINK, IM_END, THINK, encode_plain
 from checkpoint import Trained
 from diffusion import guide, sample
 from model import IMAGE, Cache, LMFusion, Tokens
-from pictures import decode_picture
-from template import END_THINK, IM_END, THINK, encode_plain
+from scale.pictures import decode_picture
 
 
 def encode_text(trained: Trained, text: str, room: int) -> list[int]:

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model import LMFusion, ModelConfig, replace
-from parallel import whole
+from scale.parallel import whole
 
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"  # Qwen3's own; their frozen embedding rows serve as they are
 # Our choice, for other bases: special tokens that their text does not use. The first pair that is there.

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from parallel import fill, whole
+from scale.parallel import fill, whole
 from unet import UNetDown, UNetUp
 
 IMAGE, PAD = -1, -2  # what stands in `Tokens.ids` where there is no text token

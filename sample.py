@@ -19,11 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-import figures
-from chat import answer_last, check_folder, read_messages, talk
+from chat.conversation import answer_last, check_folder, read_messages, talk
 from checkpoint import Trained, check_device, load_trained, write_atomic
 from diffusion import T
 from generate import Style, describe_images, edit_images, generate_images, generate_text, read_picture
+from lab import figures
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line

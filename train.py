@@ -34,12 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cli
-import dialogues
-import figures
-import muon
-import pretrain
-import template
-import world
+from chat.template import IM_END, IM_START, encode_plain
 from checkpoint import (
     LAST_RUNS,
     Trained,
@@ -73,14 +68,15 @@ from data import (
 from diffusion import Diffusion
 from evaluate import TIMESTEPS, errors_by_timestep, read_paragraphs
 from generate import edit_images, generate_images
-from latents import INDEX, LatentShards, LatentSource
+from lab import figures
 from load_qwen3 import fingerprint, known_config, load_qwen3, load_tokenizer, read_json, resolve
 from model import SEPARATIONS, Hidden, LMFusion, Tokens, replace
-from muon import Muon
-from parallel import Team, alike, fill, join, leave, own_device, release, shard, whole
-from pictures import list_samples, load_edits, load_pictures
-from template import IM_END, IM_START, encode_plain
-from vae import AutoencoderKL, load_vae, read_vae_config, resolve_vae
+from scale.latents import INDEX, LatentShards, LatentSource
+from scale.muon import Muon
+from scale.parallel import Team, alike, fill, join, leave, own_device, release, shard, whole
+from scale.pictures import list_samples, load_edits, load_pictures
+from scale.vae import AutoencoderKL, load_vae, read_vae_config, resolve_vae
+from small import pretrain
 
 
 def parse_stages(text: str) -> list[tuple[int, list[str]]]:
@@ -1084,8 +1080,7 @@ def open_codec(
 
 def ensure_base(seed: int, steps: int = pretrain.STEPS) -> Path:
     """The tiny Qwen3, pretrained unless a former run has left it."""
-    recipe = b"".join(Path(m.__file__).read_bytes() for m in (world, dialogues, template, muon, pretrain))
-    folder = Path("runs") / f"base-small-{hashlib.sha256(recipe + str(seed).encode()).hexdigest()[:8]}"
+    folder = Path("runs") / f"base-small-v{pretrain.RECIPE}-{seed}"
     if steps != pretrain.STEPS:
         folder = folder.with_name(f"{folder.name}-{steps}")
     if not folder.is_dir():
@@ -1255,7 +1250,7 @@ def train(run: Run, watch: Callable[[Run], dict] | None = None) -> None:
 
 def dry_run(config: TrainConfig) -> None:
     """Print what a run would take of memory and arithmetic; no model is made, and no stock one fetched."""
-    import budget  # which imports this file
+    from scale import budget  # which imports this file
 
     if config.base:
         model = known_config(config.base)

@@ -15,22 +15,22 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import helpers
 import pytest
-import small
 import torch
 from conftest import perturb_parameters, write_qwen3_folder
 from torch.utils.flop_counter import FlopCounterMode
 
-import ablate
 import cli
 import train
-from ablate import QUICK, STAGED, Plan, cells, configure, count_flops, run_cell
 from evaluate import read_scenes
+from lab import ablate
+from lab.ablate import QUICK, STAGED, Plan, cells, configure, count_flops, run_cell
+from lab.report import FIGURES, LABELS
 from load_qwen3 import load_qwen3
 from model import replace
-from report import FIGURES, LABELS
+from small.world import all_scenes, render
 from train import CONFIGS, Run, parse_stages
-from world import all_scenes, render
 
 NAMES = tuple(cells(QUICK))
 FROZEN = tuple(name for name, changes in cells(QUICK).items() if not changes["lr_text_ratio"])
@@ -41,9 +41,9 @@ TIMES = ("seconds_per_step", "cell_seconds")
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory) -> Path:
-    """Where `python ablate.py --quick` was called."""
+    """Where `python -m lab.ablate --quick` was called."""
     folder = tmp_path_factory.mktemp("grid")
-    out = small.good(ablate, "--quick", folder=folder)
+    out = helpers.good(ablate, "--quick", folder=folder)
     assert out.startswith(f"14 of 14 cells to do; results in {RESULTS}\n")
     assert out.splitlines()[-5:] == [
         f"{RESULTS}/{name}"
@@ -63,7 +63,7 @@ def timeless(result: dict) -> dict:
 
 def work(folder: Path, plan: Plan, name: str, seed: int = 0) -> None:
     """run_cell as the command calls it."""
-    with small.inside(folder):
+    with helpers.inside(folder):
         cli.tune_cpu()
         run_cell(plan, name, seed)
 
@@ -100,7 +100,7 @@ def test_a_result_says_what_was_done_and_found(grid, name):
     assert (result["cell"], result["seed"]) == (name, 0)
     made, config = result["made_by"], result["config"]
     assert re.fullmatch(r"[0-9a-f]{12}\+?|unknown", made["commit"])
-    assert made["command"].startswith(f"python ablate.py --cell {name} --seed 0")
+    assert made["command"].startswith(f"python -m lab.ablate --cell {name} --seed 0")
     small_config = json.loads(json.dumps(dataclasses.asdict(CONFIGS["small"])))
     own = {"steps": config["steps"], "batch_size": 4, "unet_channels": [8, 12], "warmup": 1, "sheet_every": 0}
     own |= {"log_every": 2, "val_every": 2, "checkpoint_every": 2} | {
@@ -242,7 +242,7 @@ def test_what_the_papers_figures_show_is_run_before_anything_else_and_seed_by_se
     asked = []
     monkeypatch.setattr(ablate, "run_all", lambda plan, wanted, *rest: asked.extend(wanted))
     monkeypatch.setattr(ablate, "write_report", lambda folder: [])
-    small.good(ablate, "--seeds", 2, folder=tmp_path)
+    helpers.good(ablate, "--seeds", 2, folder=tmp_path)
     shown = {name for names in FIGURES.values() for name in names}
     assert len(shown) == 9 and len(asked) == 28 and set(asked) == {(n, s) for n in NAMES for s in (0, 1)}
     assert asked == sorted(asked, key=lambda cell: (cell[0] not in shown, cell[1]))
@@ -386,7 +386,7 @@ def test_the_stages_of_the_quick_cell_are_two(grid, monkeypatch):
 def test_what_is_done_is_not_done_again(grid, monkeypatch):
     monkeypatch.setattr(ablate, "run_cell", None)
     kept = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (grid / "runs").rglob("*") if p.is_file()}
-    out = small.good(ablate, "--quick", folder=grid)
+    out = helpers.good(ablate, "--quick", folder=grid)
     assert out.startswith("0 of 14 cells to do")
     for path, (time, content) in kept.items():
         drawn = path.suffix in (".png", ".md")  # these are, and are the same again
@@ -398,7 +398,7 @@ def test_a_removed_result_is_made_again_from_what_was_trained(grid, monkeypatch)
     want = read(grid, "deep-0.1")
     (grid / RESULTS / "deep-0.1-0.json").unlink()
     monkeypatch.setattr(Run, "save", None)
-    out = small.good(ablate, "--quick", "--cell", "deep-0.[12]", "--seed", 0, folder=grid)
+    out = helpers.good(ablate, "--quick", "--cell", "deep-0.[12]", "--seed", 0, folder=grid)
     assert out.startswith("1 of 1 cells to do")
     assert timeless(read(grid, "deep-0.1")) == timeless(want)
 
@@ -420,7 +420,7 @@ def test_a_cell_that_was_killed_goes_on_as_if_it_had_not_been(grid, beside, monk
     assert not (beside / RESULTS).exists() and [
         p.name for p in (beside / QUICK.runs / "deep-1-0").glob("step-*")
     ] == ["step-000002"]
-    small.good(ablate, "--quick", "--cell", "deep-1", folder=beside)
+    helpers.good(ablate, "--quick", "--cell", "deep-1", folder=beside)
     assert timeless(read(beside, "deep-1")) == timeless(read(grid, "deep-1"))
 
 
@@ -436,7 +436,7 @@ def test_a_run_of_another_plan_is_not_gone_on_with(grid, beside):
 def test_another_seed_is_another_run_from_the_same_base(grid, beside):
     (beside / RESULTS).mkdir()
     shutil.copy(grid / RESULTS / "none-0-0.json", beside / RESULTS)
-    out = small.good(ablate, "--quick", "--cell", "none-0", "--seeds", 2, folder=beside)
+    out = helpers.good(ablate, "--quick", "--cell", "none-0", "--seeds", 2, folder=beside)
     assert out.startswith("1 of 2 cells to do")
     one, two = read(beside, "none-0"), read(beside, "none-0", 1)
     assert two["base_fingerprint"] == one["base_fingerprint"] and two["config"]["seed"] == 1
@@ -453,7 +453,7 @@ def test_another_seed_is_another_run_from_the_same_base(grid, beside):
 )
 def test_cells_in_processes_of_their_own_give_what_they_give_here(grid, beside, names):
     pattern = "deep-0-half" if len(names) == 1 else "deep-0-[hs]*"
-    out = small.good(ablate, "--quick", "--jobs", 2, "--cell", pattern, folder=beside)
+    out = helpers.good(ablate, "--quick", "--jobs", 2, "--cell", pattern, folder=beside)
     assert out.startswith(f"{len(names)} of {len(names)} cells to do")
     for name in names:
         assert timeless(read(beside, name)) == timeless(read(grid, name))
@@ -462,7 +462,7 @@ def test_cells_in_processes_of_their_own_give_what_they_give_here(grid, beside, 
 
 def test_a_cell_that_fails_is_named_with_its_log(beside, monkeypatch):
     monkeypatch.setattr(ablate.sys, "executable", "/bin/false")
-    result = small.call(ablate, "--quick", "--jobs", 2, "--cell", "none-0", folder=beside)
+    result = helpers.call(ablate, "--quick", "--jobs", 2, "--cell", "none-0", folder=beside)
     log = f"{QUICK.runs}/none-0-0.log"
     assert result.status == 2
     assert result.err.splitlines()[-1] == f"error: cell none-0 of seed 0 ended with status 1; see {log}"
@@ -477,7 +477,7 @@ def test_tables_alone_computes_nothing(grid, tmp_path, monkeypatch):
     for name in ("deep-0", "none-0"):
         shutil.copy(grid / RESULTS / f"{name}-0.json", tmp_path / RESULTS)
     monkeypatch.setattr(ablate, "run_all", None)
-    out = small.good(ablate, "--quick", "--tables", folder=tmp_path)
+    out = helpers.good(ablate, "--quick", "--tables", folder=tmp_path)
     written = [
         f"{RESULTS}/{n}" for n in ("figure4.png", "figure5.png", "figure6.png", "table1.png", "tables.md")
     ]
@@ -487,7 +487,7 @@ def test_tables_alone_computes_nothing(grid, tmp_path, monkeypatch):
         *(Path(w).name for w in written),
     }
     assert "| no separation, frozen text | 1 |" in (tmp_path / RESULTS / "tables.md").read_text()
-    assert small.good(ablate, "--tables", folder=tmp_path) == ""  # of the real plan, there is nothing
+    assert helpers.good(ablate, "--tables", folder=tmp_path) == ""  # of the real plan, there is nothing
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
 
@@ -506,7 +506,7 @@ def test_tables_alone_computes_nothing(grid, tmp_path, monkeypatch):
 )
 def test_a_bad_flag_is_an_error_in_one_line(tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr(ablate, "run_all", None)
-    result = small.call(ablate, "--quick", "--tables", *flags, folder=tmp_path)
+    result = helpers.call(ablate, "--quick", "--tables", *flags, folder=tmp_path)
     assert result.status == 2 and not list(tmp_path.iterdir())
     assert all(word in result.err.splitlines()[-1] for word in words)
     assert len([line for line in result.err.splitlines() if "error" in line]) == 1
@@ -547,7 +547,7 @@ def test_a_model_that_paints_and_describes_rightly_gets_full_marks(monkeypatch):
 
 def test_every_model_is_asked_the_same(monkeypatch):
     """Documents and questions follow neither from the run nor from its seed."""
-    trained, heard = small.perturbed(), []
+    trained, heard = helpers.perturbed(), []
     monkeypatch.setattr(ablate, "perplexity", lambda model, ids: heard.append(ids) or 2.0)
     monkeypatch.setattr(
         ablate,

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import helpers
 import pytest
-import small
 import torch
 from PIL import Image
 
@@ -43,13 +43,13 @@ class Case:
 
 def expand(args: str) -> list[str]:
     """`@name` -> a folder, `~` inside a word -> a blank, `''` -> an empty word."""
-    folders = {"@base": small.base, "@other": small.other_base, "@photos": small.photos}
-    folders |= {"@run": small.photo_run, "@shapes": small.shapes_run, "@edits": small.edits}
+    folders = {"@base": helpers.base, "@other": helpers.other_base, "@photos": helpers.photos}
+    folders |= {"@run": helpers.photo_run, "@shapes": helpers.shapes_run, "@edits": helpers.edits}
     words = [str(folders[w]()) if w in folders else w for w in args.split()]
     return ["" if w == "''" else w.replace("~", " ") for w in words]
 
 
-def one_line(result: small.Result) -> str:
+def one_line(result: helpers.Result) -> str:
     """The only line of an error, without argparse's usage in front of it."""
     assert "Traceback" not in result.err
     lines = [x for x in result.err.splitlines() if x.strip()]
@@ -61,15 +61,22 @@ def one_line(result: small.Result) -> str:
 
 
 def good_files(here: Path) -> dict[str, str]:
-    ours = (small.base, small.other_base, small.photos, small.edits, small.photo_run, small.shapes_run)
-    return small.files(here, *(folder() for folder in ours))
+    ours = (
+        helpers.base,
+        helpers.other_base,
+        helpers.photos,
+        helpers.edits,
+        helpers.photo_run,
+        helpers.shapes_run,
+    )
+    return helpers.files(here, *(folder() for folder in ours))
 
 
-def check(case: Case, here: Path) -> small.Result:
+def check(case: Case, here: Path) -> helpers.Result:
     case.prepare(here)
     args = expand(case.args)
     before = good_files(here)
-    result = small.call(case.module, *args, folder=here)
+    result = helpers.call(case.module, *args, folder=here)
     after = good_files(here)
     assert result.status not in (0, None), result.out
     line = one_line(result)
@@ -87,7 +94,7 @@ def check(case: Case, here: Path) -> small.Result:
 
 def copy_base(change: Callable[[Path], object]) -> Callable[[Path], None]:
     def prepare(here: Path) -> None:
-        change(Path(shutil.copytree(small.base(), here / "base")))
+        change(Path(shutil.copytree(helpers.base(), here / "base")))
 
     return prepare
 
@@ -104,7 +111,7 @@ def copy_run(change: Callable[[Path], object]) -> Callable[[Path], None]:
     """A copy of the photo run as `run`, with a change to its checkpoint folder."""
 
     def prepare(here: Path) -> None:
-        change(list_checkpoints(Path(shutil.copytree(small.photo_run(), here / "run")))[-1])
+        change(list_checkpoints(Path(shutil.copytree(helpers.photo_run(), here / "run")))[-1])
 
     return prepare
 
@@ -149,7 +156,7 @@ def without_chat_tokens(base: Path) -> None:
 
 
 def broken_pictures(here: Path) -> None:
-    small.write_photos(here / "broken", n=3)
+    helpers.write_photos(here / "broken", n=3)
     for path in (here / "broken").glob("*.png"):
         path.write_bytes(path.read_bytes()[:60])
 
@@ -313,7 +320,7 @@ TRAIN = {
     "one picture": (
         f"{FEW} --base @base --data one",
         ("one picture is too few",),
-        lambda h: small.write_photos(h / "one", n=1),
+        lambda h: helpers.write_photos(h / "one", n=1),
     ),
     "a file that is no tar": (
         f"{FEW} --base @base --data x.tar",
@@ -416,7 +423,7 @@ TRAIN = {
     "one edit": (
         f"{FEW} --base @base --data one --task edit",
         ("one edit is too few",),
-        lambda h: small.write_edits(h / "one", n=1),
+        lambda h: helpers.write_edits(h / "one", n=1),
     ),
     "captions of edits": (
         f"{FEW} --base @base --data @edits --task caption",
@@ -702,8 +709,8 @@ def test_the_table_is_long_enough():
 # ---- what happens on the way ----
 
 
-def start(here: Path, *more: object) -> small.Result:
-    return small.call(train, *small.photo_flags(Path("run"), "--steps", 6, *more), folder=here)
+def start(here: Path, *more: object) -> helpers.Result:
+    return helpers.call(train, *helpers.photo_flags(Path("run"), "--steps", 6, *more), folder=here)
 
 
 @pytest.mark.parametrize("what, after", (("Ctrl-C", 0), ("Ctrl-C", 3), ("SIGTERM", 3)))
@@ -734,8 +741,8 @@ def test_ctrl_c_while_the_base_is_made_leaves_no_half_base(tmp_path, monkeypatch
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pretrain.train_tokenizer", interrupted)
-    result = small.call(train, "--config", "small", folder=tmp_path)
+    monkeypatch.setattr("small.pretrain.train_tokenizer", interrupted)
+    result = helpers.call(train, "--config", "small", folder=tmp_path)
     assert result.status == 130 and one_line(result) == "interrupted"
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
@@ -747,55 +754,57 @@ def test_ctrl_c_while_painting_writes_nothing(tmp_path, monkeypatch, module, nam
 
     monkeypatch.setattr(module, name, interrupted)
     flags = ("--prompt", "red", "--out", "out.png") if module is sample else ("--json", "out.json")
-    result = small.call(module, "--checkpoint", small.shapes_run(), *flags, folder=tmp_path)
+    result = helpers.call(module, "--checkpoint", helpers.shapes_run(), *flags, folder=tmp_path)
     assert result.status == 130 and one_line(result) == "interrupted"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_loss_that_is_no_number_ends_in_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     assert start(tmp_path, "--steps", 2).status == 0
-    before = small.files(tmp_path / "run" / "step-000002")
+    before = helpers.files(tmp_path / "run" / "step-000002")
     real = train.losses
     monkeypatch.setattr(train, "losses", lambda *a: {k: v * math.nan for k, v in real(*a).items()})
-    result = small.call(train, *small.photo_flags(Path("run"), "--resume", "--steps", 4), folder=tmp_path)
+    result = helpers.call(train, *helpers.photo_flags(Path("run"), "--resume", "--steps", 4), folder=tmp_path)
     assert result.status == 2 and "the loss is nan at step 3" in one_line(result)
-    assert small.files(tmp_path / "run" / "step-000002") == before
+    assert helpers.files(tmp_path / "run" / "step-000002") == before
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-000002"]
 
 
 def test_a_disk_full_at_a_checkpoint_ends_in_one_line_and_keeps_the_last_one(tmp_path, monkeypatch):
     assert start(tmp_path, "--steps", 2).status == 0
-    before = small.files(tmp_path / "run" / "step-000002")
+    before = helpers.files(tmp_path / "run" / "step-000002")
     monkeypatch.setattr(Run, "draw_sheet", lambda run: None)
-    with small.small_disk(50_000):
-        result = small.call(train, *small.photo_flags(Path("run"), "--resume", "--steps", 4), folder=tmp_path)
+    with helpers.small_disk(50_000):
+        result = helpers.call(
+            train, *helpers.photo_flags(Path("run"), "--resume", "--steps", 4), folder=tmp_path
+        )
     line = one_line(result)
     assert result.status == 2 and "run/step-000004 could not be written" in line and "too large" in line
-    assert small.files(tmp_path / "run" / "step-000002") == before
+    assert helpers.files(tmp_path / "run" / "step-000002") == before
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-000002"]
     assert not list((tmp_path / "run").glob(".*"))
-    flags = small.photo_flags(Path("run"), "--resume", "--steps", 4)
-    assert small.call(train, *flags, folder=tmp_path).status == 0
+    flags = helpers.photo_flags(Path("run"), "--resume", "--steps", 4)
+    assert helpers.call(train, *flags, folder=tmp_path).status == 0
 
 
 def test_a_disk_full_at_a_sheet_or_a_line_of_metrics_is_named(tmp_path):
     assert start(tmp_path, "--steps", 2).status == 0
     for limit, name in ((5_000, "sheet-000004.png"), (200, "metrics.jsonl")):
-        flags = small.photo_flags(Path("run"), "--resume", "--steps", 4)
-        with small.small_disk(limit):
-            result = small.call(train, *flags, folder=tmp_path)
+        flags = helpers.photo_flags(Path("run"), "--resume", "--steps", 4)
+        with helpers.small_disk(limit):
+            result = helpers.call(train, *flags, folder=tmp_path)
         assert result.status == 2 and name in one_line(result)
         assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_a_disk_full_at_a_picture_names_it_and_keeps_the_old_one(tmp_path):
-    flags = ("--checkpoint", small.shapes_run(), "--prompt", "red", "--steps", 1, "--out", "p.png")
-    small.good(sample, *flags, folder=tmp_path)
-    before = small.files(tmp_path)
-    with small.small_disk(1000):
-        result = small.call(sample, *flags, "--seed", 1, folder=tmp_path)
+    flags = ("--checkpoint", helpers.shapes_run(), "--prompt", "red", "--steps", 1, "--out", "p.png")
+    helpers.good(sample, *flags, folder=tmp_path)
+    before = helpers.files(tmp_path)
+    with helpers.small_disk(1000):
+        result = helpers.call(sample, *flags, "--seed", 1, folder=tmp_path)
     assert result.status == 2 and "p.png" in one_line(result)
-    assert small.files(tmp_path) == before
+    assert helpers.files(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -812,20 +821,20 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path, monke
     (tmp_path / "taken").write_text("")
     painted = []
     monkeypatch.setattr(sample, "generate_images", lambda *a: painted.append(a))
-    result = small.call(
-        sample, "--checkpoint", small.shapes_run(), "--prompt", "red", *flags, folder=tmp_path
+    result = helpers.call(
+        sample, "--checkpoint", helpers.shapes_run(), "--prompt", "red", *flags, folder=tmp_path
     )
     assert result.status == 2 and flags[1].split("/")[0] in one_line(result)
     assert not painted
 
 
 def test_a_good_picture_stays_when_the_film_beside_it_cannot_be_written(tmp_path):
-    flags = ("--checkpoint", small.shapes_run(), "--prompt", "red", "--steps", 1, "--out", "p.png")
-    small.good(sample, *flags, folder=tmp_path)
-    before = small.files(tmp_path)
-    result = small.call(sample, *flags, "--gif", "p.png/film.gif", folder=tmp_path)
+    flags = ("--checkpoint", helpers.shapes_run(), "--prompt", "red", "--steps", 1, "--out", "p.png")
+    helpers.good(sample, *flags, folder=tmp_path)
+    before = helpers.files(tmp_path)
+    result = helpers.call(sample, *flags, "--gif", "p.png/film.gif", folder=tmp_path)
     assert result.status == 2 and "p.png" in one_line(result)
-    assert small.files(tmp_path) == before
+    assert helpers.files(tmp_path) == before
 
 
 @pytest.mark.parametrize(

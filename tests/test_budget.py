@@ -9,16 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
-import small
 import torch
 from conftest import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
-import budget
 import train
 from data import BEHIND, DROPPED, FIRST, arrange
 from model import ModelConfig
+from scale import budget
 
 CAPTION = 5
 FIXED = train.TrainConfig(batch_size=4, unet_channels=(16, 32), optimizer="adamw")
@@ -267,8 +267,8 @@ def test_the_table_ends_with_the_peak(make_config):
 
 def dry(folder: Path, *flags: object) -> list[str]:
     """The lines of a dry run on the tiny base and the tiny photos; nothing is written."""
-    words = small.photo_flags(Path("new"), "--dry-run", *flags)
-    out = small.good(train, *words, folder=folder)
+    words = helpers.photo_flags(Path("new"), "--dry-run", *flags)
+    out = helpers.good(train, *words, folder=folder)
     assert list(folder.iterdir()) == []
     return out.splitlines()
 
@@ -285,7 +285,7 @@ def test_the_budget_of_captions_or_pictures_alone_is_that_of_their_recipe(make_c
 
 
 def test_a_dry_run_of_a_second_stage_is_of_captioned_pictures_and_says_so(tmp_path):
-    lines = dry(tmp_path, "--init-from", small.photo_run(), "--task", "edit=2,chat=1")
+    lines = dry(tmp_path, "--init-from", helpers.photo_run(), "--task", "edit=2,chat=1")
     assert "captioned pictures" in lines[0] and "edit=2,chat=1" in lines[0]
     assert lines[2:] == dry(tmp_path)
 
@@ -331,7 +331,7 @@ def measure(config: ModelConfig) -> float:
 
     Not by getrusage: a child's ru_maxrss starts with what its parent had.
     """
-    arguments = [str(Path(budget.__file__).parent), json.dumps(dataclasses.asdict(config))]
+    arguments = [str(Path(budget.__file__).parent.parent), json.dumps(dataclasses.asdict(config))]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True
     )

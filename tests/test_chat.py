@@ -9,22 +9,22 @@ import json
 import re
 from pathlib import Path
 
+import helpers
 import pytest
-import small
 import torch
 from conftest import build_tokenizer
 from PIL import Image
 from tokenizers import Tokenizer
 
-import chat
 import generate
 import sample
-from chat import Conversation, Seen, as_markdown, read_messages, save, see, talk
+from chat import conversation as chat
+from chat.conversation import Conversation, Seen, as_markdown, read_messages, save, see, talk
+from chat.template import END_THINK, THINK, encode_plain
 from checkpoint import Trained
-from dialogues import THINK_PROMPT
 from generate import Style
 from model import IMAGE
-from template import END_THINK, THINK, encode_plain
+from small.dialogues import THINK_PROMPT
 
 STYLE = Style(max_tokens=12, max_thought=6, max_images=2, temperature=1.0, steps=2, seed=3)
 
@@ -32,7 +32,7 @@ STYLE = Style(max_tokens=12, max_thought=6, max_images=2, temperature=1.0, steps
 @pytest.fixture
 def trained() -> Trained:
     """A perturbed model with a long context."""
-    trained = small.perturbed()
+    trained = helpers.perturbed()
     trained.model.config = dataclasses.replace(trained.model.config, max_position_embeddings=2048)
     return trained
 
@@ -369,10 +369,10 @@ def test_saving_again_writes_no_picture_twice_and_elsewhere_all_of_them(
 ):
     conversation = example(trained, monkeypatch, picture)
     save(conversation, tmp_path / "a" / "talk.md")
-    before = small.files(tmp_path / "a")
+    before = helpers.files(tmp_path / "a")
     save(conversation, tmp_path / "a" / "talk.md")
     save(conversation, tmp_path / "a" / ".." / "a" / "talk.md")
-    assert small.files(tmp_path / "a") == before
+    assert helpers.files(tmp_path / "a") == before
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "picture-002.png").write_text("another's")
     save(conversation, tmp_path / "b" / "other.md")
@@ -389,10 +389,10 @@ def test_saving_again_writes_no_picture_twice_and_elsewhere_all_of_them(
 def test_a_file_of_something_else_is_not_overwritten(trained, monkeypatch, tmp_path, picture, taken):
     conversation = example(trained, monkeypatch, picture)
     (tmp_path / taken).write_text("mine")
-    before = small.files(tmp_path)
+    before = helpers.files(tmp_path)
     with pytest.raises(ValueError, match=f"{taken} exists already"):
         save(conversation, tmp_path / "talk.md")
-    assert small.files(tmp_path) == before
+    assert helpers.files(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ("talk.json", "talk", "talk.txt"))
@@ -406,12 +406,12 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_ones(trained, monkeypatch
     conversation = example(trained, monkeypatch, picture)
     conversation.messages = conversation.messages[:1]
     save(conversation, tmp_path / "talk.md")
-    before = small.files(tmp_path)
+    before = helpers.files(tmp_path)
     conversation.messages = [{"role": "user", "content": "long " * 1000}]
-    with small.small_disk(1000):
+    with helpers.small_disk(1000):
         with pytest.raises(OSError, match="talk.json could not be written"):
             save(conversation, tmp_path / "talk.md")
-    assert small.files(tmp_path) == before
+    assert helpers.files(tmp_path) == before
 
 
 def test_odd_messages_make_good_markdown():
@@ -429,12 +429,12 @@ def test_odd_messages_make_good_markdown():
 # ---- messages from a file ----
 
 
-def ask_file(trained, folder: Path, messages, *flags, monkeypatch) -> small.Result:
+def ask_file(trained, folder: Path, messages, *flags, monkeypatch) -> helpers.Result:
     """`sample.py --chat-file messages.json` with a given model; `messages`: JSON, or what becomes it."""
     text = messages if isinstance(messages, (str, bytes)) else json.dumps(messages)
     (folder / "messages.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     monkeypatch.setattr(sample, "load_trained", lambda *a, **k: trained)
-    return small.call(sample, "--chat-file", "messages.json", *flags, folder=folder)
+    return helpers.call(sample, "--chat-file", "messages.json", *flags, folder=folder)
 
 
 @pytest.mark.parametrize("thinking", (False, True))
@@ -490,7 +490,7 @@ def test_pictures_of_a_file_are_beside_it_wherever_it_is(tmp_path, picture):
         '[{"role": "user", "content": [{"type": "image", "image": "cat.png"}]}]'
     )
     for path in (tmp_path / "own" / "m.json", Path("own/m.json")):
-        with small.inside(tmp_path):
+        with helpers.inside(tmp_path):
             (message,) = read_messages(str(path))
             assert message["content"][0]["image"].resolve() == picture
     absolute = json.dumps([{"role": "user", "content": [{"type": "image", "image": str(picture)}]}])
@@ -541,7 +541,7 @@ def test_a_bad_file_of_messages_is_one_line_and_nothing_is_written(
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
-    result = small.call(sample, "--chat-file", "none.json", folder=tmp_path)
+    result = helpers.call(sample, "--chat-file", "none.json", folder=tmp_path)
     assert result.status == 2 and result.err == "error: none.json: No such file or directory\n"
 
 
@@ -558,10 +558,10 @@ def test_another_conversation_is_not_overwritten_and_no_work_is_done(tmp_path, m
     (tmp_path / "m.json").write_text('[{"role": "user", "content": "hi"}]')
     monkeypatch.setattr(sample, "load_trained", None)
     flags = [mode, "m.json"] if mode == "--chat-file" else [mode]
-    before = small.files(tmp_path)
-    result = small.call(sample, *flags, "--out", "old", folder=tmp_path)
+    before = helpers.files(tmp_path)
+    result = helpers.call(sample, *flags, "--out", "old", folder=tmp_path)
     assert result.status == 2 and result.err.startswith("error: old holds another conversation")
-    assert result.err.count("\n") == 1 and small.files(tmp_path) == before
+    assert result.err.count("\n") == 1 and helpers.files(tmp_path) == before
 
 
 def test_a_folder_with_other_things_may_hold_a_conversation(trained, monkeypatch, tmp_path):
@@ -674,7 +674,7 @@ def test_a_new_conversation_knows_nothing_and_keeps_the_old_ones_files(
         "/save second.md",
         f"/save {tmp_path}/3.md",
     ]
-    with small.inside(tmp_path):
+    with helpers.inside(tmp_path):
         out, err = converse(trained, monkeypatch, capsys, tmp_path / "out", *lines, thinking=True)
     assert read[1].count("<|im_start|>") == 3 and "IMAGE" not in read[1]
     assert err.replace(str(tmp_path), "") == "error: /out/chat.md exists already; name another file\n"
@@ -706,7 +706,7 @@ def test_a_bad_line_is_one_line_of_error_and_the_conversation_goes_on(
 ):
     line, error = BAD_LINES[name]
     read = script(trained, monkeypatch, ["one."], ["two."])
-    with small.inside(tmp_path):
+    with helpers.inside(tmp_path):
         (tmp_path / "folder.md").mkdir()
         (tmp_path / "file").write_text("")
         out, err = converse(trained, monkeypatch, capsys, tmp_path / "out", "hi", line, "ho")
@@ -782,37 +782,47 @@ def pipe(monkeypatch, text: str) -> None:
 
 def test_a_conversation_is_piped_into_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(generate, "draws", lambda *a: True)
-    flags = ("--checkpoint", small.shapes_run(), "--chat", "--max-tokens", 3, "--max-images", 1, "--steps", 2)
+    flags = (
+        "--checkpoint",
+        helpers.shapes_run(),
+        "--chat",
+        "--max-tokens",
+        3,
+        "--max-images",
+        1,
+        "--steps",
+        2,
+    )
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         pipe(monkeypatch, "draw\n/save\n" + "red " * 90 + "\n")
-        result = small.call(sample, *flags, "--seed", seed, "--out", name, folder=tmp_path)
+        result = helpers.call(sample, *flags, "--seed", seed, "--out", name, folder=tmp_path)
         assert result.status == 0 and "/picture-001.png]" in result.out
         assert result.err.startswith("note: ") and "was not trained with --task chat\nerror: " in result.err
         assert "tokens long; the context has room for 96" in result.err
-    a, b, c = (small.files(tmp_path / name).values() for name in "abc")
+    a, b, c = (helpers.files(tmp_path / name).values() for name in "abc")
     assert list(a) == list(b) != list(c) and len(a) == 3
 
 
 def test_the_last_chat_run_is_used_and_says_nothing(monkeypatch, tmp_path):
-    run, wanted = sample.load_trained(small.shapes_run()), []
+    run, wanted = sample.load_trained(helpers.shapes_run()), []
     run.info["config"]["task"] = "generate=2,chat=6"
     monkeypatch.setattr(sample, "load_trained", lambda *a, **k: wanted.append((a, k)) or run)
     pipe(monkeypatch, "")
-    result = small.call(sample, "--chat", folder=tmp_path)
+    result = helpers.call(sample, "--chat", folder=tmp_path)
     assert result.status == 0 and result.err == "" and result.out == f"{chat.HELP}\n> \n"
     assert wanted[0][0][0] is None and wanted[0][1] == {"config": "small-chat"}
     monkeypatch.undo()
-    result = small.call(sample, "--chat", folder=tmp_path)
+    result = helpers.call(sample, "--chat", folder=tmp_path)
     assert result.status == 2 and "train.py --config small-chat" in result.err
 
 
 def test_flags_make_the_style(monkeypatch, tmp_path):
-    run, seen = sample.load_trained(small.shapes_run()), []
+    run, seen = sample.load_trained(helpers.shapes_run()), []
     monkeypatch.setattr(sample, "load_trained", lambda *a, **k: run)
     monkeypatch.setattr(sample, "talk", lambda *a: seen.append(a))
-    small.good(sample, "--chat", folder=tmp_path)
+    helpers.good(sample, "--chat", folder=tmp_path)
     flags = "--max-tokens 40 --max-images 2 --temperature 0.5 --top-k 7 --top-p 0.9 --cfg 2 --seed 9 --think"
-    small.good(sample, "--chat", *flags.split(), "--sampler", "ddpm", "--out", "x", folder=tmp_path)
+    helpers.good(sample, "--chat", *flags.split(), "--sampler", "ddpm", "--out", "x", folder=tmp_path)
     assert seen[0][1:] == (Style(), False, Path("chat"))
     wanted = Style(40, 30, 2, 0.5, 7, 0.9, 250, 2.0, "ddpm", 9)
     assert seen[1][1:] == (wanted, True, Path("x"))

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import pytest
-import small
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -36,16 +36,16 @@ def own_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def whole(tmp_path) -> Path:
     """A checkpoint of one's own to break, with a moving average."""
-    source = list_checkpoints(small.shapes_run())[-1]
+    source = list_checkpoints(helpers.shapes_run())[-1]
     return Path(shutil.copytree(source, tmp_path / "run" / source.name))
 
 
 @pytest.fixture
 def make_run(tmp_path):
     def make(*flags: object) -> Run:
-        with small.inside(tmp_path):
+        with helpers.inside(tmp_path):
             torch.manual_seed(0)
-            return Run(small.photo_config(tmp_path / "run", *flags), "small")
+            return Run(helpers.photo_config(tmp_path / "run", *flags), "small")
 
     return make
 
@@ -55,14 +55,14 @@ def resume(checkpoint_folder: Path) -> None:
     info = json.loads((checkpoint_folder.parent.parent / "info.json").read_text())
     config = {**info["config"], "out": str(checkpoint_folder.parent)}
     config["unet_channels"] = tuple(config["unet_channels"])
-    with small.inside(checkpoint_folder.parent):
+    with helpers.inside(checkpoint_folder.parent):
         Run(train.TrainConfig(**config), "small").resume(checkpoint_folder)
 
 
 @pytest.fixture
 def photo_checkpoint(tmp_path) -> Path:
     """A checkpoint that resumes quickly."""
-    source = list_checkpoints(small.photo_run())[-1]
+    source = list_checkpoints(helpers.photo_run())[-1]
     shutil.copy(source / "checkpoint.json", tmp_path / "info.json")
     return Path(shutil.copytree(source, tmp_path / "run" / source.name))
 
@@ -97,11 +97,11 @@ def test_text_that_was_trained_is_stored_too(make_run):
 
 
 def test_a_run_holds_safetensors_json_and_pictures_and_nothing_that_runs_code():
-    kinds = {p.suffix for p in small.shapes_run().rglob("*") if p.is_file()}
+    kinds = {p.suffix for p in helpers.shapes_run().rglob("*") if p.is_file()}
     assert kinds == {".safetensors", ".json", ".jsonl", ".png"}
-    for path in small.shapes_run().rglob("*.safetensors"):
+    for path in helpers.shapes_run().rglob("*.safetensors"):
         assert load_file(path)
-    for path in small.shapes_run().rglob("*.json"):
+    for path in helpers.shapes_run().rglob("*.json"):
         assert isinstance(json.loads(path.read_text()), dict)
 
 
@@ -133,9 +133,12 @@ def test_a_loaded_model_is_the_trained_one_bit_for_bit(make_run, ema, separation
 
 
 def test_a_run_and_its_checkpoint_name_the_same_model():
-    whole = list_checkpoints(small.shapes_run())[-1]
+    whole = list_checkpoints(helpers.shapes_run())[-1]
     assert (
-        find_checkpoint(small.shapes_run()) == find_checkpoint(whole) == find_checkpoint(str(whole)) == whole
+        find_checkpoint(helpers.shapes_run())
+        == find_checkpoint(whole)
+        == find_checkpoint(str(whole))
+        == whole
     )
 
 
@@ -154,12 +157,12 @@ def test_the_last_of_several_checkpoints_is_found_by_its_number(tmp_path):
 
 def test_another_base_is_refused_by_its_fingerprint(whole):
     with pytest.raises(ValueError, match="is not the language model that .* was trained on.*--base"):
-        load_trained(whole, base=str(small.other_base()))
-    load_trained(whole, base=str(small.base()))
+        load_trained(whole, base=str(helpers.other_base()))
+    load_trained(whole, base=str(helpers.base()))
 
 
 def test_one_changed_bit_of_the_base_is_refused(whole, tmp_path):
-    base = shutil.copytree(small.base(), tmp_path / "base")
+    base = shutil.copytree(helpers.base(), tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     name = "model.layers.0.input_layernorm.weight"
     tensors[name][3] = torch.nextafter(tensors[name][3], torch.tensor(9.0))
@@ -283,11 +286,11 @@ def test_read_tensors_takes_exactly_what_is_expected(tmp_path):
 
 def test_a_disk_that_runs_full_leaves_nothing_half_written(tmp_path):
     folder, tensors = tmp_path / "step-000001", {"model.safetensors": {"x": torch.zeros(50_000)}}
-    with small.small_disk(100_000), pytest.raises(OSError) as error:
+    with helpers.small_disk(100_000), pytest.raises(OSError) as error:
         write_folder(folder, tensors, {"step": 1}, "checkpoint.json")
     assert str(folder) in str(error.value) and "could not be written" in str(error.value)
     assert list(tmp_path.iterdir()) == []
-    with small.small_disk(1_000_000):
+    with helpers.small_disk(1_000_000):
         write_folder(folder, tensors, {"step": 1}, "checkpoint.json")
     assert {p.name for p in folder.iterdir()} == {"model.safetensors", "checkpoint.json"}
 
@@ -295,7 +298,7 @@ def test_a_disk_that_runs_full_leaves_nothing_half_written(tmp_path):
 def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_atomic(path, "old\n")
-    with small.small_disk(100), pytest.raises(OSError, match="File too large"):
+    with helpers.small_disk(100), pytest.raises(OSError, match="File too large"):
         write_atomic(path, "new\n" * 1000)
     assert path.read_text() == "old\n"
     write_atomic(path, "new\n")
@@ -304,26 +307,26 @@ def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize("config", checkpoint.LAST_RUNS)
 def test_the_last_run_file_is_read_and_a_run_that_is_gone_is_named(tmp_path, config):
-    with small.inside(tmp_path):
+    with helpers.inside(tmp_path):
         with pytest.raises(ValueError, match=f"no --checkpoint given, and no run of .*--config {config}`"):
             find_checkpoint(None, config)
         last, *others = sorted(checkpoint.LAST_RUNS.values(), key=lambda p: p != checkpoint.LAST_RUNS[config])
         last.parent.mkdir()
-        last.write_text(f"{small.shapes_run()}\n")
+        last.write_text(f"{helpers.shapes_run()}\n")
         for other in others:  # another configuration's
-            other.write_text(f"{small.photo_run()}\n")
-        assert find_checkpoint(None, config).parent == small.shapes_run()
-        assert load_trained(None, config=config).folder.parent == small.shapes_run()
+            other.write_text(f"{helpers.photo_run()}\n")
+        assert find_checkpoint(None, config).parent == helpers.shapes_run()
+        assert load_trained(None, config=config).folder.parent == helpers.shapes_run()
         last.write_text("runs/deleted\n")
         with pytest.raises(ValueError, match="runs/deleted: no such checkpoint folder"):
             find_checkpoint(None, config)
 
 
 def test_the_last_run_of_small_is_the_default(tmp_path):
-    with small.inside(tmp_path):
+    with helpers.inside(tmp_path):
         checkpoint.LAST_RUNS["small"].parent.mkdir()
-        checkpoint.LAST_RUNS["small"].write_text(f"{small.shapes_run()}\n")
-        assert find_checkpoint(None).parent == load_trained(None).folder.parent == small.shapes_run()
+        checkpoint.LAST_RUNS["small"].write_text(f"{helpers.shapes_run()}\n")
+        assert find_checkpoint(None).parent == load_trained(None).folder.parent == helpers.shapes_run()
 
 
 # ---- parts of several processes ----
@@ -343,10 +346,10 @@ def test_what_two_processes_write_is_read_back_however_few_the_tensors(tmp_path,
 
 
 def test_a_copied_run_goes_on_where_it_lies_now(tmp_path):
-    small.good(train, *small.photo_flags(Path("old"), "--steps", 1), folder=tmp_path)
-    before = small.files(tmp_path / "old")
+    helpers.good(train, *helpers.photo_flags(Path("old"), "--steps", 1), folder=tmp_path)
+    before = helpers.files(tmp_path / "old")
     shutil.copytree(tmp_path / "old", tmp_path / "new")
     flags = ("--config", "small", "--resume", "--out", "new", "--steps", "2")
-    small.good(train, *flags, folder=tmp_path)
-    assert small.files(tmp_path / "old") == before
+    helpers.good(train, *flags, folder=tmp_path)
+    assert helpers.files(tmp_path / "old") == before
     assert [p.name for p in list_checkpoints(tmp_path / "new")] == ["step-000002"]

@@ -9,14 +9,16 @@ import random
 import re
 from collections import Counter
 
+import helpers
 import pytest
-import small
 import torch
 from conftest import build_tokenizer
 from test_world import HELD_OUT, TRAIN, check_edit, differing
 from tokenizers import AddedToken, Tokenizer
 
 import data
+from chat.template import check_messages, encode, text_of
+from chat.template import render as render_chat
 from data import (
     BEHIND,
     DROPPED,
@@ -38,13 +40,11 @@ from data import (
     parse_tasks,
     split_phases,
 )
-from dialogues import THINK_PROMPT, Shot
 from diffusion import Diffusion
 from model import IMAGE, ModelConfig, Tokens
-from pictures import Edits, Pictures, load_pictures
-from template import check_messages, encode, text_of
-from template import render as render_chat
-from world import COLORS, PLACES, Edit, all_scenes, render
+from scale.pictures import Edits, Pictures, load_pictures
+from small.dialogues import THINK_PROMPT, Shot
+from small.world import COLORS, PLACES, Edit, all_scenes, render
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -534,7 +534,7 @@ def test_a_packed_batch_holds_what_an_unpacked_one_holds():
 
 
 def test_pictures_set_aside_for_validation_are_never_trained_on(tmp_path):
-    pictures = load_pictures(str(small.write_photos(tmp_path / "many", n=45)), 16)
+    pictures = load_pictures(str(helpers.write_photos(tmp_path / "many", n=45)), 16)
     source = PictureSource(pictures, None)
     assert len(source.val.captions) == 3 and len(source.train.captions) == 42
     assert sorted(source.val.names + source.train.names) == sorted(pictures.names)
@@ -548,8 +548,8 @@ def test_pictures_set_aside_for_validation_are_never_trained_on(tmp_path):
 
 
 def test_pictures_of_their_own_for_validation_leave_all_others_to_training(tmp_path):
-    first = load_pictures(str(small.write_photos(tmp_path / "a", n=21)), 16)
-    second = load_pictures(str(small.write_photos(tmp_path / "b", n=3, seed=1)), 16)
+    first = load_pictures(str(helpers.write_photos(tmp_path / "a", n=21)), 16)
+    second = load_pictures(str(helpers.write_photos(tmp_path / "b", n=3, seed=1)), 16)
     source = PictureSource(first, second)
     assert source.train.names == first.names
     assert sorted(source.validation(96)[1]) == sorted(second.captions)
@@ -557,7 +557,7 @@ def test_pictures_of_their_own_for_validation_leave_all_others_to_training(tmp_p
 
 
 def test_one_picture_alone_is_an_error():
-    one = load_pictures(str(small.photos()), 16)
+    one = load_pictures(str(helpers.photos()), 16)
     with pytest.raises(ValueError, match="one picture is too few"):
         PictureSource(data.pick(one, [0]), None)
 

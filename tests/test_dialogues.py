@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 from test_world import HELD_OUT, TRAIN, check_edit, differing, told
 
-import dialogues
-from dialogues import (
+from chat.template import Picture, check_messages, render, text_of
+from small import dialogues
+from small.dialogues import (
     DESCRIBE,
     GREETINGS,
     KINDS,
@@ -25,8 +26,7 @@ from dialogues import (
     indirect,
     picture_conversation,
 )
-from template import Picture, check_messages, render, text_of
-from world import (
+from small.world import (
     ATTRIBUTES,
     COLOR_THINGS,
     COLORS,

@@ -9,28 +9,28 @@ import random
 import shutil
 from pathlib import Path
 
+import helpers
 import pytest
-import small
 import torch
 from PIL import Image
 
 import evaluate
+from chat.template import encode_plain
 from checkpoint import load_trained
 from data import FIRST, Document, Recipe, caption_document, collate, edit_document
 from diffusion import Diffusion, T
 from evaluate import errors_by_timestep, perplexity, prompt_match, read_scenes, text_report, validation_error
-from metrics import caption_tokens, cider, frechet
+from lab.metrics import caption_tokens, cider, frechet
 from model import Tokens
-from pictures import load_pictures
-from template import encode_plain
-from world import COLORS, PLACES, SHAPES, SIZES, Scene, all_scenes, render
+from scale.pictures import load_pictures
+from small.world import COLORS, PLACES, SHAPES, SIZES, Scene, all_scenes, render
 
 HELD_OUT = list(all_scenes(held_out=True))
 
 
 @pytest.fixture
 def trained():
-    return load_trained(small.shapes_run())
+    return load_trained(helpers.shapes_run())
 
 
 # ---- reading pictures ----
@@ -134,7 +134,7 @@ def test_the_text_report_finds_the_smallest_change_of_a_tensor(trained, name):
 
 
 def test_the_validation_error_tells_captions_apart_and_repeats_itself(monkeypatch):
-    trained = small.perturbed()
+    trained = helpers.perturbed()
     pictures, captions = render(HELD_OUT[:6]), [s.caption for s in HELD_OUT[:6]]
     report = validation_error(trained, pictures, captions)
     assert report == validation_error(trained, pictures, captions)
@@ -145,7 +145,7 @@ def test_the_validation_error_tells_captions_apart_and_repeats_itself(monkeypatc
 
 
 def test_a_perfect_model_has_no_validation_error(monkeypatch):
-    trained = small.perturbed()
+    trained = helpers.perturbed()
     seen = {}
     noising = trained.diffusion.q_sample
     monkeypatch.setattr(trained.diffusion, "q_sample", lambda x, t, e: seen.update(e=e) or noising(x, t, e))
@@ -158,7 +158,7 @@ def test_a_perfect_model_has_no_validation_error(monkeypatch):
 @pytest.mark.parametrize("weighting", ("none", "v"))
 def test_the_error_of_edits_is_that_of_the_pictures_after_them(prediction, weighting):
     """Against one document at a time: the context clean at t = 0, and only the noisy images counted."""
-    trained = small.perturbed()
+    trained = helpers.perturbed()
     model, diffusion = trained.model, Diffusion(prediction=prediction)
     config = model.config
     generator = torch.Generator().manual_seed(0)
@@ -192,9 +192,9 @@ def test_the_error_of_edits_is_that_of_the_pictures_after_them(prediction, weigh
 
 
 def test_the_command_prints_a_table_and_writes_json_and_a_sheet(tmp_path):
-    out = small.good(
+    out = helpers.good(
         evaluate,
-        *("--checkpoint", small.shapes_run(), "--n", 5, "--steps", 2, "--seed", 3),
+        *("--checkpoint", helpers.shapes_run(), "--n", 5, "--steps", 2, "--seed", 3),
         *("--json", "new/results.json", "--sheet", "new/sheet.png"),
         folder=tmp_path,
     )
@@ -225,7 +225,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_sheet(tmp_path):
 def test_the_command_repeats_itself_for_a_seed(tmp_path):
     for name in ("a", "b"):
         flags = ("--n", 3, "--steps", 2, "--json", f"{name}.json")
-        small.good(evaluate, "--checkpoint", small.shapes_run(), *flags, folder=tmp_path)
+        helpers.good(evaluate, "--checkpoint", helpers.shapes_run(), *flags, folder=tmp_path)
     a, b = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "ab")
     a.pop("seconds_per_picture"), b.pop("seconds_per_picture")
     assert a == b
@@ -251,17 +251,17 @@ def test_what_is_counted_is_what_was_painted(trained, monkeypatch):
 
 
 def test_a_base_that_was_moved_is_named_with_a_flag(tmp_path):
-    shutil.copytree(small.base(), tmp_path / "moved")
-    shutil.copytree(small.shapes_run(), tmp_path / "run")
+    shutil.copytree(helpers.base(), tmp_path / "moved")
+    shutil.copytree(helpers.shapes_run(), tmp_path / "run")
     file = next((tmp_path / "run").glob("step-*/checkpoint.json"))
-    file.write_text(file.read_text().replace(str(small.base()), "/gone"))
+    file.write_text(file.read_text().replace(str(helpers.base()), "/gone"))
     flags = ("--checkpoint", "run", "--n", 1, "--steps", 1)
-    assert "/gone: no such folder" in small.call(evaluate, *flags, folder=tmp_path).err
-    assert "0 of 24 tensors changed" in small.good(evaluate, *flags, "--base", "moved", folder=tmp_path)
+    assert "/gone: no such folder" in helpers.call(evaluate, *flags, folder=tmp_path).err
+    assert "0 of 24 tensors changed" in helpers.good(evaluate, *flags, "--base", "moved", folder=tmp_path)
 
 
 def test_a_run_on_pictures_of_another_size_is_refused_in_words(tmp_path):
-    result = small.call(evaluate, "--checkpoint", small.photo_run(), folder=tmp_path)
+    result = helpers.call(evaluate, "--checkpoint", helpers.photo_run(), folder=tmp_path)
     assert result.status == 2 and "paints 16 pixels a side" in result.err
 
 
@@ -270,8 +270,8 @@ def test_a_run_on_pictures_of_another_size_is_refused_in_words(tmp_path):
 
 def on_files(folder: Path, *flags: object) -> tuple[str, dict]:
     """What the command prints about files, and its JSON; the run paints 16 pixels, not 32."""
-    flags = ("--checkpoint", small.photo_run(), *flags, "--json", "report.json")
-    out = small.good(evaluate, *flags, folder=folder)
+    flags = ("--checkpoint", helpers.photo_run(), *flags, "--json", "report.json")
+    out = helpers.good(evaluate, *flags, folder=folder)
     return out, json.loads((folder / "report.json").read_text())
 
 
@@ -281,7 +281,7 @@ def test_a_text_of_one_s_own_is_as_likely_to_the_last_bit_as_under_the_base(tmp_
     (tmp_path / "book.txt").write_bytes(text.encode("utf-8-sig"))
     out, report = on_files(tmp_path, "--text", "book.txt")
     assert set(report) == {"checkpoint", "step", "text"} and report["step"] == 2
-    found, trained = report["text"], load_trained(small.photo_run())
+    found, trained = report["text"], load_trained(helpers.photo_run())
     assert found["perplexity_base"] == found["perplexity_trained"] and found["logits_bit_equal"] is True
     assert found["tensors"] == 24 and found["tensors_changed"] == []
     ids = [encode_plain(trained.tokenizer, p) + [trained.model.config.eos_id] for p in paragraphs]
@@ -292,8 +292,8 @@ def test_a_text_of_one_s_own_is_as_likely_to_the_last_bit_as_under_the_base(tmp_
 
 def test_all_files_are_read_before_anything_is_computed(tmp_path):
     (tmp_path / "book.txt").write_text("the grass is green, and so is the frog in it.")
-    flags = ("--checkpoint", small.photo_run(), "--text", "book.txt", "--data", "nowhere")
-    result = small.call(evaluate, *flags, folder=tmp_path)
+    flags = ("--checkpoint", helpers.photo_run(), "--text", "book.txt", "--data", "nowhere")
+    result = helpers.call(evaluate, *flags, folder=tmp_path)
     assert result.status == 2 and "nowhere" in result.err and result.out == ""
 
 
@@ -303,7 +303,7 @@ def test_questions_of_two_files_are_answered_by_the_trained_model_and_its_base(t
         rows = [{"context": c, "choices": [right, "woof woof"], "label": 0} for c, right in questions[:n]]
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     out, report = on_files(tmp_path, "--choices", "a.jsonl", "--choices", "b.jsonl")
-    trained = load_trained(small.photo_run())
+    trained = load_trained(helpers.photo_run())
     assert set(report) == {"checkpoint", "step", "choices"} and list(report["choices"]) == [
         "a.jsonl",
         "b.jsonl",
@@ -319,7 +319,7 @@ def test_questions_of_two_files_are_answered_by_the_trained_model_and_its_base(t
 
 
 def test_choices_are_made_by_the_model_of_the_checkpoint_and_by_its_base(tmp_path, monkeypatch):
-    trained = load_trained(small.photo_run())
+    trained = load_trained(helpers.photo_run())
     seen = []
     monkeypatch.setattr(evaluate, "load_trained", lambda *a, **k: trained)
     monkeypatch.setattr(
@@ -340,12 +340,12 @@ def test_choices_are_made_by_the_model_of_the_checkpoint_and_by_its_base(tmp_pat
 def test_captions_of_a_folder_are_written_as_coco_has_them(tmp_path):
     names = ("COCO_val2014_000000000042", "000007", "a photo")
     (tmp_path / "data").mkdir()
-    for name, photo in zip(names, sorted(small.photos().glob("*.png")), strict=False):
+    for name, photo in zip(names, sorted(helpers.photos().glob("*.png")), strict=False):
         shutil.copy(photo, tmp_path / "data" / f"{name}.png")
         shutil.copy(photo.with_suffix(".txt"), tmp_path / "data" / f"{name}.txt")
     flags = ("--data", "data", "--max-tokens", 5, "--captions", "new/captions.json")
     out, report = on_files(tmp_path, *flags)
-    trained, found = load_trained(small.photo_run()), load_pictures(str(tmp_path / "data"), 16)
+    trained, found = load_trained(helpers.photo_run()), load_pictures(str(tmp_path / "data"), 16)
     written = evaluate.describe_images(trained, found.pixels, 5)
     assert json.loads((tmp_path / "new" / "captions.json").read_text()) == [
         {"image_id": i, "caption": c} for i, c in zip((7, 42, "a photo.png"), written, strict=True)
@@ -412,10 +412,10 @@ def test_a_picture_is_called_by_the_number_at_the_end_of_its_name(name, number):
 def test_several_files_are_looked_at_in_one_call_and_a_bad_one_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "book.txt").write_text("the grass is green, and so is the frog.\n")
     (tmp_path / "a.jsonl").write_text('{"context": "grass is", "choices": ["red", "green"], "label": 1}\n')
-    flags = ("--text", "book.txt", "--choices", "a.jsonl", "--data", small.photos(), "--max-tokens", 1)
+    flags = ("--text", "book.txt", "--choices", "a.jsonl", "--data", helpers.photos(), "--max-tokens", 1)
     out, report = on_files(tmp_path, *flags)
     assert {"text", "choices", "captions"} < set(report) and len(out.splitlines()) == 3
     (tmp_path / "b.jsonl").write_text('{"context": "grass is"}\n')
-    flags = ("--checkpoint", small.photo_run(), "--text", "book.txt", "--choices", "b.jsonl")
-    result = small.call(evaluate, *flags, folder=tmp_path)
+    flags = ("--checkpoint", helpers.photo_run(), "--text", "book.txt", "--choices", "b.jsonl")
+    result = helpers.call(evaluate, *flags, folder=tmp_path)
     assert result.status == 2 and result.out == "" and "b.jsonl: line 1 has no " in result.err

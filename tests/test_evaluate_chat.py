@@ -7,24 +7,24 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 
+import helpers
 import pytest
-import small
 import torch
 from PIL import Image
 from test_world import HELD_OUT, differing, told
 
-import chat
-import evaluate_chat
-from chat import Seen
+from chat import conversation as chat
+from chat import evaluate as evaluate_chat
+from chat.conversation import Seen
+from chat.evaluate import evaluate, painted, reply, table, with_pictures
+from chat.template import Picture, encode, encode_plain
+from chat.template import render as render_chat
 from checkpoint import Trained, load_trained
-from dialogues import THINK_PROMPT, Shot
 from evaluate import read_scenes
-from evaluate_chat import evaluate, painted, reply, table, with_pictures
 from generate import Style, encode_pictures
 from model import IMAGE
-from template import Picture, encode, encode_plain
-from template import render as render_chat
-from world import ATTRIBUTES, VALUES, Edit, Scene, all_scenes, draw_edit, render
+from small.dialogues import THINK_PROMPT, Shot
+from small.world import ATTRIBUTES, VALUES, Edit, Scene, all_scenes, draw_edit, render
 
 N = 24
 EVERY = {s.caption: s for s in (*all_scenes(True), *all_scenes(False))}
@@ -44,7 +44,7 @@ def long_context(trained: Trained) -> Trained:
 
 @pytest.fixture
 def trained() -> Trained:
-    return long_context(small.perturbed())
+    return long_context(helpers.perturbed())
 
 
 def other(scene: Scene, but: str = "") -> Scene:
@@ -570,9 +570,9 @@ def quick(monkeypatch) -> None:
 
 
 def test_the_command_prints_a_table_and_writes_json_and_sheets(tmp_path, quick):
-    out = small.good(
+    out = helpers.good(
         evaluate_chat,
-        *("--checkpoint", small.shapes_run(), "--n", 2, "--steps", 1, "--cfg", 1, "--seed", 3),
+        *("--checkpoint", helpers.shapes_run(), "--n", 2, "--steps", 1, "--cfg", 1, "--seed", 3),
         *("--json", "new/chat.json", "--edits", "new/edits.png", "--thoughts", "new/thoughts.webp"),
         folder=tmp_path,
     )
@@ -606,32 +606,32 @@ def test_the_command_prints_a_table_and_writes_json_and_sheets(tmp_path, quick):
 )
 def test_bad_flags_are_errors_before_anything_is_loaded(tmp_path, monkeypatch, flags, what):
     monkeypatch.setattr(evaluate_chat, "load_trained", lambda *a, **k: pytest.fail("loaded"))
-    result = small.call(evaluate_chat, *flags.split(), folder=tmp_path)
+    result = helpers.call(evaluate_chat, *flags.split(), folder=tmp_path)
     assert result.status == 2 and what in result.err and "Traceback" not in result.err
 
 
 def test_checkpoints_that_will_not_do_are_refused_in_words(tmp_path):
-    result = small.call(evaluate_chat, "--checkpoint", "nowhere", folder=tmp_path)
+    result = helpers.call(evaluate_chat, "--checkpoint", "nowhere", folder=tmp_path)
     assert result.status == 2 and "nowhere" in result.err
-    result = small.call(evaluate_chat, folder=tmp_path)
+    result = helpers.call(evaluate_chat, folder=tmp_path)
     assert result.status == 2 and "small-chat" in result.err  # no run to take the last of
-    result = small.call(evaluate_chat, "--checkpoint", small.photo_run(), folder=tmp_path)
+    result = helpers.call(evaluate_chat, "--checkpoint", helpers.photo_run(), folder=tmp_path)
     assert result.status == 2 and "paints 16 pixels a side" in result.err
 
 
 def test_a_base_that_was_moved_is_the_one_that_the_text_is_compared_with(tmp_path, monkeypatch):
     import shutil
 
-    shutil.copytree(small.base(), tmp_path / "moved")
+    shutil.copytree(helpers.base(), tmp_path / "moved")
     seen = []
     monkeypatch.setattr(evaluate_chat, "evaluate", lambda trained, n, style: seen.append((trained, n, style)))
     monkeypatch.setattr(
         evaluate_chat, "load_trained", lambda *a, **k: seen.append((a, k)) or load_trained(*a, **k)
     )
     with pytest.raises(AttributeError):  # no report
-        small.call(
+        helpers.call(
             evaluate_chat,
-            *("--checkpoint", small.shapes_run(), "--base", "moved", "--n", 5, "--steps", 9, "--cfg", 2),
+            *("--checkpoint", helpers.shapes_run(), "--base", "moved", "--n", 5, "--steps", 9, "--cfg", 2),
             *("--seed", 4),
             folder=tmp_path,
         )

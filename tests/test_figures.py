@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-import figures
-from figures import INK, PAPER, SERIES, cases, curves, sheet, to_image, wrap
+from lab import figures
+from lab.figures import INK, PAPER, SERIES, cases, curves, sheet, to_image, wrap
 
 RED, BLUE = ((255, 0, 0), (0, 0, 255))
 

@@ -10,16 +10,16 @@ import dataclasses
 import json
 import random
 
+import helpers
 import pytest
-import small
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 import generate
+from chat.template import END_THINK, IM_END, THINK, encode, render
 from checkpoint import Trained
 from data import Recipe, Shapes, chat_document, edit_document, make_batch
-from dialogues import conversation
 from diffusion import timesteps
 from generate import (
     Context,
@@ -33,7 +33,7 @@ from generate import (
     generate_images,
 )
 from model import IMAGE, Cache, Tokens
-from template import END_THINK, IM_END, THINK, encode, render
+from small.dialogues import conversation
 
 PROMPTS = ["a red circle", "on a white background, in the top left, a small blue cross", "green"]
 SEEDS = [11, 22, 33]
@@ -41,7 +41,7 @@ SEEDS = [11, 22, 33]
 
 @pytest.fixture
 def trained() -> Trained:
-    return small.perturbed()
+    return helpers.perturbed()
 
 
 class Spy:

@@ -10,14 +10,15 @@ import re
 from collections import Counter
 from types import SimpleNamespace
 
+import helpers
 import pytest
-import small
 import torch
 from conftest import build_tokenizer
 from test_world import differing
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from language import (
+from chat.template import encode_plain
+from lab.language import (
     Question,
     cut,
     knowledge,
@@ -30,8 +31,7 @@ from language import (
 )
 from load_qwen3 import load_tokenizer
 from model import Tokens
-from template import encode_plain
-from world import (
+from small.world import (
     COLOR_THINGS,
     DAYS,
     FACTS,
@@ -49,7 +49,7 @@ from world import (
 
 
 def tokenizers(name: str) -> Tokenizer:
-    return load_tokenizer(small.base()) if name == "words" else build_tokenizer()
+    return load_tokenizer(helpers.base()) if name == "words" else build_tokenizer()
 
 
 def merging() -> Tokenizer:
@@ -225,7 +225,7 @@ def test_many_questions_keep_their_answers_apart():
 
 
 def test_a_real_model_is_asked_as_a_loop_would():
-    trained = small.perturbed()
+    trained = helpers.perturbed()
     model = trained.model.double()
 
     def encode(text: str) -> list[int]:
@@ -472,8 +472,8 @@ def test_drawn_questions_repeat_themselves_for_a_seed_and_not_for_another(draw):
 
 
 def test_the_built_in_questions_fit_the_context_of_the_tiny_base():
-    tokenizer = load_tokenizer(small.base())
+    tokenizer = load_tokenizer(helpers.base())
     for q in knowledge() + reasoning(100) + puzzles(100):
         for choice in q.choices:
             ids, n = cut(lambda text: encode_plain(tokenizer, text), q.context, choice)
-            assert 0 < n < len(ids) <= small.SIZES["max_position_embeddings"]
+            assert 0 < n < len(ids) <= helpers.SIZES["max_position_embeddings"]

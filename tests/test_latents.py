@@ -19,8 +19,8 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import helpers
 import pytest
-import small
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -29,12 +29,12 @@ from torch import Tensor
 
 import checkpoint
 import data
-import latents
 from data import PatchPCA, PictureSource
-from latents import EncodeConfig, LatentShards, LatentSource, encode_source
 from load_qwen3 import load_tokenizer
-from pictures import load_pictures
-from vae import load_vae
+from scale import latents
+from scale.latents import EncodeConfig, LatentShards, LatentSource, encode_source
+from scale.pictures import load_pictures
+from scale.vae import load_vae
 
 VAE = Path(__file__).resolve().parent / "fixtures" / "vae_sd"  # 4 channels, 2 pixels a latent
 GOOD, BAD = 24, ("000a.png", "006a.png", "011a.png", "023a.png", "023b.png")  # the last two end the source
@@ -71,7 +71,7 @@ def linear(seed: int = 0, scale: float = 1.0) -> Linear:
 @functools.cache
 def source() -> Path:
     """24 photos, with bad samples at the start, at the ends of shards, in the middle and at the end."""
-    folder = small.write_photos(Path(small.session.name) / "dirty", n=GOOD)
+    folder = helpers.write_photos(Path(helpers.session.name) / "dirty", n=GOOD)
     for name in BAD:
         (folder / name).write_bytes(b"no picture")
         (folder / name).with_suffix(".txt").write_text("bad")
@@ -82,14 +82,14 @@ def source() -> Path:
 
 def config(out: Path, **changes) -> EncodeConfig:
     sizes = dict(image_size=16, shard_size=5, batch_size=3)
-    places = dict(data=str(source()), vae=str(VAE), base=str(small.base()), out=str(out))
+    places = dict(data=str(source()), vae=str(VAE), base=str(helpers.base()), out=str(out))
     return EncodeConfig(**{**places, **sizes, **changes})
 
 
 @functools.cache
 def encoded() -> Path:
     """`source` by the linear codec, made without any disturbance; not to be changed."""
-    folder = Path(small.session.name) / "latents"
+    folder = Path(helpers.session.name) / "latents"
     encode_source(config(folder), linear())
     return folder
 
@@ -107,7 +107,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("store", ["float16", "bfloat16", "float32"])
 def test_what_is_read_equals_encoding_directly(tmp_path, store):
-    vae, tokenizer = load_vae(VAE), load_tokenizer(small.base())
+    vae, tokenizer = load_vae(VAE), load_tokenizer(helpers.base())
     shards = encode_source(config(tmp_path / "out", store=store), vae)
     pictures = load_pictures(str(source()), 16)
     direct = torch.cat([vae.encode(x) for x in pictures.pixels.split(5)]).to(getattr(torch, store)).float()
@@ -122,7 +122,7 @@ def test_what_is_read_equals_encoding_directly(tmp_path, store):
     assert not {tokenizer.token_to_id("<|im_end|>")} & set(ids[3]) and "<|im_end|>" in shards.caption(3)
     assert torch.equal(shards.bound, z.abs().amax((0, 2, 3))[:, None, None])
     assert (shards.channels, shards.factor, shards.latent_size, shards.image_size) == (4, 2, 8, 16)
-    assert (shards.vae, shards.base) == (str(VAE), str(small.base().resolve()))
+    assert (shards.vae, shards.base) == (str(VAE), str(helpers.base().resolve()))
     assert shards.vae_fingerprint == vae.fingerprint()
     assert shards.vocab_size == tokenizer.get_vocab_size()
     index = json.loads((tmp_path / "out/index.json").read_text())
@@ -158,7 +158,7 @@ def test_shards_are_full_and_bad_samples_are_named_and_counted(tmp_path, capfd):
 
 
 def test_ten_bad_samples_are_named_and_the_rest_is_counted(tmp_path, capfd):
-    folder = small.write_photos(tmp_path / "photos", n=30)
+    folder = helpers.write_photos(tmp_path / "photos", n=30)
     for i in range(30):
         if i % 4:
             (folder / f"{i:03d}.png").write_bytes(b"x")
@@ -202,7 +202,7 @@ def test_edits_are_left_out_and_counted(tmp_path, capfd):
 
 
 def test_edits_alone_cannot_be_encoded_and_the_error_says_what_they_are_for(tmp_path):
-    folder = small.write_photos(tmp_path / "photos", n=2)
+    folder = helpers.write_photos(tmp_path / "photos", n=2)
     line = {"source": "000.png", "text": "x", "file_name": "001.png"}
     (folder / "metadata.jsonl").write_text(json.dumps(line))
     with pytest.raises(ValueError) as error:
@@ -340,7 +340,7 @@ OTHERS: dict[str, Callable[[Path], dict]] = {
     "shard_size = 5, not 4": lambda here: {"shard_size": 4},
     "store = float16, not float32": lambda here: {"store": "float32"},
     "dtype = float32, not bfloat16": lambda here: {"dtype": "bfloat16"},
-    "tokenizer_fingerprint = ": lambda here: {"base": str(small.other_base())},
+    "tokenizer_fingerprint = ": lambda here: {"base": str(helpers.other_base())},
     "samples = 29, not 30": lambda here: {"data": more_photos(here / "photos")},
     "sample_names = ": lambda here: {"data": renamed_photo(here / "photos")},
     "vae_fingerprint = ": lambda here: {},  # and another codec
@@ -413,7 +413,7 @@ def empty(folder: Path) -> str:
 
 
 def all_bad(folder: Path) -> str:
-    (small.write_photos(folder, n=1) / "000.png").write_bytes(b"x")
+    (helpers.write_photos(folder, n=1) / "000.png").write_bytes(b"x")
     return str(folder)
 
 
@@ -612,7 +612,7 @@ def test_a_flipped_byte_is_an_error_of_ours_or_no_error_at_all(tmp_path):
 
 
 def test_what_does_not_fit_the_model_is_named():
-    shards, base = LatentShards(encoded()), small.base()
+    shards, base = LatentShards(encoded()), helpers.base()
     vocab = load_tokenizer(base).get_vocab_size()
     shards.check_fits(3, 4, vocab, base)
     shards.check_fits(3, 4, vocab + 100, base)  # a model may have rows that no token uses
@@ -620,7 +620,12 @@ def test_what_does_not_fit_the_model_is_named():
         (4, 4, vocab, base): "latents of 3 channels, the model takes 4 (--latent-channels)",
         (3, 8, vocab, base): "latents of 4 x 4 (16 pixels), the model takes 8 x 8 (--image-size",
         (3, 4, vocab - 1, base): f"a vocabulary of {vocab} tokens, the model has {vocab - 1} (--base)",
-        (3, 4, vocab, small.other_base()): f"the tokenizer of {base}, and that of {small.other_base()} is",
+        (
+            3,
+            4,
+            vocab,
+            helpers.other_base(),
+        ): f"the tokenizer of {base}, and that of {helpers.other_base()} is",
     }.items():
         with pytest.raises(ValueError) as error:
             shards.check_fits(*args)
@@ -633,8 +638,8 @@ def test_what_does_not_fit_the_model_is_named():
 @functools.cache
 def second() -> tuple[Path, Path]:
     """Other photos, and their latents."""
-    photos = small.write_photos(Path(small.session.name) / "second", n=7, seed=1)
-    out = Path(small.session.name) / "second-latents"
+    photos = helpers.write_photos(Path(helpers.session.name) / "second", n=7, seed=1)
+    out = Path(helpers.session.name) / "second-latents"
     encode_source(config(out, data=str(photos), store="float32"), linear())
     return photos, out
 
@@ -646,7 +651,7 @@ def test_the_source_draws_what_the_source_of_pictures_draws(own):
         load_pictures(str(source()), 16), load_pictures(str(photos), 16) if own else None
     )
     ours = LatentSource(LatentShards(encoded()), LatentShards(out) if own else None)
-    tokenizer = load_tokenizer(small.base())
+    tokenizer = load_tokenizer(helpers.base())
     tokenizer.encode_special_tokens = True
 
     def check(z: Tensor, ids: list[list[int]], pixels: Tensor, captions: list[str]) -> None:
@@ -675,7 +680,7 @@ def test_folders_that_were_not_encoded_alike_are_refused(tmp_path):
     train = LatentShards(encoded())
     for name, changes, codec in (
         ("vae_fingerprint", {}, linear(seed=1)),
-        ("tokenizer_fingerprint", {"base": str(small.other_base())}, linear()),
+        ("tokenizer_fingerprint", {"base": str(helpers.other_base())}, linear()),
         ("image_size", {"image_size": 8}, linear()),
     ):
         other = encode_source(config(tmp_path / name, **changes), codec)
@@ -684,7 +689,7 @@ def test_folders_that_were_not_encoded_alike_are_refused(tmp_path):
 
 
 def test_one_picture_alone_is_an_error(tmp_path):
-    photos = small.write_photos(tmp_path / "photos", n=1)
+    photos = helpers.write_photos(tmp_path / "photos", n=1)
     one = encode_source(config(tmp_path / "out", data=str(photos)), linear())
     with pytest.raises(ValueError, match="out: one picture is too few"):
         LatentSource(one, None)
@@ -695,18 +700,18 @@ def test_one_picture_alone_is_an_error(tmp_path):
 
 
 def flags(out: object, *more: object) -> list[str]:
-    words = ("encode", "--data", source(), "--vae", VAE, "--base", small.base(), "--out", out)
+    words = ("encode", "--data", source(), "--vae", VAE, "--base", helpers.base(), "--out", out)
     return [*map(str, (*words, "--image-size", 16, "--shard-size", 5, "--batch-size", 3, *more))]
 
 
 def test_the_command_encodes_once_and_says_what_there_is(tmp_path):
-    command = [sys.executable, str(small.ROOT / "data.py"), *flags("latents", "--dtype", "bfloat16")]
+    command = [sys.executable, str(helpers.ROOT / "data.py"), *flags("latents", "--dtype", "bfloat16")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "latents: 24 pictures, in 5 shards\n"
     assert "skipped 5 of 29 samples" in done.stderr
     before = contents(tmp_path / "latents")
-    again = small.good(data, *flags("latents", "--dtype", "bfloat16"), folder=tmp_path)
+    again = helpers.good(data, *flags("latents", "--dtype", "bfloat16"), folder=tmp_path)
     assert again == "latents: 24 pictures, there already; nothing was changed\n"
     assert contents(tmp_path / "latents") == before
     exact = encode_source(config(tmp_path / "exact"), load_vae(VAE))
@@ -730,7 +735,7 @@ def test_the_command_encodes_once_and_says_what_there_is(tmp_path):
     ],
 )
 def test_a_mistake_on_the_command_line_ends_in_one_line(tmp_path, args, says):
-    result = small.call(data, *args, folder=tmp_path)
+    result = helpers.call(data, *args, folder=tmp_path)
     assert result.status == 2 and says in result.err and "Traceback" not in result.err
     assert not (tmp_path / "out").exists()
 
@@ -738,14 +743,14 @@ def test_a_mistake_on_the_command_line_ends_in_one_line(tmp_path, args, says):
 def test_a_full_disk_is_named_and_loses_nothing_that_is_whole(tmp_path):
     big = config(tmp_path / "out", shard_size=1)
     limit = 2200  # bytes; the first shards are smaller than index.json
-    with pytest.raises(OSError, match="index.json could not be written"), small.small_disk(limit):
+    with pytest.raises(OSError, match="index.json could not be written"), helpers.small_disk(limit):
         encode_source(big, linear())
     codec = linear()
     assert len(encode_source(big, codec)) == GOOD and codec.calls == 0
 
 
 def test_pixels_of_any_shape_become_squares(tmp_path):
-    folder = small.write_photos(tmp_path / "photos", n=2)
+    folder = helpers.write_photos(tmp_path / "photos", n=2)
     Image.new("RGB", (50, 20), "red").save(folder / "000.png")
     z = encode_source(config(tmp_path / "out", data=str(folder)), linear()).read([0])[0]
     red = torch.tensor([255, 0, 0], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 16, 16)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metrics import (
+from lab.metrics import (
     caption_tokens,
     cider,
     exact_match,
@@ -21,7 +21,7 @@ from metrics import (
     frechet_of_gaussians,
     shape_features,
 )
-from world import COLORS, Scene, all_scenes, render
+from small.world import COLORS, Scene, all_scenes, render
 
 FIXTURE = Path(__file__).parent / "fixtures" / "cider.json"
 

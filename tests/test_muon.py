@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from muon import Muon, orthogonalise
+from scale.muon import Muon, orthogonalise
 
 SHAPES = ((8, 8), (8, 20), (20, 8), (1, 6), (6, 1))
 

@@ -24,9 +24,9 @@ from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
-import small
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -36,12 +36,12 @@ from torch.distributed.tensor import DTensor
 
 import checkpoint
 import cli
-import parallel
 import train
 from checkpoint import list_checkpoints, load_trained, part_name, read_tensors
 from data import PictureSource
 from load_qwen3 import fingerprint, load_qwen3
-from parallel import Team, alike, fill, join, leave, whole
+from scale import parallel
+from scale.parallel import Team, alike, fill, join, leave, whole
 from train import Run, read_metrics
 
 LIMIT = 300  # seconds after which a start of all the jobs counts as hanging
@@ -113,7 +113,7 @@ def folder_of(name: str) -> str:
 def flags_of(name: str) -> list[str]:
     """The command line of a job, without the mistake."""
     job = JOBS[name]
-    common = [*small.PHOTO_FLAGS, *STEADY, "--out", folder_of(name), "--steps", str(job.steps)]
+    common = [*helpers.PHOTO_FLAGS, *STEADY, "--out", folder_of(name), "--steps", str(job.steps)]
     if job.of:
         return [*common[:2], "--resume", *common[-4:]]
     return [*common, "--base", "base", "--data", "photos", *job.flags.split()]
@@ -242,8 +242,8 @@ def folder_with(folder: Path, base: Path, photos: Path) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "base").symlink_to(base)
     (folder / "photos").symlink_to(photos)
-    (folder / "edits").symlink_to(small.edits())
-    (folder / "first").symlink_to(small.photo_run())
+    (folder / "edits").symlink_to(helpers.edits())
+    (folder / "first").symlink_to(helpers.photo_run())
     return folder
 
 
@@ -251,22 +251,22 @@ def folder_with(folder: Path, base: Path, photos: Path) -> Path:
 def here(tmp_path_factory) -> Path:
     """The folder in which two processes work; `alone` in it is where one does, and two hold other things."""
     folder = tmp_path_factory.mktemp("parallel")
-    others = small.write_photos(folder / "other-photos", seed=1)
-    folder_with(folder, small.base(), small.photos())
-    folder_with(folder / "alone", small.base(), small.photos())
-    folder_with(folder / "other-data", small.base(), others)
-    folder_with(folder / "other-text", small.base(), small.photos())
+    others = helpers.write_photos(folder / "other-photos", seed=1)
+    folder_with(folder, helpers.base(), helpers.photos())
+    folder_with(folder / "alone", helpers.base(), helpers.photos())
+    folder_with(folder / "other-data", helpers.base(), others)
+    folder_with(folder / "other-text", helpers.base(), helpers.photos())
     for place, text in (
         (folder, "the sky over the sea is blue"),
         (folder / "other-text", "the sky is grey today"),
     ):
         (place / "text.txt").write_text(text)
-    other = shutil.copytree(small.base(), folder / "other-weights")
+    other = shutil.copytree(helpers.base(), folder / "other-weights")
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] += 0.01
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    folder_with(folder / "other-base", other, small.photos())
-    folder_with(folder / "other-sizes", small.other_base(), small.photos())
+    folder_with(folder / "other-base", other, helpers.photos())
+    folder_with(folder / "other-sizes", helpers.other_base(), helpers.photos())
     return folder
 
 
@@ -281,7 +281,7 @@ def alone(here: Path, name: str) -> Path:
                 patch.setattr(PictureSource, "prompts", two_prompts)
             else:
                 patch.setattr(Run, "validate", unseen)
-            small.good(train, *flags_of(name), folder=here / "alone")
+            helpers.good(train, *flags_of(name), folder=here / "alone")
     return folder
 
 
@@ -296,7 +296,7 @@ def end_group(process: subprocess.Popen) -> None:
 
 def environment() -> dict[str, str]:
     """That of a process which finds this file and the project."""
-    path = [str(small.ROOT), str(small.ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    path = [str(helpers.ROOT), str(helpers.ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(path), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
@@ -358,7 +358,7 @@ class Started:
     processes: list[multiprocessing.Process]
     folder: Path
 
-    def end(self, limit: float = SOON) -> list[small.Result]:
+    def end(self, limit: float = SOON) -> list[helpers.Result]:
         """What they left, when all have ended by themselves; a hang is a failure."""
         stop = time.monotonic() + limit
         for p in self.processes:
@@ -367,7 +367,7 @@ class Started:
         self.kill()
         texts = [[(self.folder / f"{n}.{r}").read_text() for n in ("out", "err")] for r in self.ranks]
         assert not alive, f"processes {alive} still ran after {limit} s: {texts}"
-        return [small.Result(p.exitcode, *t) for p, t in zip(self.processes, texts, strict=True)]
+        return [helpers.Result(p.exitcode, *t) for p, t in zip(self.processes, texts, strict=True)]
 
     @property
     def ranks(self) -> range:
@@ -516,7 +516,7 @@ def colour_difference(*files: Path) -> int:
 
 def test_every_look_is_at_the_weights_of_that_moment(here, together):
     """FSDP keeps some of them whole after a forward pass, until it is told to let go."""
-    with small.inside(here / "alone"):
+    with helpers.inside(here / "alone"):
         run = Run(train.parse(flags_of("plain"))[0], "small")
         wanted = watch(run)
     first, second, third = json.loads((together / "model.0.json").read_text())["watched"]
@@ -553,7 +553,7 @@ def test_each_process_holds_half_of_the_model(together):
 
 def test_together_they_start_from_what_one_process_starts_from(here, together):
     got = load_file(together / "model.safetensors")
-    with small.inside(here / "alone"):
+    with helpers.inside(here / "alone"):
         model = Run(train.parse(flags_of("plain"))[0], "small").model
     wanted = dict(model.named_parameters())
     assert set(got) == set(wanted) and any(n.startswith("unet_up.") for n in got)
@@ -668,7 +668,7 @@ def test_two_processes_load_what_was_saved_and_go_on_as_if_never_interrupted(her
 def test_one_process_loads_what_two_saved_and_goes_on_as_if_never_interrupted(here, together):
     folder = Path(shutil.copytree(two(together, "half"), here / "alone" / "two-by-one"))
     flags = ["--config", "small", "--resume", "--steps", "10", "--out", "two-by-one"]
-    with small.inside(here / "alone"):
+    with helpers.inside(here / "alone"):
         run = Run(train.parse(flags)[0], "small")
         run.resume(last(folder))
     for kind, found in (
@@ -678,7 +678,7 @@ def test_one_process_loads_what_two_saved_and_goes_on_as_if_never_interrupted(he
     ):
         wanted = stored(folder, kind)
         assert set(found) == set(wanted) and all(torch.equal(found[n], wanted[n]) for n in wanted), kind
-    small.good(train, *flags, folder=here / "alone")
+    helpers.good(train, *flags, folder=here / "alone")
     straight = alone(here, "plain")
     assert largest_difference(lines(straight), lines(folder)) < 1e-4
     assert distance(straight, folder, load_file(together / "model.safetensors"), ema=True) < 1e-2
@@ -758,7 +758,7 @@ def wait_for(there: Callable[[], object], process: subprocess.Popen) -> None:
 def test_a_kill_of_one_process_ends_the_run_and_it_can_be_resumed(here, start, tmp_path):
     run = tmp_path / "run"
     flags = [*flags_of("plain"), "--out", "run", "--steps", "100000", "--checkpoint-every", "2"]
-    process = torchrun(2, small.ROOT / "train.py", *flags, folder=tmp_path)
+    process = torchrun(2, helpers.ROOT / "train.py", *flags, folder=tmp_path)
     try:
         wait_for(lambda: len(lines(run)) > 5 and list_checkpoints(run), process)
         os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
@@ -820,6 +820,6 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(here, start,
     assert [p.name for p in run.glob("step-*")] == ["step-000002"] and load_trained(run).info["step"] == 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "validate", unseen)
-        small.good(train, "--config", "small", "--resume", "--out", "run", folder=tmp_path)
+        helpers.good(train, "--config", "small", "--resume", "--out", "run", folder=tmp_path)
     assert not list(run.glob(".step*"))
     assert largest_difference(lines(alone(here, "plain"))[:5], lines(run)) < 1e-4

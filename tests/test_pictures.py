@@ -20,8 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-import pictures
-from pictures import decode_picture, list_samples, load_edits, load_pictures, read_sample
+from scale import pictures
+from scale.pictures import decode_picture, list_samples, load_edits, load_pictures, read_sample
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

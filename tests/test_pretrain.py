@@ -6,29 +6,29 @@ import json
 import math
 import random
 
+import helpers
 import pytest
-import small
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import pretrain
 from data import Shapes
 from load_qwen3 import BOI, EOI, STOCK, known_config, load_qwen3, load_tokenizer
-from pretrain import SPECIAL, draw_document, init_text, pretrain_base, random_base, save_base
-from world import COLORS, all_scenes, text_document
+from small import pretrain
+from small.pretrain import SPECIAL, draw_document, init_text, pretrain_base, random_base, save_base
+from small.world import COLORS, all_scenes, text_document
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder made by pretrain_base, and the model it was saved from."""
     kept, folder = {}, tmp_path_factory.mktemp("pretrain") / "base"
-    with pytest.MonkeyPatch.context() as patch, small.inside(folder.parent):
+    with pytest.MonkeyPatch.context() as patch, helpers.inside(folder.parent):
         patch.setattr(
             pretrain, "save_base", lambda m, t, f: kept.update(model=m, tokenizer=t) or save_base(m, t, f)
         )
-        pretrain_base(folder, steps=2, **small.SIZES)
+        pretrain_base(folder, steps=2, **helpers.SIZES)
     return folder, kept["model"], kept["tokenizer"]
 
 
@@ -38,7 +38,7 @@ def test_the_folder_holds_what_a_hugging_face_folder_holds(saved):
     assert {p.name for p in folder.iterdir()} == names
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "qwen3" and config["architectures"] == ["Qwen3ForCausalLM"]
-    assert all(config[k] == v for k, v in small.SIZES.items())
+    assert all(config[k] == v for k, v in helpers.SIZES.items())
     assert config["tie_word_embeddings"] is True and config["rope_theta"] == 1e4
     with safe_open(folder / "model.safetensors", "pt") as f:
         names = set(f.keys())
@@ -65,13 +65,13 @@ def test_the_loaded_special_tokens_are_those_of_the_tokenizer(saved):
 
 
 def test_the_base_is_the_same_for_a_seed_and_another_for_another(saved, tmp_path):
-    with small.inside(tmp_path):
+    with helpers.inside(tmp_path):
         torch.manual_seed(99)  # the global generators have no say in it
         random.seed(99)
-        pretrain_base(tmp_path / "again", steps=2, **small.SIZES)
+        pretrain_base(tmp_path / "again", steps=2, **helpers.SIZES)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (saved[0] / name).read_bytes(), name
-    assert (small.other_base() / "model.safetensors").read_bytes() != (
+    assert (helpers.other_base() / "model.safetensors").read_bytes() != (
         saved[0] / "model.safetensors"
     ).read_bytes()
 
@@ -117,13 +117,13 @@ def thirty_steps(tmp_path_factory):
             groups.update({kind.__name__: parameters}) or kind(parameters, *a, **how)
         )
 
-    with pytest.MonkeyPatch.context() as patch, small.inside(folder):
+    with pytest.MonkeyPatch.context() as patch, helpers.inside(folder):
         patch.setattr(pretrain.F, "cross_entropy", lambda *a, **k: losses.append(real(*a, **k)) or losses[-1])
         patch.setattr(pretrain, "next_tokens", reading)
         patch.setattr(pretrain, "WARMUP", 2)
         patch.setattr(torch.optim, "AdamW", recorded(torch.optim.AdamW))
         patch.setattr(pretrain, "Muon", recorded(pretrain.Muon))
-        pretrain_base(folder / "base", steps=30, **small.SIZES)
+        pretrain_base(folder / "base", steps=30, **helpers.SIZES)
     return load_tokenizer(folder / "base"), losses, read, learned, groups
 
 
@@ -223,9 +223,9 @@ def tiny_stock(monkeypatch):
 @pytest.fixture(scope="module")
 def random_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random") / "new" / "base"
-    with pytest.MonkeyPatch.context() as patch, small.inside(folder.parent.parent):
+    with pytest.MonkeyPatch.context() as patch, helpers.inside(folder.parent.parent):
         patch.setitem(STOCK, TINY, (16, 24, 2, 16, False))
-        out = small.good(pretrain, "--random", TINY, "--out", "new/base", folder=folder.parent.parent)
+        out = helpers.good(pretrain, "--random", TINY, "--out", "new/base", folder=folder.parent.parent)
     return folder, out
 
 
@@ -285,13 +285,13 @@ def test_random_weights_follow_from_the_seed(random_folder, tiny_stock, tmp_path
 def test_an_out_that_is_there_is_refused_and_left_alone(tiny_stock, tmp_path, content):
     out = tmp_path / "base"
     out.mkdir() if content == "folder" else out.write_text("mine")
-    before = small.files(tmp_path)
-    result = small.call(pretrain, "--random", TINY, "--out", out, folder=tmp_path)
+    before = helpers.files(tmp_path)
+    result = helpers.call(pretrain, "--random", TINY, "--out", out, folder=tmp_path)
     assert result.status == 2 and "--out" in result.err and str(out) in result.err
-    assert small.files(tmp_path) == before and list(tmp_path.iterdir()) == [out]
+    assert helpers.files(tmp_path) == before and list(tmp_path.iterdir()) == [out]
 
 
 def test_a_shape_that_is_not_stock_is_refused_with_the_choices(tmp_path):
-    result = small.call(pretrain, "--random", "Qwen/Qwen9", "--out", tmp_path / "x", folder=tmp_path)
+    result = helpers.call(pretrain, "--random", "Qwen/Qwen9", "--out", tmp_path / "x", folder=tmp_path)
     assert result.status == 2 and "Qwen/Qwen9" in result.err and "Qwen/Qwen3-0.6B" in result.err
     assert not (tmp_path / "x").exists()

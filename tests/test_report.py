@@ -10,8 +10,8 @@ from statistics import mean
 import pytest
 from PIL import Image
 
-from ablate import Plan, cells
-from report import (
+from lab.ablate import Plan, cells
+from lab.report import (
     CLAIMS,
     FIGURES,
     LABELS,
@@ -33,7 +33,7 @@ from report import (
     verdict,
     write_report,
 )
-from world import VALUES
+from small.world import VALUES
 
 BASE = {"perplexity": 2.5, "knowledge": 0.9, "reasoning": 0.8}
 GUIDANCE, SAMPLERS = ("1.0", "1.55", "3.0", "5.0"), ("ddpm 250", "ddim 10", "ddim 25", "ddim 50")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import helpers
 import pytest
-import small
 import torch
 from PIL import Image
 
@@ -14,18 +14,18 @@ import sample
 from checkpoint import Trained
 from data import Shapes
 from generate import edit_images, generate_text
-from pictures import load_pictures
+from scale.pictures import load_pictures
 
 PROMPTS = ["a red circle", "on a white background, in the top left, a small blue cross"]
 
 
 @pytest.fixture
 def trained() -> Trained:
-    return small.perturbed()
+    return helpers.perturbed()
 
 
 def run(*args: object, folder: Path) -> str:
-    return small.good(sample, "--checkpoint", small.shapes_run(), *map(str, args), folder=folder)
+    return helpers.good(sample, "--checkpoint", helpers.shapes_run(), *map(str, args), folder=folder)
 
 
 @pytest.mark.parametrize("sampler", ("ddim", "ddpm"))
@@ -110,7 +110,7 @@ def test_prompts_from_a_file_are_painted_line_by_line_behind_those_of_flags(tmp_
 def test_more_prompts_than_fit_a_batch_are_painted_as_if_they_did(trained, tmp_path):
     args = sample.parse(["--prompt", "red", "--n", "5", "--steps", "2", "--gif", "film.gif"])
     sample.check(args)
-    with small.inside(tmp_path):
+    with helpers.inside(tmp_path):
         for batch, name in ((64, "one.png"), (2, "three.png")):
             args.out = name
             sample.paint(trained, args, batch)
@@ -129,7 +129,7 @@ def test_a_painted_picture_can_be_described(tmp_path):
 
 def test_text_alone_is_continued_by_the_frozen_model(trained, tmp_path):
     out = run("--text", "the sky is", "--max-tokens", 5, folder=tmp_path)
-    wanted = generate_text(sample.load_trained(small.shapes_run()), "the sky is", max_tokens=5)
+    wanted = generate_text(sample.load_trained(helpers.shapes_run()), "the sky is", max_tokens=5)
     assert out == f"the sky is{wanted}\n"
 
 
@@ -142,8 +142,8 @@ def test_sampled_text_repeats_for_a_seed_and_differs_for_another(tmp_path):
 def test_without_a_checkpoint_the_last_small_run_is_used(tmp_path):
     flags = ("--prompt", "red", "--steps", 1)
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "last-small").write_text(f"{small.shapes_run()}\n")
-    small.good(sample, *flags, "--out", "a.png", folder=tmp_path)
+    (tmp_path / "runs" / "last-small").write_text(f"{helpers.shapes_run()}\n")
+    helpers.good(sample, *flags, "--out", "a.png", folder=tmp_path)
     run(*flags, "--out", "b.png", folder=tmp_path)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
@@ -195,7 +195,7 @@ def test_pictures_of_a_folder_are_numbered_through_all_batches_and_written_as_th
         return paint(*args)
 
     monkeypatch.setattr(sample, "generate_images", watched)
-    with small.inside(tmp_path):
+    with helpers.inside(tmp_path):
         for batch, name in ((64, "one"), (4, "two")):
             args = sample.parse([*words, "--out", name])
             sample.check(args)
@@ -235,14 +235,14 @@ def test_a_folder_that_cannot_take_the_pictures_is_named_before_the_work(tmp_pat
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.md").write_text("mine")
     (tmp_path / "taken").write_text("")
-    before, files = sorted(tmp_path.rglob("*")), small.files(tmp_path)
+    before, files = sorted(tmp_path.rglob("*")), helpers.files(tmp_path)
     painted = []
     monkeypatch.setattr(sample, "generate_images", lambda *a: painted.append(a))
-    words = ("--checkpoint", small.shapes_run(), "--prompt", "red", *flags.split())
-    result = small.call(sample, *words, folder=tmp_path)
+    words = ("--checkpoint", helpers.shapes_run(), "--prompt", "red", *flags.split())
+    result = helpers.call(sample, *words, folder=tmp_path)
     assert result.status == 2 and result.out == "" and result.err.count("\n") == 1
     assert result.err.startswith("error: ") and error in result.err
-    assert not painted and sorted(tmp_path.rglob("*")) == before and small.files(tmp_path) == files
+    assert not painted and sorted(tmp_path.rglob("*")) == before and helpers.files(tmp_path) == files
 
 
 # ---- editing ----
@@ -307,14 +307,14 @@ def test_instructions_may_come_from_a_file(tmp_path, source):
 
 @pytest.mark.parametrize("task, noted", (("", True), ("generate=2,chat=6", True), ("edit=3,chat=6", False)))
 def test_a_checkpoint_that_was_not_trained_to_edit_is_noted(tmp_path, source, monkeypatch, task, noted):
-    trained, asked = sample.load_trained(small.shapes_run()), []
+    trained, asked = sample.load_trained(helpers.shapes_run()), []
     trained.info["config"]["task"] = task
     monkeypatch.setattr(sample, "load_trained", lambda *a, **k: asked.append(k) or trained)
-    result = small.call(sample, "--edit", source, "--prompt", "red", "--steps", 1, folder=tmp_path)
+    result = helpers.call(sample, "--edit", source, "--prompt", "red", "--steps", 1, folder=tmp_path)
     note = f"note: {trained.folder} was not trained with --task edit\n"
     assert result.status == 0 and result.err == (note if noted else "")
     for flags in (("--prompt", "red", "--steps", 1), ("--text", "red")):
-        assert "note" not in small.call(sample, *flags, folder=tmp_path).err
+        assert "note" not in helpers.call(sample, *flags, folder=tmp_path).err
     assert asked == [{"config": "small-chat"}, {"config": "small"}, {"config": "small"}]
 
 
@@ -350,8 +350,8 @@ BAD_FLAGS = {
 def test_flags_that_make_no_sense_are_one_line_of_error(tmp_path, name):
     flags, error = BAD_FLAGS[name]
     (tmp_path / "file").write_text("")
-    words = [{"~": "", "@run": str(small.shapes_run())}.get(w, w) for w in flags.split()]
-    result = small.call(sample, *words, folder=tmp_path)
+    words = [{"~": "", "@run": str(helpers.shapes_run())}.get(w, w) for w in flags.split()]
+    result = helpers.call(sample, *words, folder=tmp_path)
     line = result.err.splitlines()[-1]
     assert result.status == 2 and result.out == "" and line.startswith("error: ") and error in line
     assert result.err.count("\n") == 1 + result.err.startswith("note: ")
@@ -366,7 +366,7 @@ def test_defaults_that_depend_on_what_is_done(tmp_path):
         ("--chat --max-tokens 7 --out x", "x", 7),
         ("--text red --out y", "y", 64),
     ):
-        with small.inside(tmp_path):
+        with helpers.inside(tmp_path):
             args = sample.parse(flags.split())
             sample.check(args)
         assert (args.out, args.max_tokens, args.max_images) == (out, tokens, 4)

@@ -14,8 +14,7 @@ import torch
 from conftest import build_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from model import IMAGE
-from template import (
+from chat.template import (
     END_THINK,
     IM_END,
     IM_START,
@@ -28,6 +27,7 @@ from template import (
     render,
     text_of,
 )
+from model import IMAGE
 
 FIXTURE = Path(__file__).resolve().parent / "fixtures" / "chat_template.json"
 CONVERSATIONS = {c["name"]: c for c in json.loads(FIXTURE.read_text(encoding="utf-8"))["conversations"]}

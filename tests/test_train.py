@@ -17,30 +17,30 @@ import sys
 import time
 from pathlib import Path
 
+import helpers
 import pytest
-import small
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
-import ablate
 import checkpoint
 import data
 import train
 from checkpoint import list_checkpoints, load_trained
 from data import BEHIND, DROPPED, FIRST, Document, PictureSource, Recipe, arrange, collate, make_batch
 from evaluate import text_report
-from latents import LatentSource
+from lab import ablate
 from model import IMAGE, LMFusion, Tokens
-from parallel import Team
+from scale.latents import LatentSource
+from scale.parallel import Team
 from train import INHERITED, Run, draw_noise, losses, lr_factor, read_metrics
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 SEPARATIONS = pytest.mark.parametrize("separation", ("deep", "shallow", "none"))
 TASKS = "generate=2,caption=1,edit=3,chat=6"
-EDITS = ("--data", small.edits() / "all.jsonl")  # edits and captions
+EDITS = ("--data", helpers.edits() / "all.jsonl")  # edits and captions
 SHAPES = ("--data", "shapes", "--image-size", 32, "--latent-channels", 16)
 
 
@@ -59,9 +59,9 @@ def make_run(tmp_path):
     """make_run(*flags) -> a Run on the tiny photos, all parameters perturbed unless told otherwise."""
 
     def make(*flags: object, perturb: float = 0.1) -> Run:
-        with small.inside(tmp_path):
+        with helpers.inside(tmp_path):
             torch.manual_seed(0)
-            run = Run(small.photo_config(tmp_path / "run", *flags), "small")
+            run = Run(helpers.photo_config(tmp_path / "run", *flags), "small")
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for p in run.model.parameters():
@@ -310,8 +310,8 @@ def test_training_on_another_base_changes_the_image_side_alone(make_run, base):
 
 
 def test_a_whole_command_leaves_the_text_as_the_base_has_it():
-    trained = load_trained(small.shapes_run())
-    base = checkpoint.load_qwen3(small.base())
+    trained = load_trained(helpers.shapes_run())
+    base = checkpoint.load_qwen3(helpers.base())
     for name, p in base.text_parameters().items():
         assert torch.equal(p, trained.model.text_parameters()[name]), name
     fresh = dict(base.named_parameters())  # image experts start as copies of the text's
@@ -443,7 +443,7 @@ def test_stages_are_read_as_steps_and_patterns():
 @pytest.mark.parametrize("text", ("unet_*", "0", "0:", "0: , ", ":*", "x:*", "-1:*", "0.5:*", "²:*", "0:*;"))
 def test_a_stage_of_another_form_is_refused(tmp_path, text):
     with pytest.raises(ValueError) as error:
-        small.photo_config(tmp_path, f"--stages={text}")
+        helpers.photo_config(tmp_path, f"--stages={text}")
     last_item = text.split(";")[-1].strip()
     assert str(error.value) == f"--stages: {last_item!r} is not of the form STEP:PATTERN,PATTERN"
 
@@ -451,7 +451,7 @@ def test_a_stage_of_another_form_is_refused(tmp_path, text):
 @pytest.mark.parametrize("text", ("5:*", "1:unet_*;0:*", "0:unet_*;0:*", "0:*;9:unet_*;5:*"))
 def test_stages_begin_with_the_first_step_and_follow_each_other(tmp_path, text):
     with pytest.raises(ValueError, match="--stages .*: the steps must begin with 0 and grow") as error:
-        small.photo_config(tmp_path, f"--stages={text}")
+        helpers.photo_config(tmp_path, f"--stages={text}")
     assert text in str(error.value)
 
 
@@ -493,7 +493,7 @@ def test_only_what_its_stage_names_changes_in_a_step_or_counts_in_the_norm(make_
 
 
 def test_the_learning_rate_warms_up_then_falls_along_a_cosine(tmp_path):
-    config = small.photo_config(tmp_path, "--warmup", 10, "--steps", 110, "--lr", 1e-3, "--lr-final", 1e-4)
+    config = helpers.photo_config(tmp_path, "--warmup", 10, "--steps", 110, "--lr", 1e-3, "--lr-final", 1e-4)
     assert [lr_factor(s, config) for s in range(10)] == pytest.approx([(s + 1) / 10 for s in range(10)])
     for s in range(10, 111):
         closed = 0.1 + 0.9 * math.cos(math.pi / 2 * (s - 10) / 100) ** 2
@@ -548,18 +548,18 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_steps_a_kill_and_two_more_equal_four_bit_for_bit(tmp_path, monkeypatch, kind):
     flags = (*KINDS[kind], "--steps", 5, "--checkpoint-every", 2, "--val-every", 2)
-    shutil.copytree(small.photo_run(), tmp_path / "first")
-    small.good(train, *small.photo_flags(Path("whole"), *flags), folder=tmp_path)
+    shutil.copytree(helpers.photo_run(), tmp_path / "first")
+    helpers.good(train, *helpers.photo_flags(Path("whole"), *flags), folder=tmp_path)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_at(patch, step=4)  # step 3 is done and logged, but the last checkpoint is of step 2
-        small.call(train, *small.photo_flags(Path("cut"), *flags), folder=tmp_path)
+        helpers.call(train, *helpers.photo_flags(Path("cut"), *flags), folder=tmp_path)
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     assert last(cut).name == "step-000002"
     assert [m["step"] for m in read_metrics(cut / "metrics.jsonl")] == [1, 2, 3]
     (cut / "metrics.jsonl").open("a").write('{"step": 4, "lo')  # and a line that the kill cut short
     shutil.rmtree(tmp_path / "first")  # no more needed
     again = ("--resume", *(EDITS if kind == "tasks" else ()))
-    small.good(train, *small.photo_flags(Path("cut"), *again), folder=tmp_path)
+    helpers.good(train, *helpers.photo_flags(Path("cut"), *again), folder=tmp_path)
     files = {p.name for p in last(whole).iterdir()}
     assert files == {p.name for p in last(cut).iterdir()}
     assert ("ema.safetensors" in files) == ("--ema" in KINDS[kind])
@@ -573,12 +573,12 @@ def test_two_steps_a_kill_and_two_more_equal_four_bit_for_bit(tmp_path, monkeypa
 
 
 def test_a_resumed_run_may_be_made_longer(tmp_path):
-    small.good(train, *small.photo_flags(Path("run"), "--steps", 1), folder=tmp_path)
-    out = small.good(train, *small.photo_flags(Path("run"), "--resume", "--steps", 3), folder=tmp_path)
+    helpers.good(train, *helpers.photo_flags(Path("run"), "--steps", 1), folder=tmp_path)
+    out = helpers.good(train, *helpers.photo_flags(Path("run"), "--resume", "--steps", 3), folder=tmp_path)
     assert "2 steps" in out and last(tmp_path / "run").name == "step-000003"
-    before = small.files(tmp_path)
-    out = small.good(train, *small.photo_flags(Path("run"), "--resume"), folder=tmp_path)
-    assert "nothing is left" in out and small.files(tmp_path) == before
+    before = helpers.files(tmp_path)
+    out = helpers.good(train, *helpers.photo_flags(Path("run"), "--resume"), folder=tmp_path)
+    assert "nothing is left" in out and helpers.files(tmp_path) == before
 
 
 def test_a_step_depends_on_the_seed_and_its_number_only(make_run):
@@ -591,11 +591,11 @@ def test_a_step_depends_on_the_seed_and_its_number_only(make_run):
 
 
 def test_resuming_on_other_data_keeps_the_latents_of_the_run(tmp_path):
-    small.good(train, *small.photo_flags(Path("run"), "--steps", 1), folder=tmp_path)
+    helpers.good(train, *helpers.photo_flags(Path("run"), "--steps", 1), folder=tmp_path)
     before = (last(tmp_path / "run") / "latents.safetensors").read_bytes()
-    small.write_photos(tmp_path / "others", seed=7)
-    flags = small.photo_flags(Path("run"), "--resume", "--steps", 2, "--data", "others")
-    small.good(train, *flags, folder=tmp_path)
+    helpers.write_photos(tmp_path / "others", seed=7)
+    flags = helpers.photo_flags(Path("run"), "--resume", "--steps", 2, "--data", "others")
+    helpers.good(train, *flags, folder=tmp_path)
     assert last(tmp_path / "run").name == "step-000002"
     assert (last(tmp_path / "run") / "latents.safetensors").read_bytes() == before
 
@@ -608,18 +608,18 @@ def begin(monkeypatch, folder: Path, *flags: object) -> Run:
     runs = []
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", runs.append)
-        small.good(train, *flags, folder=folder)
+        helpers.good(train, *flags, folder=folder)
     return runs[0]
 
 
-@pytest.mark.parametrize("first", (small.photo_run, small.shapes_run), ids=("weights", "average"))
+@pytest.mark.parametrize("first", (helpers.photo_run, helpers.shapes_run), ids=("weights", "average"))
 def test_a_second_stage_starts_from_exactly_the_image_side_and_the_latents_of_the_first(
     tmp_path, monkeypatch, first
 ):
     folder = last(first())
     averaged = (folder / "ema.safetensors").is_file()
-    assert averaged == (first is small.shapes_run)
-    data = "shapes" if averaged else small.write_photos(tmp_path / "others", seed=7)
+    assert averaged == (first is helpers.shapes_run)
+    data = "shapes" if averaged else helpers.write_photos(tmp_path / "others", seed=7)
     flags = ("--config", "small", "--init-from", first(), "--out", "second", "--data", data)
     run = begin(monkeypatch, tmp_path, *flags, "--seed", 5, "--ema", 0.5)
     wanted, plain = (
@@ -630,7 +630,7 @@ def test_a_second_stage_starts_from_exactly_the_image_side_and_the_latents_of_th
         assert torch.equal(p, wanted[name]) and torch.equal(run.average[name], p), name
         assert run.average[name].data_ptr() != p.data_ptr() and p.requires_grad
     assert averaged == any(not torch.equal(x, plain[n]) for n, x in wanted.items())
-    base = checkpoint.load_qwen3(small.base())
+    base = checkpoint.load_qwen3(helpers.base())
     assert all(torch.equal(p, base.get_parameter(n)) for n, p in run.model.text_parameters().items())
     codec, fitted = load_file(folder / "latents.safetensors"), train.open_codec(run.config, run.source, "cpu")
     assert all(torch.equal(x, codec[n]) for n, x in run.codec.tensors().items())
@@ -661,7 +661,7 @@ OF_THE_MODEL = dict(
 @pytest.fixture
 def odd_first(tmp_path) -> Path:
     """A folder with the checkpoint.json of a first stage of which every field is another than `small` has."""
-    config = vars(small.photo_config(Path("x"))) | OF_THE_MODEL | dict(steps=77, lr=0.5, seed=9, ema=0.5)
+    config = vars(helpers.photo_config(Path("x"))) | OF_THE_MODEL | dict(steps=77, lr=0.5, seed=9, ema=0.5)
     folder = tmp_path / "first"
     folder.mkdir()
     vae = {"path": "/its/vae", "fingerprint": "0"}
@@ -712,14 +712,14 @@ def test_a_first_stage_that_trained_other_tensors_is_refused(make_run):
 
 
 def test_a_first_stage_on_latents_gives_its_vae_to_a_second_on_pictures(tmp_path, monkeypatch):
-    import latents
+    from scale import latents
 
     vae = FIXTURES / "vae_sd"
-    words = ("encode", "--data", small.photos(), "--vae", vae, "--base", small.base(), "--image-size", 16)
-    small.good(latents, *words, "--out", "encoded", folder=tmp_path)
-    flags = (*small.SHAPES_FLAGS, "--base", small.base(), "--image-size", 16, "--steps", 1)
-    small.good(train, *flags, "--data", "encoded", "--out", "first", "--val-every", 9, folder=tmp_path)
-    flags = ("--config", "small", "--init-from", "first", "--data", small.edits(), "--task", "edit")
+    words = ("encode", "--data", helpers.photos(), "--vae", vae, "--base", helpers.base(), "--image-size", 16)
+    helpers.good(latents, *words, "--out", "encoded", folder=tmp_path)
+    flags = (*helpers.SHAPES_FLAGS, "--base", helpers.base(), "--image-size", 16, "--steps", 1)
+    helpers.good(train, *flags, "--data", "encoded", "--out", "first", "--val-every", 9, folder=tmp_path)
+    flags = ("--config", "small", "--init-from", "first", "--data", helpers.edits(), "--task", "edit")
     for more in ((), ("--vae", shutil.copytree(vae, tmp_path / "moved"))):
         run = begin(monkeypatch, tmp_path, *flags, *more)
         assert run.codec.fingerprint() == latents.load_vae(vae).fingerprint()
@@ -729,12 +729,12 @@ def test_a_first_stage_on_latents_gives_its_vae_to_a_second_on_pictures(tmp_path
 
 
 def test_a_second_stage_is_remembered_by_the_name_of_its_configuration(tmp_path):
-    flags = ("--config", "small-chat", "--init-from", small.shapes_run(), "--steps", 1, "--batch-size", 4)
-    small.good(train, *flags, "--sheet-every", 0, "--out", "second", folder=tmp_path)
+    flags = ("--config", "small-chat", "--init-from", helpers.shapes_run(), "--steps", 1, "--batch-size", 4)
+    helpers.good(train, *flags, "--sheet-every", 0, "--out", "second", folder=tmp_path)
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["last-small-chat"]
     info = load_trained(None, config="small-chat").info
     assert info["name"] == "small-chat" and info["config"]["task"] == TASKS
-    assert info["config"]["init_from"] == str(small.shapes_run()) and info["step"] == 1
+    assert info["config"]["init_from"] == str(helpers.shapes_run()) and info["step"] == 1
 
 
 # ---- tasks ----
@@ -979,7 +979,7 @@ def test_paragraphs_of_a_file_are_learned_word_by_word_and_cut_to_the_context(ma
 
 @pytest.mark.parametrize("flag", ("--batch-size", "--text-batch"))
 def test_a_batch_that_processes_cannot_share_is_named(tmp_path, flag):
-    config = small.photo_config(tmp_path / "run", *TEXT, flag, 7)
+    config = helpers.photo_config(tmp_path / "run", *TEXT, flag, 7)
     with pytest.raises(ValueError, match=f"{flag} 7 is not a multiple of 2 processes"):
         Run(config, "small", Team(0, 2))
 
@@ -1178,7 +1178,7 @@ def test_a_step_without_a_noisy_picture_is_taken_and_logged(tmp_path, monkeypatc
 
     monkeypatch.setattr(Run, "draw_document", clean)
     flags = ("--task", "chat", "--steps", 2, "--batch-size", 2, "--sheet-every", 0, *EDITS)
-    small.good(train, *small.photo_flags(Path("run"), *flags), folder=tmp_path)
+    helpers.good(train, *helpers.photo_flags(Path("run"), *flags), folder=tmp_path)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [m["ddpm_loss"] for m in lines] == [None, None]
     assert all(m["loss"] == m["lm_loss"] > 0 for m in lines)
@@ -1234,8 +1234,8 @@ def test_the_kinds_of_built_in_conversations_have_their_shares(monkeypatch):
 
 
 def test_edits_alone_run_from_end_to_end(tmp_path):
-    flags = ("--init-from", small.photo_run(), "--task", "edit", "--data", small.edits(), "--steps", 2)
-    small.good(train, *small.photo_flags(Path("run"), *flags), folder=tmp_path)
+    flags = ("--init-from", helpers.photo_run(), "--task", "edit", "--data", helpers.edits(), "--steps", 2)
+    helpers.good(train, *helpers.photo_flags(Path("run"), *flags), folder=tmp_path)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "curves.png",
         "edits-000002.png",
@@ -1251,7 +1251,7 @@ def test_edits_alone_run_from_end_to_end(tmp_path):
 
 
 def test_validation_of_edits_shows_the_picture_before_under_the_right_and_another_instruction(make_run):
-    run = make_run("--task", "edit", "--data", small.edits(), perturb=0.3)
+    run = make_run("--task", "edit", "--data", helpers.edits(), perturb=0.3)
     before, after, words = run.source.validation_edits(96)
     assert len(words) == 2 and not set(words) & {run.source.edited(random.Random(i))[2] for i in range(200)}
     report, config = run.validate(), run.model.config
@@ -1309,34 +1309,35 @@ def test_a_sheet_of_edits_has_the_pictures_before_and_what_the_averaged_weights_
 
 
 def test_an_instruction_longer_than_the_context_does_not_end_the_run(tmp_path):
-    folder = small.write_edits(tmp_path / "edits")
+    folder = helpers.write_edits(tmp_path / "edits")
     rows = [json.loads(x) for x in (folder / "metadata.jsonl").read_text().splitlines()]
     for row in rows[1:]:
         row["text"] += " make it red" * 60
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ("--init-from", small.photo_run(), "--task", "edit", "--data", folder, "--steps", 1)
-    small.good(train, *small.photo_flags(Path("run"), *flags), folder=tmp_path)
+    flags = ("--init-from", helpers.photo_run(), "--task", "edit", "--data", folder, "--steps", 1)
+    helpers.good(train, *helpers.photo_flags(Path("run"), *flags), folder=tmp_path)
     assert (tmp_path / "run" / "edits-000001.png").is_file()
-    with small.inside(tmp_path):
-        run = Run(small.photo_config(tmp_path / "x", *flags), "small")
+    with helpers.inside(tmp_path):
+        run = Run(helpers.photo_config(tmp_path / "x", *flags), "small")
     for document in documents_that(run, lambda d: len(d.ids) > 5):
         assert (
-            len(document.ids) - 2 + 2 * run.model.config.num_patches <= small.SIZES["max_position_embeddings"]
+            len(document.ids) - 2 + 2 * run.model.config.num_patches
+            <= helpers.SIZES["max_position_embeddings"]
         )
     batch, _ = run.validation_batch(run.validation["ids"], slice(0, 2))
-    assert batch.rest.position[batch.rest.ids != -2].max() < small.SIZES["max_position_embeddings"]
+    assert batch.rest.position[batch.rest.ids != -2].max() < helpers.SIZES["max_position_embeddings"]
 
 
 def test_chat_takes_captioned_pictures_without_edits(tmp_path, monkeypatch):
-    flags = ("--init-from", small.photo_run(), "--task", "chat", "--steps", 2, "--sheet-every", 0)
-    flags = small.photo_flags(Path("run"), *flags, "--batch-size", 8)
+    flags = ("--init-from", helpers.photo_run(), "--task", "chat", "--steps", 2, "--sheet-every", 0)
+    flags = helpers.photo_flags(Path("run"), *flags, "--batch-size", 8)
     run = begin(monkeypatch, tmp_path, *flags)
     assert run.source.edits is None
     documents = documents_that(run, lambda d: True, n=60)
     texts = {run.tokenizer.decode([i for i in d.ids if i >= 0]) for d in documents if len(d.ids) > 2}
     assert any("draw a small photo" in t or "paint a big photo" in t for t in texts)
     assert {tuple(d.max_t) for d in documents} == {(0,), (1000,)}
-    small.good(train, *flags, folder=tmp_path)
+    helpers.good(train, *flags, folder=tmp_path)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [m["step"] for m in lines] == [1, 2] and all(
         m["lm_loss"] > 0 and m["draw_loss"] > 0 for m in lines
@@ -1388,21 +1389,24 @@ def test_tasks_that_the_data_or_the_tokenizer_do_not_give_are_refused(make_run):
 )
 @pytest.mark.parametrize("kind", (OSError, Killed))
 def test_a_crash_while_a_checkpoint_is_written_leaves_the_last_one(tmp_path, monkeypatch, moment, kind):
-    with small.inside(tmp_path):
+    with helpers.inside(tmp_path):
         torch.manual_seed(0)
-        run = Run(small.photo_config(tmp_path / "run"), "small")
+        run = Run(helpers.photo_config(tmp_path / "run"), "small")
         take_steps(run, 1)
         run.save()
-        before, good = small.files(tmp_path / "run"), {n: p.detach().clone() for n, p in run.trained.items()}
+        before, good = (
+            helpers.files(tmp_path / "run"),
+            {n: p.detach().clone() for n, p in run.trained.items()},
+        )
         take_steps(run, 1)
         with monkeypatch.context() as patch:
             break_writing(patch, moment, kind)
             with pytest.raises(kind):
                 run.save()
-        whole = {k: v for k, v in small.files(tmp_path / "run").items() if "/." not in k}
+        whole = {k: v for k, v in helpers.files(tmp_path / "run").items() if "/." not in k}
         assert whole == before
         if kind is OSError:  # a process that lives on cleans up behind itself
-            assert small.files(tmp_path / "run") == before
+            assert helpers.files(tmp_path / "run") == before
         again = Run(run.config, "small")
         again.resume(last(tmp_path / "run"))
         assert again.step == 1 and all(torch.equal(again.trained[n], x) for n, x in good.items())
@@ -1446,7 +1450,7 @@ KILL_FLAGS = ("--steps", 14, "--checkpoint-every", 1, "--ema", 0.8)
 
 
 def start_training(folder: Path, resume: bool) -> subprocess.Popen:
-    command = [sys.executable, str(small.ROOT / "train.py"), *small.photo_flags(Path("run"), *KILL_FLAGS)]
+    command = [sys.executable, str(helpers.ROOT / "train.py"), *helpers.photo_flags(Path("run"), *KILL_FLAGS)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
         command + ["--resume"] * resume,
@@ -1488,8 +1492,8 @@ def check_kills(folder: Path, kills: int, seed: int) -> None:
         if steps[-1] == 14:
             break
     assert 0 < steps[1] < 14, "the first kill came too early or too late to show anything"
-    small.good(train, *small.photo_flags(Path("run"), *KILL_FLAGS, "--resume"), folder=folder)
-    small.good(train, *small.photo_flags(Path("whole"), *KILL_FLAGS), folder=folder)
+    helpers.good(train, *helpers.photo_flags(Path("run"), *KILL_FLAGS, "--resume"), folder=folder)
+    helpers.good(train, *helpers.photo_flags(Path("whole"), *KILL_FLAGS), folder=folder)
     for name in ("model", "ema", "optimizer", "latents"):
         file = f"step-000014/{name}.safetensors"
         assert (folder / "run" / file).read_bytes() == (folder / "whole" / file).read_bytes(), file
@@ -1520,8 +1524,8 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_step_and_a_hint(tmp_pat
     calls = iter([True, True, False])
     next_is_good = lambda: next(calls)  # noqa: E731
     monkeypatch.setattr(train, "losses", broken)
-    flags = small.photo_flags(Path("run"), "--steps", 5, "--checkpoint-every", 1)
-    result = small.call(train, *flags, folder=tmp_path)
+    flags = helpers.photo_flags(Path("run"), "--steps", 5, "--checkpoint-every", 1)
+    result = helpers.call(train, *flags, folder=tmp_path)
     assert result.status == 2
     assert "the loss is nan at step 3" in result.err and "--lr" in result.err
     assert last(tmp_path / "run").name == "step-000002"
@@ -1540,7 +1544,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(make_run):
 
 
 def test_metrics_have_their_fields_and_are_numbers():
-    lines = [json.loads(x) for x in (small.shapes_run() / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(x) for x in (helpers.shapes_run() / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in lines] == [1, 2, 3]
     fields = ("loss", "lm_loss", "ddpm_loss", "lr", "images_per_second", "seconds")
     for m in lines:
@@ -1556,8 +1560,8 @@ def test_metrics_have_their_fields_and_are_numbers():
 def test_a_logged_line_is_the_mean_of_the_steps_since_the_last(tmp_path):
     lines = []
     for name, every in (("each", 1), ("pairs", 2)):
-        flags = small.photo_flags(Path(name), "--steps", 4, "--log-every", every)
-        small.good(train, *flags, folder=tmp_path)
+        flags = helpers.photo_flags(Path(name), "--steps", 4, "--log-every", every)
+        helpers.good(train, *flags, folder=tmp_path)
         lines.append(read_metrics(tmp_path / name / "metrics.jsonl"))
     each, pairs = lines
     assert [m["step"] for m in pairs] == [2, 4]
@@ -1567,15 +1571,15 @@ def test_a_logged_line_is_the_mean_of_the_steps_since_the_last(tmp_path):
 
 
 def test_a_run_whose_captions_all_come_first_logs_no_lm_loss_and_still_draws_its_curves(tmp_path):
-    flags = small.photo_flags(Path("run"), "--steps", 2, "--caption-first", 1)
-    small.good(train, *flags, folder=tmp_path)
+    flags = helpers.photo_flags(Path("run"), "--steps", 2, "--caption-first", 1)
+    helpers.good(train, *flags, folder=tmp_path)
     assert [m["lm_loss"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [None, None]
     Image.open(tmp_path / "run" / "curves.png").verify()
 
 
 def test_sheets_and_curves_are_pictures_of_more_than_one_colour(tmp_path):
-    flags = small.photo_flags(Path("run"), "--steps", 2, "--sheet-every", 1)
-    small.good(train, *flags, folder=tmp_path)
+    flags = helpers.photo_flags(Path("run"), "--steps", 2, "--sheet-every", 1)
+    helpers.good(train, *flags, folder=tmp_path)
     names = sorted(p.name for p in (tmp_path / "run").glob("*.png"))
     assert names == ["curves.png", "sheet-000001.png", "sheet-000002.png"]
     for name in names:
@@ -1622,12 +1626,12 @@ def test_a_sheet_and_a_validation_leave_no_trace_in_the_training(make_run):
 
 
 def test_a_caption_longer_than_the_context_does_not_end_the_run(tmp_path):
-    photos = small.write_photos(tmp_path / "photos", n=10)
+    photos = helpers.write_photos(tmp_path / "photos", n=10)
     for path in photos.glob("*.txt"):
         if path.name > "002":
             path.write_text("a photo of a red circle " * 40)
-    flags = small.photo_flags(Path("run"), "--data", photos, "--steps", 2, "--caption-drop", 0)
-    small.good(train, *flags, folder=tmp_path)
+    flags = helpers.photo_flags(Path("run"), "--data", photos, "--steps", 2, "--caption-drop", 0)
+    helpers.good(train, *flags, folder=tmp_path)
     assert (tmp_path / "run" / "sheet-000002.png").is_file()
 
 
@@ -1644,29 +1648,25 @@ def test_training_on_a_folder_of_pictures_sets_some_aside(make_run):
 
 
 def test_only_the_last_checkpoint_is_kept_and_the_last_small_run_is_remembered(tmp_path):
-    flags = small.photo_flags(Path("some/run"), "--steps", 3, "--checkpoint-every", 1)
-    small.good(train, *flags, folder=tmp_path)
+    flags = helpers.photo_flags(Path("some/run"), "--steps", 3, "--checkpoint-every", 1)
+    helpers.good(train, *flags, folder=tmp_path)
     assert [p.name for p in list_checkpoints(tmp_path / "some/run")] == ["step-000003"]
     assert (tmp_path / "runs" / "last-small").read_text() == "some/run\n"
 
 
-def test_the_base_is_pretrained_once_and_again_for_another_seed_or_text(tmp_path, monkeypatch):
+def test_the_base_is_pretrained_once_and_again_for_another_seed_or_recipe(tmp_path, monkeypatch):
     made, steps = [], train.pretrain.STEPS
     monkeypatch.setattr(
-        "pretrain.pretrain_base", lambda folder, *how: made.append(how) or folder.mkdir(parents=True)
+        train.pretrain, "pretrain_base", lambda folder, *how: made.append(how) or folder.mkdir(parents=True)
     )
-    with small.inside(tmp_path):
+    with helpers.inside(tmp_path):
         folders = [train.ensure_base(seed) for seed in (0, 0, 1)]
         assert made == [(0, steps), (1, steps)] and folders[0] == folders[1] != folders[2]
-        for module in (train.world, train.dialogues, train.template, train.muon, train.pretrain):
-            changed = tmp_path / f"{module.__name__}.py"  # one character more
-            changed.write_bytes(Path(module.__file__).read_bytes() + b"\n")
-            with monkeypatch.context() as patch:
-                patch.setattr(module, "__file__", str(changed))
-                folders.append(train.ensure_base(0))
+        monkeypatch.setattr(train.pretrain, "RECIPE", train.pretrain.RECIPE + 1)
+        folders.append(train.ensure_base(0))
         folders += [ablate.ensure_base(ablate.Plan()) for _ in range(2)]
-        assert train.ensure_base(0) == folders[0]
-    assert made[2:] == [(0, steps)] * 5 + [(0, 2600)] and len(set(folders)) == 8  # the lab's base is another
+        assert train.ensure_base(0) == folders[3]
+    assert made[2:] == [(0, steps), (0, 2600)] and len(set(folders)) == 4  # the lab's base is another
 
 
 # ---- flags ----

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vae import WEIGHTS, AutoencoderKL, VAEConfig, load_vae, read_vae_config
+from scale.vae import WEIGHTS, AutoencoderKL, VAEConfig, load_vae, read_vae_config
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 FOLDERS = ("vae_sd", "vae_flux")

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from world import (
+from small.world import (
     ATTRIBUTES,
     COLOR_THINGS,
     COLORS,

@@ -1,7 +1,7 @@
 """What a model trained on chat and edits can do, on built-in cases that training never showed.
 
-python evaluate_chat.py                               # the last run of --config small-chat
-python evaluate_chat.py --n 200 --json results.json --edits edits.png --thoughts thoughts.png
+python -m chat.evaluate                               # the last run of --config small-chat
+python -m chat.evaluate --n 200 --json results.json --edits edits.png --thoughts thoughts.png
 
 decisions  mixed conversations: as many pictures as were asked for, and none where none was
 direct     plain requests through chat, against the same captions as plain text to image
@@ -27,13 +27,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-import figures
-from chat import Conversation, Seen
+from chat.conversation import Conversation, Seen
 from checkpoint import Trained, load_trained, write_atomic
-from dialogues import THINK_PROMPT, Shot, conversation
 from evaluate import in_batches, prompt_match, read_scenes, text_line, text_report
 from generate import Style, edit_images, encode_pictures, generate_images
-from world import ATTRIBUTES, Scene, all_scenes, draw_edit, draw_shift, render, text_document
+from lab import figures
+from small.dialogues import THINK_PROMPT, Shot, conversation
+from small.world import ATTRIBUTES, Scene, all_scenes, draw_edit, draw_shift, render, text_document
 
 
 def seen(trained: Trained, shot: Shot) -> Seen:
@@ -301,7 +301,7 @@ def table(r: dict) -> str:
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(
-        prog="evaluate_chat.py", description="Figures of a model trained on built-in chat and edits."
+        prog="python -m chat.evaluate", description="Figures of a model trained on built-in chat and edits."
     )
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", help="without it, the last run of --config small-chat")

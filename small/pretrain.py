@@ -18,15 +18,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 import cli
+from chat.template import END_THINK, IM_END, IM_START, THINK, encode, render, spoken
 from checkpoint import write_folder
 from data import next_tokens
-from dialogues import as_text, conversation
 from load_qwen3 import BOI, EOI, STOCK, known_config, text_names
 from model import LMFusion, ModelConfig, Tokens, replace
-from muon import Muon
-from parallel import fill
-from template import END_THINK, IM_END, IM_START, THINK, encode, render, spoken
-from world import text_document
+from scale.muon import Muon
+from scale.parallel import fill
+from small.dialogues import as_text, conversation
+from small.world import text_document
 
 EOS = "<|endoftext|>"
 SPECIAL = (EOS, IM_START, IM_END, BOI, EOI, THINK, END_THINK)
@@ -41,6 +41,9 @@ SIZES = dict(
     tie_word_embeddings=True,
     max_position_embeddings=1024,
 )
+# Which recipe a base was made by. Raise it with any change to the text, the tokenizer, the sizes or the
+# training below: bases of other recipes are then made anew, and those of this one are found again.
+RECIPE = 1
 STEPS, BATCH, LR, MUON_LR, WARMUP = 3600, 32, 2e-3, 8e-3, 50
 PLAIN, TALK = 0.3, 0.7  # for this share of the steps documents alone, then this share of conversations
 
@@ -217,7 +220,7 @@ def save_base(
 
 def main() -> None:
     parser = cli.Parser(
-        prog="pretrain.py",
+        prog="python -m small.pretrain",
         description="Write a base of random weights in the shape of a stock Qwen3, to try sizes out. (The "
         "tiny Qwen3 of `small` needs no command: train.py pretrains it.)",
     )

@@ -26,9 +26,9 @@ import torch
 from PIL import Image
 
 import cli
-import pretrain
 import train
 from checkpoint import Trained, load_trained
+from small import pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(

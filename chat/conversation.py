@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import figures
+from chat.template import END_THINK, IM_END, IM_START, THINK, Picture, check_messages, encode, render
 from checkpoint import Trained, write_atomic
-from dialogues import THINK_PROMPT
 from generate import Context, Style, encode_pictures, generate, read_picture
-from template import END_THINK, IM_END, IM_START, THINK, Picture, check_messages, encode, render
+from lab import figures
+from small.dialogues import THINK_PROMPT
 
 HELP = "/image PATH shows a picture with the next message; /save [FILE.md]; /new; /help; /quit"
 SIDE = 256  # pixels a side, at least, of the files that pictures are written to

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import LMFusion, Tokens
-from world import (
+from small.world import (
     COLOR_THINGS,
     DAYS,
     LORE,

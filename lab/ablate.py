@@ -1,10 +1,10 @@
 """The paper's ablations at the size of `small`: Figures 4, 5 and 6, Table 1, and what else is left to choose.
 
-python ablate.py                    # every cell, three seeds; a cell that is done is not done again
-python ablate.py --jobs 2           # the same, two cells at a time, one core each
-python ablate.py --cell deep-0 --seed 1
-python ablate.py --quick            # every cell for a few steps: does it run?
-python ablate.py --tables           # figures and tables from the results that are there
+python -m lab.ablate                    # every cell, three seeds; a cell that is done is not done again
+python -m lab.ablate --jobs 2           # the same, two cells at a time, one core each
+python -m lab.ablate --cell deep-0 --seed 1
+python -m lab.ablate --quick            # every cell for a few steps: does it run?
+python -m lab.ablate --tables           # figures and tables from the results that are there
 
 A cell is the `small` configuration with a few flags changed, trained on the same pictures in the same order
 (they follow from the seed), from one pretrained tiny Qwen3. A result is one JSON file: the curve over
@@ -37,19 +37,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import cli
-import pretrain
 import train
+from chat.template import encode_plain
 from checkpoint import Trained, list_checkpoints, write_atomic
 from evaluate import caption_report, prompt_match, text_parameters_changed
 from generate import describe_images, encode_text, generate_images
-from language import knowledge, multiple_choice, perplexity, reasoning
+from lab.language import knowledge, multiple_choice, perplexity, reasoning
+from lab.metrics import frechet
+from lab.report import FIGURES, write_report
 from load_qwen3 import load_qwen3
-from metrics import frechet
 from model import LMFusion
-from report import FIGURES, write_report
-from template import encode_plain
+from small import pretrain
+from small.world import all_scenes, render, text_document
 from train import CONFIGS, Run, TrainConfig
-from world import all_scenes, render, text_document
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Plan:
     seeds: int = 3
     ddpm: int = 250
     base_steps: int = 2600  # of pretraining: the base of results/; `small` takes pretrain.STEPS
-    out: str = "results"
+    out: str = "lab/results"
     runs: str = "runs/ablate"
 
 
@@ -266,7 +266,10 @@ def run_cell(plan: Plan, name: str, seed: int) -> None:
     result = {
         "cell": name,
         "seed": seed,
-        "made_by": {"commit": commit(), "command": f"python ablate.py --cell {name} --seed {seed}{quick}"},
+        "made_by": {
+            "commit": commit(),
+            "command": f"python -m lab.ablate --cell {name} --seed {seed}{quick}",
+        },
         "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("base", "out")},
         "base_fingerprint": run.fingerprint,
         "parameters": {
@@ -285,7 +288,7 @@ def run_cell(plan: Plan, name: str, seed: int) -> None:
     write_atomic(file, json.dumps(result, indent=1) + "\n")
 
 
-def commit(folder: Path = Path(__file__).parent) -> str:
+def commit(folder: Path = Path(__file__).parent.parent) -> str:
     """What the code is, by git; a "+" behind it says that Python files differ from it (results may)."""
 
     def git(*args: str) -> str:
@@ -306,12 +309,25 @@ def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int, quick: bool) -
             run_cell(plan, name, seed)
         return
     ensure_base(plan)
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    root = str(Path(__file__).parent.parent)  # from where `-m lab.ablate` is found
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)),
+        "PYTHONPATH": root,
+    }
     Path(plan.runs).mkdir(parents=True, exist_ok=True)
 
     def work(cell: tuple[str, int]) -> None:
         name, seed = cell
-        command = [sys.executable, __file__, "--cell", name, "--seed", str(seed), *(["--quick"] * quick)]
+        command = [
+            sys.executable,
+            "-m",
+            "lab.ablate",
+            "--cell",
+            name,
+            "--seed",
+            str(seed),
+            *(["--quick"] * quick),
+        ]
         with open(Path(plan.runs) / f"{name}-{seed}.log", "w") as log:
             status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
         if status:
@@ -322,7 +338,7 @@ def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int, quick: bool) -
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(prog="ablate.py", description="The paper's ablations at laptop size.")
+    parser = cli.Parser(prog="python -m lab.ablate", description="The paper's ablations at laptop size.")
     add = parser.add_argument
     add("--quick", action="store_true", help="a few steps of every cell, into runs/ablate-quick")
     add("--cell", help="only this cell, or those that fit a pattern like 'deep-*'")

@@ -1,4 +1,4 @@
-"""How close to the machine's limit, in one process: `python benchmark.py`, with nothing else running.
+"""How close to the machine's limit, in one process: `python -m scale.benchmark`, with nothing else running.
 
 step   A training step at the shape of a stock Qwen3's layers: its FLOPs, counted by torch.utils.flop_counter
        on that very step, over its time, against the fastest matrix product this process can do.
@@ -22,7 +22,7 @@ from diffusion import Diffusion
 from generate import continue_text
 from load_qwen3 import STOCK, known_config, text_names
 from model import LMFusion, Tokens
-from pretrain import init_text
+from small.pretrain import init_text
 from train import CONFIGS, draw_noise, losses, make_optimizers
 
 
@@ -164,7 +164,9 @@ def text_against_transformers(
 
 
 def main() -> None:
-    parser = cli.Parser(prog="benchmark.py", description="Measured speed against the machine's limit.")
+    parser = cli.Parser(
+        prog="python -m scale.benchmark", description="Measured speed against the machine's limit."
+    )
     add = parser.add_argument
     add("what", choices=("step", "text", "both"), nargs="?", default="both", help="which part")
     add("--stock", choices=tuple(STOCK), default="Qwen/Qwen3-0.6B", help="whose shape")

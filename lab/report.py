@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
-import figures
 from checkpoint import write_atomic
 from evaluate import caption_report
-from metrics import frechet
-from world import VALUES, all_scenes, render
+from lab import figures
+from lab.metrics import frechet
+from small.world import VALUES, all_scenes, render
 
 Results = dict[str, dict[int, dict]]  # cell -> seed -> its JSON
 FIGURES = {
@@ -283,7 +283,7 @@ def origin(results: Results) -> str:
     bases = sorted({r["base_fingerprint"][:12] for r in rows})
     commits = sorted({r["made_by"]["commit"] for r in rows})
     hours = sum(r["cell_seconds"] for r in rows) / 3600
-    made = f"{len(rows)} runs of `python ablate.py`, {hours:.1f} hours of one process in all"
+    made = f"{len(rows)} runs of `python -m lab.ablate`, {hours:.1f} hours of one process in all"
     return f"{made}; base {', '.join(bases)}, commit {', '.join(commits)}."
 
 

@@ -36,12 +36,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
+from chat.template import encode_plain
 from checkpoint import check_device, write_atomic
 from cli import setting
 from load_qwen3 import load_tokenizer, open_safetensors, read_json, resolve
-from pictures import Sample, list_samples, listing, no_pictures, read_sample
-from template import encode_plain
-from vae import load_vae
+from scale.pictures import Sample, list_samples, listing, no_pictures, read_sample
+from scale.vae import load_vae
 
 FORMAT = 1  # of index.json and of the shards
 INDEX = "index.json"

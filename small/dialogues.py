@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from world import (
+from small.world import (
     COLOR_THINGS,
     CORNERS,
     FACTS,
