@@ -28,7 +28,7 @@ from data import PatchPCA
 from diffusion import Diffusion
 from load_qwen3 import fingerprint, load_qwen3, load_tokenizer, open_safetensors, read_json
 from model import LMFusion
-from scale.parallel import Team, whole
+from scale.parallel import Team, full_tensor
 from scale.vae import AutoencoderKL, load_vae
 
 # each names the folder of the last run of `train.py --config ...`
@@ -90,7 +90,7 @@ def write_folder(
     """
     team = team or Team()
     beside = folder.with_name(f".{folder.name}.tmp")
-    if team.leads:
+    if team.is_main:
         shutil.rmtree(beside, ignore_errors=True)
     team.wait()
     problem: BaseException | None = None
@@ -104,7 +104,7 @@ def write_folder(
             team.size if len(group) >= team.size else 1
         )  # every part must exist: a few tensors are one file
         for i, (k, v) in enumerate(group.items()):
-            value = whole(v.detach())  # gathered from all, so all come by here, whatever went wrong
+            value = full_tensor(v.detach())  # gathered from all, so all come by here, whatever went wrong
             if i % size == team.rank:
                 mine[k] = value.cpu().contiguous()
         try:
@@ -115,7 +115,7 @@ def write_folder(
         except BaseException as error:  # safetensors has an error type of its own for input and output
             problem = error
     try:
-        if problem is None and team.leads:
+        if problem is None and team.is_main:
             for name, text in {info_name: json.dumps(info, indent=1) + "\n", **(extra or {})}.items():
                 (beside / name).write_text(text, encoding="utf-8")
                 sync(beside / name)
@@ -123,13 +123,13 @@ def write_folder(
         problem = error
     failed = team.total([float(problem is not None)])[0]
     try:
-        if team.leads and not failed:
+        if team.is_main and not failed:
             os.rename(beside, folder)
     except BaseException as error:
         problem = error
     failed = team.total([float(problem is not None)])[0] or failed  # none goes on before the folder stands
     if failed:
-        if team.leads:
+        if team.is_main:
             shutil.rmtree(beside, ignore_errors=True)
         if problem is not None and not isinstance(problem, Exception):  # Ctrl-C
             raise problem

@@ -85,7 +85,7 @@ def setting(default, help: str, choices: tuple | None = None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-def tune_cpu() -> None:
+def tune_torch() -> None:
     """Two settings that make small models on CPUs about three times as fast; on GPUs the first means TF32.
 
     "medium" hands float32 products to oneDNN, which is twice as fast as MKL on AMD processors and as exact

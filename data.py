@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from chat.template import IM_START, Picture, encode, spoken
-from chat.template import render as render_chat
+from chat.template import IM_START, Picture, apply_chat_template, assistant_mask, encode
 from diffusion import Diffusion, T
 from model import IMAGE, PAD, ModelConfig, Tokens
 from scale.pictures import Edits, Pictures
@@ -114,9 +113,9 @@ def split_phases(
     sequences: list[list[int]],
     num_patches: int,
     pack: int = 0,
-    spoken: list[list[bool]] | None = None,
+    loss_mask: list[list[bool]] | None = None,
 ) -> tuple[Tokens, Tokens]:
-    """Sequences of ids and IMAGE -> prefix and rest (see LMFusion.forward); `spoken` as in `Tokens`.
+    """Sequences of ids and IMAGE -> prefix and rest (see LMFusion.forward); `loss_mask` as in `Tokens`.
 
     pack > 0: neighbours share a row, as documents of their own, as long as they have `pack` tokens together.
     Their order stays, so that their images stay in row order.
@@ -136,10 +135,10 @@ def split_phases(
         """What stands before each cut, or behind it, row by row."""
         return [[values[i][: cut[i]] if begins else values[i][cut[i] :] for i in row] for row in rows]
 
-    own = [part(spoken, begins) if spoken else None for begins in (True, False)]
-    prefix = Tokens.packed(part(sequences, True), num_patches, spoken=own[0])
+    own = [part(loss_mask, begins) if loss_mask else None for begins in (True, False)]
+    prefix = Tokens.packed(part(sequences, True), num_patches, loss_mask=own[0])
     start = [[cut[i] for i in row] for row in rows]
-    return prefix, Tokens.packed(part(sequences, False), num_patches, start, spoken=own[1])
+    return prefix, Tokens.packed(part(sequences, False), num_patches, start, loss_mask=own[1])
 
 
 def next_tokens(tokens: Tokens, boi_id: int) -> tuple[Tensor, Tensor]:
@@ -155,8 +154,8 @@ def next_tokens(tokens: Tokens, boi_id: int) -> tuple[Tensor, Tensor]:
     same = tokens.document[:, 1:] == tokens.document[:, :-1]
     following[:, :-1] = torch.where(same, tokens.ids[:, 1:], PAD)
     known = (tokens.ids >= 0) & (tokens.ids != boi_id) & (following >= 0)
-    if tokens.spoken is not None:
-        known[:, :-1] &= tokens.spoken[:, 1:]
+    if tokens.loss_mask is not None:
+        known[:, :-1] &= tokens.loss_mask[:, 1:]
     word = torch.where(known & (following != boi_id), following, -100)
     draw = torch.where(known, (following == boi_id).long(), -100)
     text = tokens.ids >= 0
@@ -249,7 +248,7 @@ class Document:
     ids: list[int]  # IMAGE stands for a picture
     pictures: list  # one for each IMAGE: what `pixels` of the source takes
     max_t: list[int]  # of each picture, as in `Batch`
-    spoken: list[bool]  # of each id: whether the model is to say it
+    loss_mask: list[bool]  # of each id: whether the model is to say it
 
     def __len__(self) -> int:
         """Ids from the first picture on: what carries a gradient."""
@@ -286,10 +285,10 @@ def chat_document(
     that ends in words, and a quarter of the others, is read to its end with all pictures clean, for the text
     behind them and the decision to draw. dropped: BOI and the picture alone, for guidance.
     """
-    pieces = render_chat(messages, generate=False)
+    pieces = apply_chat_template(messages, generate=False)
     pictures = [p.content for p in pieces if isinstance(p, Picture)]
     ids = encode(tokenizer, pieces, config.boi_id, config.eoi_id)
-    own = spoken(tokenizer, ids)
+    own = assistant_mask(tokenizer, ids)
     places = [i for i, token in enumerate(ids) if token == IMAGE]
     last_turn = max(i for i, token in enumerate(ids) if token == tokenizer.token_to_id(IM_START))
     painted = [n for n, i in enumerate(places) if i > last_turn]  # in the assistant's last message
@@ -309,7 +308,7 @@ def collate(documents: list[Document], latents: Tensor, config: ModelConfig, pac
     none, an empty clean one of its own.
     """
     sequences = [d.ids for d in documents]
-    own, max_t = [d.spoken for d in documents], [t for d in documents for t in d.max_t]
+    own, max_t = [d.loss_mask for d in documents], [t for d in documents for t in d.max_t]
     if not max_t:
         sequences, own, max_t = [*sequences, [config.boi_id, IMAGE]], [*own, [False, False]], [0]
         latents = torch.zeros(1, config.latent_channels, config.latent_size, config.latent_size)

@@ -35,7 +35,7 @@ def cosine_alpha_bar(steps: int = T, s: float = 0.008, max_beta: float = 0.999, 
     return snr / (1 + snr)
 
 
-def expand(level: Tensor, t: Tensor, like: Tensor) -> Tensor:
+def extract(level: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """level[t] as (M, 1, 1, 1), in the dtype and on the device of `like`."""
     return level.to(like.dtype).to(like.device)[t].view(-1, *[1] * (like.dim() - 1))
 
@@ -59,16 +59,16 @@ class Diffusion:
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Eq. (2): the noisy latent."""
-        a = expand(self.alpha_bar.sqrt(), t, x0)
-        b = expand((1 - self.alpha_bar).sqrt(), t, x0)
+        a = extract(self.alpha_bar.sqrt(), t, x0)
+        b = extract((1 - self.alpha_bar).sqrt(), t, x0)
         return a * x0 + b * eps
 
     def eps_from_output(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """UNet-Up's output F -> predicted noise."""
         if self.prediction == "eps":
             return output
-        a = expand(self.alpha_bar.sqrt(), t, x_t)
-        b = expand((1 - self.alpha_bar).sqrt(), t, x_t)
+        a = extract(self.alpha_bar.sqrt(), t, x_t)
+        b = extract((1 - self.alpha_bar).sqrt(), t, x_t)
         return b * x_t + a * output
 
     def loss(self, eps_pred: Tensor, eps: Tensor, t: Tensor, weighting: str = "none") -> Tensor:

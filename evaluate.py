@@ -428,7 +428,7 @@ def on_files(trained: Trained, args: argparse.Namespace) -> dict:
 
 def main() -> None:
     args = parse()
-    cli.tune_cpu()
+    cli.tune_torch()
     trained = load_trained(args.checkpoint, args.base, args.device, vae=args.vae)
     if args.base:
         trained.info["base"] = args.base

@@ -65,7 +65,7 @@ def generate_images(
     rows = [encode_text(trained, p, room=P + 1) + [config.boi_id] for p in prompts]
     if cfg != 1.0:  # what training dropped is what is nulled here: the whole caption, never BOI
         rows += [[config.boi_id]] * len(prompts)
-    latents = paint(trained, rows, None, [cfg], seeds, steps, sampler, watch)
+    latents = sample_latents(trained, rows, None, [cfg], seeds, steps, sampler, watch)
     return trained.codec.decode(latents.cpu())
 
 
@@ -103,11 +103,11 @@ def edit_images(
         rows = rows + [[config.boi_id]] * n
     elif len(scales) == 2:
         scales = [cfg]
-    latents = paint(trained, rows, context, scales, seeds, steps, sampler, watch)
+    latents = sample_latents(trained, rows, context, scales, seeds, steps, sampler, watch)
     return trained.codec.decode(latents.cpu())
 
 
-def paint(
+def sample_latents(
     trained: Trained,
     rows: list[list[int]],
     context: Tensor | None,

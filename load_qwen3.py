@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model import LMFusion, ModelConfig, replace
-from scale.parallel import whole
+from scale.parallel import full_tensor
 
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"  # Qwen3's own; their frozen embedding rows serve as they are
 # Our choice, for other bases: special tokens that their text does not use. The first pair that is there.
@@ -364,7 +364,7 @@ def fingerprint(model: LMFusion) -> str:
     """
     digest = hashlib.sha256()
     for name, p in sorted(model.text_parameters().items()):
-        value = whole(p.detach()).float().cpu().contiguous()
+        value = full_tensor(p.detach()).float().cpu().contiguous()
         digest.update(f"{name} {tuple(p.shape)} {value.dtype}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from scale.parallel import fill, whole
+from scale.parallel import fill, full_tensor
 from unet import UNetDown, UNetUp
 
 IMAGE, PAD = -1, -2  # what stands in `Tokens.ids` where there is no text token
@@ -233,14 +233,14 @@ class Tokens:
     image     (B, N)  number of the image within its sequence, from 1, in order; 0 at text and padding
     position  (B, N)  RoPE position within the document; one a token, image patches in row-major order
     document  (B, N)  tokens see only their own document; -1 at padding
-    spoken    (B, N)  of a conversation: whether the model is to say this token; None: all of them
+    loss_mask    (B, N)  of a conversation: whether the model is to say this token; None: all of them
     """
 
     ids: Tensor
     image: Tensor
     position: Tensor
     document: Tensor
-    spoken: Tensor | None = None
+    loss_mask: Tensor | None = None
 
     @staticmethod
     def text(ids: Tensor, start: int = 0) -> Tokens:
@@ -270,11 +270,11 @@ class Tokens:
         num_patches: int,
         start: list[list[int]] | None = None,
         images_before: list[int] | None = None,
-        spoken: list[list[list[bool]]] | None = None,
+        loss_mask: list[list[list[bool]]] | None = None,
     ) -> Tokens:
         """Like `rows`, with several documents behind one another in a row; each has positions of its own.
 
-        `spoken` says of each id, and of each IMAGE, whether it is the model's to say.
+        `loss_mask` says of each id, and of each IMAGE, whether it is the model's to say.
         """
         P, columns = num_patches, []
         for r, documents in enumerate(rows):
@@ -282,7 +282,9 @@ class Tokens:
             for number, row in enumerate(documents):
                 count = images_before[r] if images_before else 0
                 before = len(ids)
-                for i, mine in zip(row, spoken[r][number] if spoken else [True] * len(row), strict=True):
+                for i, mine in zip(
+                    row, loss_mask[r][number] if loss_mask else [True] * len(row), strict=True
+                ):
                     count += i == IMAGE
                     ids += [IMAGE] * P if i == IMAGE else [i]
                     image += [count] * P if i == IMAGE else [0]
@@ -301,7 +303,9 @@ class Tokens:
             own += [False] * n
         *parts, own = (torch.tensor(x, dtype=torch.long) for x in zip(*columns, strict=True))
         tokens = Tokens(*(x.view(len(rows), width) for x in parts))
-        return dataclasses.replace(tokens, spoken=own.view(len(rows), width).bool()) if spoken else tokens
+        return (
+            dataclasses.replace(tokens, loss_mask=own.view(len(rows), width).bool()) if loss_mask else tokens
+        )
 
 
 def hybrid_mask(query: Tokens, key: Tokens | Cache) -> Tensor:
@@ -316,7 +320,7 @@ def hybrid_mask(query: Tokens, key: Tokens | Cache) -> Tensor:
     return same_document & (causal | same_image)
 
 
-def join(past: Tensor, length: int, new: Tensor) -> Tensor:
+def append_slots(past: Tensor, length: int, new: Tensor) -> Tensor:
     """Past keys or values, of which the first `length` slots count, and new ones: (B, K, S + N, d).
 
     Where there is room behind the past (`Cache.reserve`) the new ones are written there; else all is copied.
@@ -363,8 +367,8 @@ class Cache:
         """A cache with the slots of `new` behind these. Without room, both stay as they are."""
         S, k, v = self.length, self.k, self.v
         if not self.room or k[0][:, :, S:].data_ptr() != new.k[0].data_ptr():  # else it stands there already
-            k = [join(a, S, b) for a, b in zip(k, new.k, strict=True)]
-            v = [join(a, S, b) for a, b in zip(v, new.v, strict=True)]
+            k = [append_slots(a, S, b) for a, b in zip(k, new.k, strict=True)]
+            v = [append_slots(a, S, b) for a, b in zip(v, new.v, strict=True)]
             if self.room >= new.length:
                 k, v = self.k, self.v
         fields = ("image", "position", "document")
@@ -584,7 +588,10 @@ class Block(nn.Module):
         q, k_new = qk.split((H, K), dim=1)
         k, v = k_new, v_new
         if past is not None:
-            k, v = join(past[0], past[2], k_new), join(past[1], past[2], v_new)  # (B, K, S + N, d)
+            k, v = (
+                append_slots(past[0], past[2], k_new),
+                append_slots(past[1], past[2], v_new),
+            )  # (B, K, S + N, d)
             if past[0].shape[2] >= k.shape[2]:  # written into the room of a cache: there it is to be found
                 k_new, v_new = k[:, :, past[2] :], v[:, :, past[2] :]
         attended = layout.attend(q, k, v)  # (B, H, N, d)
@@ -688,7 +695,7 @@ class LMFusion(nn.Module):
         if self.norm_image is not self.norm_text:
             self.norm_image.load_state_dict(self.norm_text.state_dict())
         # Our choice: patches enter the residual stream as large as words do, as the copied layers expect.
-        rms = whole(self.embed_tokens.weight).float().pow(2).mean().sqrt().item()
+        rms = full_tensor(self.embed_tokens.weight).float().pow(2).mean().sqrt().item()
         for part, kind, arguments in ((self.unet_down, UNetDown, (rms,)), (self.unet_up, UNetUp, ())):
             with torch.device("meta"):
                 fresh = kind(self.config)

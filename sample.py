@@ -154,7 +154,7 @@ def pixels(trained: Trained) -> int:
     return trained.model.config.latent_size * trained.codec.patch
 
 
-def paint(trained: Trained, args: argparse.Namespace, batch: int = 64) -> None:
+def paint_prompts(trained: Trained, args: argparse.Namespace, batch: int = 64) -> None:
     """A picture for every prompt, n times, painted anew or --edit changed, into one file; and the film."""
     source = None if args.edit is None else read_picture(args.edit, pixels(trained))
     prompts = [p for p in args.prompt for _ in range(args.n)]
@@ -241,7 +241,7 @@ def converse(trained: Trained, args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     check(args)
-    cli.tune_cpu()
+    cli.tune_torch()
     task = "chat" if args.chat or args.messages else "edit" if args.edit is not None else ""
     trained = load_trained(
         args.checkpoint,
@@ -268,7 +268,7 @@ def main() -> None:
         picture = read_picture(path, pixels(trained))
         print(f"{path}: {describe_images(trained, picture, args.max_tokens, **how)[0]}")
     if args.prompt:
-        paint(trained, args)
+        paint_prompts(trained, args)
 
 
 if __name__ == "__main__":

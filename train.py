@@ -73,7 +73,17 @@ from load_qwen3 import fingerprint, known_config, load_qwen3, load_tokenizer, re
 from model import SEPARATIONS, Hidden, LMFusion, Tokens, replace
 from scale.latents import INDEX, LatentShards, LatentSource
 from scale.muon import Muon
-from scale.parallel import Team, alike, fill, join, leave, own_device, release, shard, whole
+from scale.parallel import (
+    Team,
+    alike,
+    end_processes,
+    fill,
+    full_tensor,
+    init_processes,
+    own_device,
+    release,
+    shard,
+)
 from scale.pictures import list_samples, load_edits, load_pictures
 from scale.vae import AutoencoderKL, load_vae, read_vae_config, resolve_vae
 from small import pretrain
@@ -423,7 +433,7 @@ def losses(
 PARTS = ("ddpm_loss", "lm_loss", "draw_loss")
 
 
-def targets(model: LMFusion, batch: Batch) -> list[int]:
+def count_targets(model: LMFusion, batch: Batch) -> list[int]:
     """How many things each of PARTS is a mean over: pictures, words to predict, decisions to draw."""
     boi = model.config.boi_id
     (words, draw), (words_before, draw_before) = next_tokens(batch.rest, boi), next_tokens(batch.prefix, boi)
@@ -575,7 +585,7 @@ class Run:
         """
         base: str | Path = ""
         for first in (True, False):
-            if self.team.leads == first:
+            if self.team.is_main == first:
                 if self.config.base:
                     base = resolve(self.config.base)
                 elif isinstance(former, str) and Path(former).is_dir():
@@ -720,7 +730,7 @@ class Run:
         """One step; returns the losses of the whole batch."""
         config, team = self.config, self.team
         batches = self.draw_batches()
-        counts = [targets(self.model, batch) for batch, _ in batches]
+        counts = [count_targets(self.model, batch) for batch, _ in batches]
         totals = team.total([float(sum(c)) for c in zip(*counts, strict=True)])
         means: dict[str, Tensor | float] = dict.fromkeys(PARTS, 0.0)
         for (batch, noise), count in zip(batches, counts, strict=True):
@@ -740,7 +750,7 @@ class Run:
         means = team.total([float(m) for m in means.values()])
         result = {k: m for k, m, total in zip(PARTS, means, totals, strict=True) if total}
         result["loss"] = result.get("lm_loss", 0.0) + config.lambda_ddpm * result.get("ddpm_loss", 0.0)
-        norm = whole(nn.utils.clip_grad_norm_(self.trained.values(), config.clip)).item()
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.trained.values(), config.clip)).item()
         for what, value in (("loss", result["loss"]), ("norm of the gradient", norm)):
             if not math.isfinite(value):
                 raise ValueError(
@@ -825,7 +835,7 @@ class Run:
         with self.averaged():
             pictures = generate_images(trained, prompts, seeds=list(range(len(prompts))))
             release(self.model)
-        if self.team.leads:
+        if self.team.is_main:
             figures.save_image(figures.sheet(pictures, prompts), self.out / f"sheet-{self.step:06d}.png")
 
     def draw_edits(self) -> None:
@@ -837,7 +847,7 @@ class Run:
         with self.averaged():
             after = edit_images(trained, before, words, seeds=list(range(len(words))))
             release(self.model)
-        if self.team.leads:
+        if self.team.is_main:
             pictures = torch.stack((before, after), 1).flatten(0, 1)
             page = figures.sheet(pictures, [x for w in words for x in ("", w)])
             figures.save_image(page, self.out / f"edits-{self.step:06d}.png")
@@ -896,7 +906,7 @@ class Run:
             "config": dataclasses.asdict(self.config),
         }
         write_folder(self.out / f"step-{self.step:06d}", tensors, info, "checkpoint.json", team=self.team)
-        if not self.team.leads:
+        if not self.team.is_main:
             return
         for old in list_checkpoints(self.out)[:-1]:
             shutil.rmtree(old, ignore_errors=True)
@@ -945,7 +955,7 @@ class Run:
         self.step = info["step"]
         metrics = self.out / "metrics.jsonl"  # lines of steps that the kill took with it
         kept = [m for m in read_metrics(metrics) if m["step"] <= self.step]
-        if self.team.leads:
+        if self.team.is_main:
             write_atomic(metrics, "".join(json.dumps(m) + "\n" for m in kept))
         self.seconds = kept[-1]["seconds"] if kept else 0.0
 
@@ -1179,13 +1189,13 @@ def train(run: Run, watch: Callable[[Run], dict] | None = None) -> None:
     config, start, first = run.config, time.perf_counter(), run.step
     window: list[dict[str, float]] = []
     window_start, waited = start, 0.0  # images per second count training alone, without sheets and validation
-    leads = run.team.leads
+    is_main = run.team.is_main
     bar = tqdm(
         total=config.steps,
         initial=run.step,
         unit="step",
         desc="training",
-        disable=None if leads else True,  # None: only on a terminal
+        disable=None if is_main else True,  # None: only on a terminal
     )
     while run.step < config.steps:
         window.append(run.train_step())
@@ -1215,9 +1225,9 @@ def train(run: Run, watch: Callable[[Run], dict] | None = None) -> None:
                 "seconds": round(run.seconds + now - start, 2),
                 **line,
             }
-            if leads:
+            if is_main:
                 append(run.out / "metrics.jsonl", json.dumps(line) + "\n")
-            if leads and "val" in line:
+            if is_main and "val" in line:
                 middle = len(TIMESTEPS) // 2
                 right, permuted = line["val"]["right"][middle], line["val"]["permuted"][middle]
                 bar.write(
@@ -1235,12 +1245,12 @@ def train(run: Run, watch: Callable[[Run], dict] | None = None) -> None:
         if last or run.step % config.checkpoint_every == 0:
             pause = time.perf_counter()
             run.save()
-            if leads:
+            if is_main:
                 run.draw_curves()
             waited += time.perf_counter() - pause
     bar.close()
     seconds = time.perf_counter() - start
-    if not leads:
+    if not is_main:
         return
     print(
         f"{run.step - first} steps, {(run.step - first) * config.batch_size} pictures in {seconds:.0f} s; "
@@ -1266,7 +1276,7 @@ def dry_run(config: TrainConfig) -> None:
         print(f"of captioned pictures; --task {config.task} has more text, and clean pictures as well\n")
     if config.text_batch:
         print(f"without the {config.text_batch} documents of text beside the pictures\n")
-    print(budget.table(budget.report(model, config, size)))
+    print(budget.budget_table(budget.report(model, config, size)))
 
 
 def main() -> None:
@@ -1281,10 +1291,10 @@ def main() -> None:
             "elsewhere, and deleting the folder starts over"
         )
     check_device(own_device(config.device))
-    cli.tune_cpu()
+    cli.tune_torch()
     # SIGTERM comes from a scheduler that ends a job, and from torchrun when another process has died
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    team = join(config.device, config.dtype)
+    team = init_processes(config.device, config.dtype)
     try:
         work(config, name, found[-1] if resume else None, team)
     except RuntimeError as error:
@@ -1297,7 +1307,7 @@ def main() -> None:
             + (f"{last[-1]} is whole: --resume goes on from it" if last else "no checkpoint was written yet")
         ) from None
     finally:
-        leave(team)
+        end_processes(team)
 
 
 def work(config: TrainConfig, name: str, checkpoint: Path | None, team: Team) -> None:
@@ -1309,13 +1319,13 @@ def work(config: TrainConfig, name: str, checkpoint: Path | None, team: Team) ->
     if checkpoint:
         run.resume(checkpoint)
         if run.step >= config.steps:
-            if team.leads:
+            if team.is_main:
                 print(f"{checkpoint} is at step {run.step} already; nothing is left of {config.steps} steps")
             return
     elif config.init_from:
         run.start_from(find_checkpoint(config.init_from))
     out.mkdir(parents=True, exist_ok=True)
-    if not checkpoint and team.leads:
+    if not checkpoint and team.is_main:
         write_atomic(out / "metrics.jsonl", "")
     try:
         train(run)

@@ -1,8 +1,8 @@
 """A conversation with a trained model, in the terminal or from a file (`sample.py --chat`, `--chat-file`).
 
-Messages are those of template.py; the pictures in them are `Seen`. Every turn renders the whole conversation
-in Qwen3's template and reads only what the context does not hold yet: the template drops the thoughts of
-earlier turns, so a little of the last one is read again.
+Messages are those of template.py; the pictures in them are `ChatPicture`. Every turn renders the whole
+conversation in Qwen3's template and reads only what the context does not hold yet: the template drops the
+thoughts of earlier turns, so a little of the last one is read again.
 
     /image PATH      show the model a picture, together with the next message
     /save [FILE.md]  write the conversation as Markdown and as JSON, its pictures beside them
@@ -26,7 +26,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from chat.template import END_THINK, IM_END, IM_START, THINK, Picture, check_messages, encode, render
+from chat.template import (
+    END_THINK,
+    IM_END,
+    IM_START,
+    THINK,
+    Picture,
+    apply_chat_template,
+    check_messages,
+    encode,
+)
 from checkpoint import Trained, write_atomic
 from generate import Context, Style, encode_pictures, generate, read_picture
 from lab import figures
@@ -37,7 +46,7 @@ SIDE = 256  # pixels a side, at least, of the files that pictures are written to
 
 
 @dataclass
-class Seen:
+class ChatPicture:
     """A picture of a conversation, shown or painted."""
 
     pixels: Tensor  # uint8 (3, S, S)
@@ -45,10 +54,10 @@ class Seen:
     names: dict[Path, str] = field(default_factory=dict)  # of its files, by their folders
 
 
-def see(trained: Trained, path: Path) -> Seen:
+def see(trained: Trained, path: Path) -> ChatPicture:
     """A picture file; ValueError if it is none."""
     pixels = read_picture(str(path), trained.model.config.latent_size * trained.codec.patch)
-    return Seen(pixels[0], encode_pictures(trained, pixels)[0])
+    return ChatPicture(pixels[0], encode_pictures(trained, pixels)[0])
 
 
 class Conversation:
@@ -67,12 +76,12 @@ class Conversation:
     def answer(self, content: str | list[dict], show: Callable | None = None, watch=None) -> dict:
         """The model's message after one of the user's. Both are kept, or neither if there is an error.
 
-        show(text or Seen, thought) is called with what comes, as it comes; watch after each denoising step.
+        show(text or ChatPicture, thought) is called with what comes, as it comes; watch after each step.
         ValueError if the conversation is longer than the context.
         """
         tokenizer, config = self.trained.tokenizer, self.trained.model.config
         messages = [*self.messages, {"role": "user", "content": content}]
-        pieces = render(messages, self.thinking)
+        pieces = apply_chat_template(messages, self.thinking)
         latents = [p.content.latent for p in pieces if isinstance(p, Picture)]
         ids = encode(tokenizer, pieces, config.boi_id, config.eoi_id)
         features = self.context.read(*self.context.rewind(ids, latents))
@@ -80,7 +89,7 @@ class Conversation:
         for what, thought in self.spell(generate(self.trained, self.context, features, self.style, watch)):
             if show is not None:
                 show(what, thought)
-            if isinstance(what, Seen):
+            if isinstance(what, ChatPicture):
                 parts.append({"type": "image", "image": what})
             elif thought:
                 thoughts += what
@@ -96,7 +105,7 @@ class Conversation:
         self.messages = [*messages, message]
         return message
 
-    def spell(self, events: Iterable[int | Tensor]) -> Iterator[tuple[str | Seen, bool]]:
+    def spell(self, events: Iterable[int | Tensor]) -> Iterator[tuple[str | ChatPicture, bool]]:
         """Ids and latents -> text, character by character, and pictures; and whether it is a thought."""
         tokenizer = self.trained.tokenizer
         think, end_think = tokenizer.token_to_id(THINK), tokenizer.token_to_id(END_THINK)
@@ -112,7 +121,7 @@ class Conversation:
             if not word:
                 run, shown = [], ""
             if isinstance(event, Tensor):
-                yield Seen(self.trained.codec.decode(event[None].cpu())[0], event), False
+                yield ChatPicture(self.trained.codec.decode(event[None].cpu())[0], event), False
             elif event is not None and not word:
                 thought = event == think
 
@@ -121,7 +130,7 @@ class Conversation:
 # On the disk
 
 
-def file_in(picture: Seen, folder: Path) -> str:
+def file_in(picture: ChatPicture, folder: Path) -> str:
     """The name of a picture's file in a folder. If it has none, it is written under the next free number."""
     place = folder.resolve()
     if place not in picture.names:
@@ -230,7 +239,7 @@ class Printer:
             self.write(THINK if thought else END_THINK)
             self.thought = thought
 
-    def show(self, what: str | Seen, thought: bool) -> None:
+    def show(self, what: str | ChatPicture, thought: bool) -> None:
         """A piece of text, or a picture as the name of its file."""
         self.turn(thought)
         self.write(what if isinstance(what, str) else f"[{self.folder / file_in(what, self.folder)}]")

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from chat.conversation import Conversation, Seen
+from chat.conversation import ChatPicture, Conversation
 from checkpoint import Trained, load_trained, write_atomic
 from evaluate import in_batches, prompt_match, read_scenes, text_line, text_report
 from generate import Style, edit_images, encode_pictures, generate_images
@@ -36,10 +36,10 @@ from small.dialogues import THINK_PROMPT, Shot, conversation
 from small.world import ATTRIBUTES, Scene, all_scenes, draw_edit, draw_shift, render, text_document
 
 
-def seen(trained: Trained, shot: Shot) -> Seen:
+def seen(trained: Trained, shot: Shot) -> ChatPicture:
     """A built-in picture, as a conversation holds it."""
     pixels = render([shot.scene], shifts=[shot.shift])
-    return Seen(pixels[0], encode_pictures(trained, pixels)[0])
+    return ChatPicture(pixels[0], encode_pictures(trained, pixels)[0])
 
 
 def with_pictures(trained: Trained, messages: list[dict]) -> list[dict]:
@@ -70,7 +70,7 @@ def reply(trained: Trained, messages: list[dict], thinking: bool, style: Style) 
     return Conversation(trained, style, thinking, before).answer(last["content"])
 
 
-def run(trained: Trained, what: str, cases: list[list[dict]], thinking, style: Style) -> list[dict]:
+def answer_all(trained: Trained, what: str, cases: list[list[dict]], thinking, style: Style) -> list[dict]:
     """The answers to the last question of each conversation, whose last message is the right answer."""
     bar = tqdm(enumerate(cases), total=len(cases), desc=what, disable=None)
     think = thinking if isinstance(thinking, list) else [thinking] * len(cases)
@@ -93,7 +93,7 @@ def decisions(trained: Trained, n: int, style: Style) -> dict:
     rng = random.Random(f"decisions {style.seed}")
     thinking = [i % 2 == 0 for i in range(n)]
     cases = [conversation(rng, t, held_out=True) for t in thinking]
-    answers = run(trained, "deciding", cases, thinking, style)
+    answers = answer_all(trained, "deciding", cases, thinking, style)
     wanted = [len(pictures_of(c[-1])) for c in cases]
     got = [len(pictures_of(a)) for a in answers]
     right = [a == b for a, b in zip(wanted, got, strict=True)]
@@ -127,7 +127,7 @@ def direct(trained: Trained, n: int, style: Style) -> dict:
         system = [{"role": "system", "content": THINK_PROMPT}] if thinking else []
         end = {"role": "assistant", "content": ""}
         cases = [[*system, {"role": "user", "content": f"draw {c}"}, end] for c in captions]
-        answers = run(trained, key.replace("_", " "), cases, thinking, style)
+        answers = answer_all(trained, key.replace("_", " "), cases, thinking, style)
         out[key] = match(scenes, [painted(a) for a in answers])
     return out
 
@@ -139,13 +139,13 @@ def match(wanted: list[Scene], got: list[Scene | None]) -> dict[str, float]:
     return out | {"all": share([w == g for w, g in pairs])}
 
 
-def indirect(trained: Trained, n: int, style: Style) -> tuple[dict, list]:
+def indirect_requests(trained: Trained, n: int, style: Style) -> tuple[dict, list]:
     """Prompt match of indirect requests with a thought and without; and each (request, answer) with both."""
     out, shown = {"prompts": n}, []
     for key, thinking in (("thinking", True), ("not_thinking", False)):
         rng = random.Random(f"indirect {style.seed}")
         cases = [conversation(rng, thinking, ["indirect"], held_out=True) for _ in range(n)]
-        answers = run(trained, f"indirect, {key.replace('_', ' ')}", cases, thinking, style)
+        answers = answer_all(trained, f"indirect, {key.replace('_', ' ')}", cases, thinking, style)
         scenes = [pictures_of(c[-1])[0].scene for c in cases]
         out[key] = match(scenes, [painted(a) for a in answers])
         if thinking:
@@ -193,7 +193,7 @@ def edits(trained: Trained, n: int, style: Style) -> tuple[dict, Tensor, list[st
         shown = {"type": "image", "image": Shot(edit.source, shift)}
         question = {"role": "user", "content": [shown, {"type": "text", "text": edit.instruction}]}
         talked.append([question, {"role": "assistant", "content": ""}])
-    answers = run(trained, "editing in chat", talked, False, style)
+    answers = answer_all(trained, "editing in chat", talked, False, style)
     report = {
         "edits": n,
         "changed": share(changed),
@@ -217,7 +217,7 @@ def stories(trained: Trained, n: int, style: Style) -> dict:
     """Two requests in one message: the order of text and pictures, and each picture."""
     rng = random.Random(f"stories {style.seed}")
     cases = [conversation(rng, False, ["story"], held_out=True) for _ in range(n)]
-    answers = run(trained, "telling stories", cases, False, style)
+    answers = answer_all(trained, "telling stories", cases, False, style)
     order, words, each, both = [], [], [], []
     for c, a in zip(cases, answers, strict=True):
         kinds = [p["type"] for p in a["content"]]
@@ -240,7 +240,7 @@ def stories(trained: Trained, n: int, style: Style) -> dict:
     }
 
 
-def evaluate(trained: Trained, n: int, style: Style) -> dict:
+def evaluate_chat(trained: Trained, n: int, style: Style) -> dict:
     """All figures, and under "edit_sheet" and "thought_sheet" the pages to look at."""
     rng = random.Random(f"held-out text {style.seed}")
     report = {
@@ -249,7 +249,7 @@ def evaluate(trained: Trained, n: int, style: Style) -> dict:
         "decisions": decisions(trained, n, style),
         "direct": direct(trained, min(n + n // 7, len(all_scenes(held_out=True))), style),
     }
-    report["indirect"], shown = indirect(trained, n, style)
+    report["indirect"], shown = indirect_requests(trained, n, style)
     report["edits"], pictures, labels = edits(trained, n, style)
     report["stories"] = stories(trained, max(1, n // 4), style)
     report["text"] = text_report(trained, [text_document(rng) for _ in range(200)])
@@ -268,7 +268,7 @@ def thought_sheet(cases: list) -> Image.Image:
     return figures.cases(rows, ["after the thought", "without one"])
 
 
-def table(r: dict) -> str:
+def chat_table(r: dict) -> str:
     """The figures as Markdown."""
 
     def percent(x: float) -> str:
@@ -327,19 +327,19 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    cli.tune_cpu()
+    cli.tune_torch()
     trained = load_trained(args.checkpoint, args.base, config="small-chat")
     if args.base:
         trained.info["base"] = args.base
     pixels = trained.model.config.latent_size * trained.codec.patch
     if pixels != 32:
         raise ValueError(f"{trained.folder} paints {pixels} pixels a side; the built-in shapes have 32")
-    report = evaluate(trained, args.n, Style(steps=args.steps, cfg=args.cfg, seed=args.seed))
+    report = evaluate_chat(trained, args.n, Style(steps=args.steps, cfg=args.cfg, seed=args.seed))
     for place, name in ((args.edits, "edit_sheet"), (args.thoughts, "thought_sheet")):
         page = report.pop(name)
         if place:
             figures.save_image(page, place)
-    print(table(report))
+    print(chat_table(report))
     if args.json:
         write_atomic(Path(args.json), json.dumps(report, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """Qwen3's chat template in plain Python: messages -> what the model reads, text and pictures.
 
-    pieces = render([{"role": "user", "content": "Name a colour."}])
+    pieces = apply_chat_template([{"role": "user", "content": "Name a colour."}])
     text_of(pieces)                  # "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n"
     encode(tokenizer, pieces, ...)   # token ids
 
@@ -59,7 +59,7 @@ def check_messages(messages: list[dict], context: str = "") -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{prefix}messages must be a list of at least one message, not {short(messages)}")
     for number, message in enumerate(messages, start=1):
-        wrong = fault(message)
+        wrong = message_fault(message)
         if wrong:
             raise ValueError(f"{prefix}message {number} {wrong}")
 
@@ -69,7 +69,7 @@ def short(value: object) -> str:
     return " ".join(reprlib.repr(value).split())
 
 
-def fault(message: object) -> str | None:
+def message_fault(message: object) -> str | None:
     """What is wrong with a message, or None."""
     if not isinstance(message, dict):
         return f"is {short(message)}, not an object with role and content"
@@ -119,7 +119,7 @@ def split_content(content: str | list[dict]) -> tuple[str, list[str | Picture]]:
 # Messages -> pieces -> a string
 
 
-def render(messages: list[dict], thinking: bool = True, generate: bool = True) -> list[Piece]:
+def apply_chat_template(messages: list[dict], thinking: bool = True, generate: bool = True) -> list[Piece]:
     """A conversation as Qwen3 reads it: control tokens, text between them, pictures.
 
     `generate`: ends with the beginning of an answer (the template's add_generation_prompt); `thinking` =
@@ -241,7 +241,7 @@ def encode(tokenizer: Tokenizer, pieces: list[Piece], boi_id: int, eoi_id: int) 
     return ids
 
 
-def spoken(tokenizer: Tokenizer, ids: list[int]) -> list[bool]:
+def assistant_mask(tokenizer: Tokenizer, ids: list[int]) -> list[bool]:
     """Of each id of an encoded conversation, whether an assistant says it; of plain text, all are True.
 
     That is what stands behind "<|im_start|>" of an assistant's turn, up to its "<|im_end|>".

@@ -229,7 +229,7 @@ def final_figures(run: Run, plan: Plan, name: str, base: LMFusion) -> dict:
 # Cells
 
 
-def ensure_base(plan: Plan) -> Path:
+def ensure_lab_base(plan: Plan) -> Path:
     """The one base of all cells; a quick plan has a quick one."""
     if plan.steps >= 200:
         return train.ensure_base(0, plan.base_steps)
@@ -245,7 +245,7 @@ def result_file(plan: Plan, name: str, seed: int) -> Path:
 
 def run_cell(plan: Plan, name: str, seed: int) -> None:
     """Train and measure one cell, or go on where it stopped; its result is written when it is whole."""
-    start, base = time.perf_counter(), ensure_base(plan)
+    start, base = time.perf_counter(), ensure_lab_base(plan)
     config = configure(plan, name, seed, base)
     counted = count_flops(config, plan.counted)
     run = Run(config, "ablation")
@@ -308,7 +308,7 @@ def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int, quick: bool) -
         for name, seed in tqdm(todo, desc="cells", disable=None):
             run_cell(plan, name, seed)
         return
-    ensure_base(plan)
+    ensure_lab_base(plan)
     root = str(Path(__file__).parent.parent)  # from where `-m lab.ablate` is found
     environment = os.environ | {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)),
@@ -360,7 +360,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    cli.tune_cpu()
+    cli.tune_torch()
     seeds = [args.seed] if args.seed is not None else list(range(args.seeds))
     shown = {name for names in FIGURES.values() for name in names}  # in the paper's figures: these first
     wanted = [(name, seed) for seed in seeds for name in args.names]

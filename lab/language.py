@@ -63,7 +63,7 @@ def read_questions(path: str) -> list[Question]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
-        wrong = fault(row)
+        wrong = question_fault(row)
         if wrong:
             raise ValueError(f"{path}: line {number} {wrong}")
         questions.append(Question(row["context"], tuple(row["choices"]), row["label"]))
@@ -72,7 +72,7 @@ def read_questions(path: str) -> list[Question]:
     return questions
 
 
-def fault(row: object) -> str | None:
+def question_fault(row: object) -> str | None:
     """What is wrong with a line of questions, or None."""
     if not isinstance(row, dict):
         return 'is no object with "context", "choices" and "label"'

@@ -179,7 +179,7 @@ def main() -> None:
     add("--device", default="cpu", help="of the step: cpu, cuda, ...")
     args = parser.parse_args()
     check_device(args.device)
-    cli.tune_cpu()
+    cli.tune_torch()
     if args.what in ("step", "both"):
         for dtype in (torch.float32, torch.bfloat16):
             peak = product_peak(dtype, args.device)

@@ -1,7 +1,7 @@
 """What a run needs, before it is started: memory of one process, and floating-point operations.
 
     report = budget.report(model_config, train_config, world_size)
-    print(budget.table(report))
+    print(budget.budget_table(report))
 
 What can be run is not estimated: the functions that train and sample run on a model of fake tensors, which
 have shapes and no memory. On the way every tensor made is entered in the books with its size and taken out
@@ -359,7 +359,7 @@ def report(
     }
 
 
-def table(report: dict[str, dict]) -> str:
+def budget_table(report: dict[str, dict]) -> str:
     """The report as Markdown: millions of parameters, GiB (2^30 bytes), TFLOP."""
     titles = {
         "setting": "setting",

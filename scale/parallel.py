@@ -34,7 +34,7 @@ class Team:
     mesh: DeviceMesh | None = None  # None: alone, in float32
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process speaks and writes for all."""
         return self.rank == 0
 
@@ -74,7 +74,7 @@ def own_device(device: str) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if cuda and "LOCAL_RANK" in os.environ else device
 
 
-def join(device: str, dtype: str) -> Team:
+def init_processes(device: str, dtype: str) -> Team:
     """The team this process belongs to, by torchrun's environment.
 
     Without torchrun: a process alone, which needs the machinery for bfloat16 only.
@@ -95,7 +95,7 @@ def join(device: str, dtype: str) -> Team:
     return Team(dist.get_rank(), size, device, init_device_mesh(kind, (size,)))
 
 
-def leave(team: Team) -> None:
+def end_processes(team: Team) -> None:
     """The end of a run, or of a process that failed."""
     if team.mesh is not None and dist.is_initialized():
         dist.destroy_process_group()
@@ -126,7 +126,7 @@ def release(model: nn.Module) -> None:
         model.reshard()
 
 
-def whole(p: Tensor) -> Tensor:
+def full_tensor(p: Tensor) -> Tensor:
     """A parameter, gradient or state of which each process may hold a slice, whole. All must call it."""
     return p.full_tensor() if isinstance(p, DTensor) else p
 

@@ -263,10 +263,10 @@ def list_samples(source: str | list[str]) -> list[Sample]:
     ValueError: no such file, or not a tar.
     """
     sources = [source] if isinstance(source, str) else list(source)
-    return [sample for path in expand(sources) for sample in find_samples(path)]
+    return [sample for path in find_paths(sources) for sample in find_samples(path)]
 
 
-def expand(sources: list[str]) -> list[Path]:
+def find_paths(sources: list[str]) -> list[Path]:
     """Paths and globs -> existing paths, each once, a glob's matches sorted."""
     paths = []
     for source in map(os.path.expanduser, sources):
@@ -332,7 +332,7 @@ def jsonl_sample(line: bytes, number: str, folder: Path) -> Sample:
 
 
 def file_inside(folder: Path, name: str) -> Span | None:
-    """A file by its path from `folder`; None if that leads out of it."""
+    """A file by its path from `folder`; None if that is_main out of it."""
     path = os.path.normpath(name)
     return None if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir else Span(folder / path)
 

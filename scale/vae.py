@@ -68,7 +68,7 @@ class ResnetBlock(nn.Module):
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(y)))
 
 
-class Attention(nn.Module):
+class VAEAttention(nn.Module):
     """Self-attention over all positions of a map (M, c, h, w): one head of all channels."""
 
     def __init__(self, c: int, groups: int):
@@ -98,7 +98,7 @@ class Resample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Block(nn.Module):
+class VAEBlock(nn.Module):
     """Residual layers at one resolution, then a change of resolution, if any."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, down: bool = False, up: bool = False):
@@ -119,7 +119,7 @@ class MidBlock(nn.Module):
     def __init__(self, c: int, groups: int, attention: bool):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c, c, groups) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(c, groups)] if attention else [])
+        self.attentions = nn.ModuleList([VAEAttention(c, groups)] if attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
@@ -135,7 +135,7 @@ class Encoder(nn.Module):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = conv3(3, widths[0])
         self.down_blocks = nn.ModuleList(
-            Block(c_in, c_out, config.layers_per_block, groups, down=i < len(widths) - 1)
+            VAEBlock(c_in, c_out, config.layers_per_block, groups, down=i < len(widths) - 1)
             for i, (c_in, c_out) in enumerate(zip((widths[0], *widths), widths, strict=False))
         )
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
@@ -158,7 +158,7 @@ class Decoder(nn.Module):
         self.conv_in = conv3(config.latent_channels, widths[0])
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList(
-            Block(c_in, c_out, config.layers_per_block + 1, groups, up=i < len(widths) - 1)
+            VAEBlock(c_in, c_out, config.layers_per_block + 1, groups, up=i < len(widths) - 1)
             for i, (c_in, c_out) in enumerate(zip((widths[0], *widths), widths, strict=False))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
@@ -300,7 +300,7 @@ def read_vae_config(path: Path) -> VAEConfig:
     return VAEConfig(**fields)
 
 
-def read_tensors(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def read_vae_tensors(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Exactly the expected tensors, as stored; ValueError names the first that does not fit."""
     state: dict[str, Tensor] = {}
     with open_safetensors(file) as f:
@@ -335,7 +335,7 @@ def load_vae(
     with torch.device("meta"):  # shapes only; the file's tensors then take their places
         vae = AutoencoderKL(read_vae_config(folder / "config.json"))
     expected = {name: tuple(p.shape) for name, p in vae.state_dict().items()}
-    vae.load_state_dict(read_tensors(folder / WEIGHTS, expected), assign=True)
+    vae.load_state_dict(read_vae_tensors(folder / WEIGHTS, expected), assign=True)
     vae.eval().requires_grad_(False)
     vae.fingerprint()
     return vae.to(device, dtype)

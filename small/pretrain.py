@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 import cli
-from chat.template import END_THINK, IM_END, IM_START, THINK, encode, render, spoken
+from chat.template import END_THINK, IM_END, IM_START, THINK, apply_chat_template, assistant_mask, encode
 from checkpoint import write_folder
 from data import next_tokens
 from load_qwen3 import BOI, EOI, STOCK, known_config, text_names
@@ -78,10 +78,10 @@ def draw_document(rng: random.Random, tokenizer: Tokenizer, talk: float) -> tupl
     if rng.random() >= talk:
         pieces = [text_document(rng)]
     else:
-        pieces = render(as_text(conversation(rng, thinking=rng.random() < 0.5)), generate=False)
+        pieces = apply_chat_template(as_text(conversation(rng, thinking=rng.random() < 0.5)), generate=False)
     token = tokenizer.token_to_id
     ids = encode(tokenizer, pieces, token(BOI), token(EOI)) + [token(EOS)]
-    return ids, spoken(tokenizer, ids)
+    return ids, assistant_mask(tokenizer, ids)
 
 
 def init_text(model: LMFusion) -> None:
@@ -148,7 +148,7 @@ def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> N
             batches = [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
             rng.shuffle(batches)
         rows = [([ids], [own]) for ids, own in batches.pop()]
-        tokens = Tokens.packed([r for r, _ in rows], num_patches=1, spoken=[s for _, s in rows])
+        tokens = Tokens.packed([r for r, _ in rows], num_patches=1, loss_mask=[s for _, s in rows])
         targets, _ = next_tokens(tokens, config.boi_id)
         learned = targets >= 0
         loss = F.cross_entropy(model.logits(model.encode(tokens).text[learned]), targets[learned])

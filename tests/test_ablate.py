@@ -64,7 +64,7 @@ def timeless(result: dict) -> dict:
 def work(folder: Path, plan: Plan, name: str, seed: int = 0) -> None:
     """run_cell as the command calls it."""
     with helpers.inside(folder):
-        cli.tune_cpu()
+        cli.tune_torch()
         run_cell(plan, name, seed)
 
 

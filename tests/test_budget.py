@@ -259,7 +259,7 @@ def test_painting_counts_the_prompt_once_and_the_patches_every_step(make_config)
 def test_the_table_ends_with_the_peak(make_config):
     report = budget.report(make_config(num_hidden_layers=1), FIXED, 2, CAPTION)
     json.dumps(report)
-    lines = budget.table(report).splitlines()
+    lines = budget.budget_table(report).splitlines()
     peak = report["training_bytes"]["peak"] / 2**30
     assert lines[-1] == f"predicted peak of one process: {peak:.1f} GiB"
     assert "| optimizer | 0.00 GiB |" in lines and any("TFLOP" in x for x in lines)

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 import generate
 import sample
 from chat import conversation as chat
-from chat.conversation import Conversation, Seen, as_markdown, read_messages, save, see, talk
+from chat.conversation import ChatPicture, Conversation, as_markdown, read_messages, save, see, talk
 from chat.template import END_THINK, THINK, encode_plain
 from checkpoint import Trained
 from generate import Style
@@ -89,7 +89,7 @@ def text_in(message: dict) -> str:
 
 def shown(events: list) -> str:
     """What was shown, as one string."""
-    return "".join("<image>" if isinstance(what, Seen) else what for what, _ in events)
+    return "".join("<image>" if isinstance(what, ChatPicture) else what for what, _ in events)
 
 
 # ---- answers ----
@@ -148,7 +148,7 @@ def test_the_next_turn_reads_the_template_without_old_thoughts(trained, monkeypa
     answers = ["<think>\nhm\n</think>\n\nhere:", latent(1), "ok"], ["<think>\na\n</think>\n\nbye"]
     read = script(trained, monkeypatch, *answers)
     conversation = Conversation(trained, STYLE, True)
-    conversation.answer([{"type": "image", "image": Seen(torch.zeros(3, 32, 32), latent(5))}])
+    conversation.answer([{"type": "image", "image": ChatPicture(torch.zeros(3, 32, 32), latent(5))}])
     assert [torch.equal(z, latent(5)) for z in conversation.context.latents] == [True]
     conversation.answer("and now?")
     assert [torch.equal(z, latent(s)) for z, s in zip(conversation.context.latents, (5, 1), strict=True)]

@@ -336,8 +336,8 @@ def test_the_last_run_of_small_is_the_default(tmp_path):
 def test_what_two_processes_write_is_read_back_however_few_the_tensors(tmp_path, count):
     """One tensor, the range of a VAE's latents, is one file: no part may be missing for want of tensors."""
     group = {f"t{i}": torch.randn(3) for i in range(count)}
-    for rank in range(2):  # neither leads, so that the folder stays where both write it
-        team = SimpleNamespace(rank=rank, size=2, leads=False, wait=lambda: None, total=lambda x: x)
+    for rank in range(2):  # neither is_main, so that the folder stays where both write it
+        team = SimpleNamespace(rank=rank, size=2, is_main=False, wait=lambda: None, total=lambda x: x)
         write_folder(tmp_path / "step", {"group.safetensors": group}, {}, "info.json", team=team)
     folder = tmp_path / ".step.tmp"
     assert len(list(folder.iterdir())) == (1 if count == 1 else 2)

@@ -17,8 +17,7 @@ from test_world import HELD_OUT, TRAIN, check_edit, differing
 from tokenizers import AddedToken, Tokenizer
 
 import data
-from chat.template import check_messages, encode, text_of
-from chat.template import render as render_chat
+from chat.template import apply_chat_template, check_messages, encode, text_of
 from data import (
     BEHIND,
     DROPPED,
@@ -282,7 +281,7 @@ def test_what_others_say_is_no_target():
     for _ in range(50):
         rows = [random_rows(rng, rng.randint(1, 4)) for _ in range(3)]
         own = [[[rng.random() < 0.5 for _ in document] for document in row] for row in rows]
-        word, draw = next_tokens(Tokens.packed(rows, P, spoken=own), BOI)
+        word, draw = next_tokens(Tokens.packed(rows, P, loss_mask=own), BOI)
         pairs = [pair for row in zip(rows, own, strict=True) for pair in zip(*row, strict=True)]
         expected = [brute_force_targets(*pair) for pair in pairs]
         assert word.tolist() == [x for words, _ in expected for x in words]
@@ -293,12 +292,12 @@ def test_targets_of_two_speakers_written_out():
     """5 6 7 are another's, 8 9 and the picture the model's, and so are 10 and EOS behind it."""
     row = [5, 6, 7, 8, 9, BOI, IMAGE, EOI, 10, EOS, 11]
     own = [False] * 3 + [True] * 7 + [False]
-    prefix, rest = split_phases([row], P, spoken=[own])
+    prefix, rest = split_phases([row], P, loss_mask=[own])
     word, draw = next_tokens(prefix, BOI)
     assert word.tolist() == [-100, -100, 8, 9, -100, -100] and draw.tolist() == [-100, -100, 0, 0, 1, -100]
     word, draw = next_tokens(rest, BOI)
     assert word.tolist() == [10, EOS, -100, -100] and draw.tolist() == [0, 0, -100, -100]
-    nobody = split_phases([row], P, spoken=[[False] * len(row)])
+    nobody = split_phases([row], P, loss_mask=[[False] * len(row)])
     assert all((x == -100).all() for tokens in nobody for x in next_tokens(tokens, BOI))
 
 
@@ -404,12 +403,14 @@ def test_what_is_the_models_own_goes_with_its_tokens_into_both_phases():
         own = [[rng.random() < 0.5 for _ in row] for row in rows]
         prefix, rest = split_phases(rows, P, pack, own)
         for tokens in (prefix, rest):
-            assert tokens.spoken.shape == tokens.ids.shape and not tokens.spoken[tokens.document < 0].any()
+            assert (
+                tokens.loss_mask.shape == tokens.ids.shape and not tokens.loss_mask[tokens.document < 0].any()
+            )
         halves = [
             flags
             for r, row in enumerate(documents_of(prefix, rest))
             for d in range(len(row))
-            for flags in [[x for t in (prefix, rest) for x in t.spoken[r][t.document[r] == d].tolist()]]
+            for flags in [[x for t in (prefix, rest) for x in t.loss_mask[r][t.document[r] == d].tolist()]]
         ]
         wanted = [
             [x for i, x in zip(row, mine, strict=True) for _ in range(P if i == IMAGE else 1)]
@@ -418,8 +419,8 @@ def test_what_is_the_models_own_goes_with_its_tokens_into_both_phases():
         assert halves == wanted
     plain = split_phases(rows, P, pack)
     for tokens, with_own in zip(plain, (prefix, rest), strict=True):
-        assert tokens.spoken is None
-        assert alike(tokens, with_own, but="spoken")
+        assert tokens.loss_mask is None
+        assert alike(tokens, with_own, but="loss_mask")
 
 
 def test_a_sequence_without_a_picture_is_all_in_the_first_phase():
@@ -653,7 +654,7 @@ def test_a_captioned_picture_is_the_same_document_in_both_stages(order):
     batch, wanted = collate(documents, x, CONFIG), arrange(captions, x, [order] * 3, CONFIG, 321)
     assert torch.equal(batch.latents, x) and torch.equal(batch.max_t, wanted.max_t)
     for phase in ("prefix", "rest"):
-        assert alike(getattr(batch, phase), getattr(wanted, phase), but="spoken")
+        assert alike(getattr(batch, phase), getattr(wanted, phase), but="loss_mask")
     assert [d.pictures for d in documents] == [["[10, 11, 12]"], ["[20]"], ["[]"]]
     word, draw = taught(batch, BOI)
     assert not (draw == 1).any()  # nothing is said about when to draw
@@ -666,7 +667,7 @@ def test_documents_of_a_captioned_picture_written_out():
     assert forms[FIRST] == Document([10, 11, BOI, IMAGE], ["x"], [1000], [False] * 4)
     assert forms[DROPPED] == Document([BOI, IMAGE], ["x"], [1000], [False] * 2)
     assert forms[BEHIND].ids == [BOI, IMAGE, EOI, 10, 11, EOS] and forms[BEHIND].max_t == [500]
-    assert forms[BEHIND].spoken[3:] == [True] * 3  # of what stands before these nothing can be learned
+    assert forms[BEHIND].loss_mask[3:] == [True] * 3  # of what stands before these nothing can be learned
     assert [len(forms[o]) for o in forms] == [1, 1, 5]
 
 
@@ -674,7 +675,7 @@ def test_an_edit_written_out():
     document = edit_document("before", "after", [10, 11], False, CONFIG)
     assert document.ids == [BOI, IMAGE, EOI, 10, 11, BOI, IMAGE]
     assert document.pictures == ["before", "after"] and document.max_t == [0, 1000]
-    assert document.spoken == [False] * 7 and len(document) == 6
+    assert document.loss_mask == [False] * 7 and len(document) == 6
     dropped = edit_document("before", "after", [10, 11], True, CONFIG)  # nothing to change: the source again
     assert dropped == Document([BOI, IMAGE, EOI, BOI, IMAGE], ["before"] * 2, [0, 1000], [False] * 5)
 
@@ -764,14 +765,14 @@ def documents(messages: list[dict], n: int = 400, dropped: bool = False) -> list
 
 
 def test_one_picture_of_the_last_message_is_painted_and_what_stands_behind_it_is_cut_off():
-    whole = encode(TOKENIZER, render_chat(TWO_TURNS, generate=False), CHAT.boi_id, CHAT.eoi_id)
+    whole = encode(TOKENIZER, apply_chat_template(TWO_TURNS, generate=False), CHAT.boi_id, CHAT.eoi_id)
     at, count = [i for i, token in enumerate(whole) if token == IMAGE], Counter()
     names = ["shown", "first", "second", "third"]
-    assert len(at) == 4 and said(whole) == text_of(render_chat(TWO_TURNS, generate=False))
+    assert len(at) == 4 and said(whole) == text_of(apply_chat_template(TWO_TURNS, generate=False))
     for d in documents(TWO_TURNS):
         count[tuple(d.max_t)] += 1
         n = len(d.pictures)
-        assert d.pictures == names[:n] and len(d.spoken) == len(d.ids)
+        assert d.pictures == names[:n] and len(d.loss_mask) == len(d.ids)
         if any(d.max_t):  # painted: the last picture, and nothing behind it
             assert n in (3, 4) and d.max_t == [0] * (n - 1) + [1000]
             assert d.ids == whole[: at[n - 1] + 1]
@@ -785,7 +786,7 @@ def test_one_picture_of_the_last_message_is_painted_and_what_stands_behind_it_is
 def test_a_dropped_conversation_is_a_picture_of_its_last_message_alone():
     count = Counter()
     for d in documents(TWO_TURNS, dropped=True):
-        assert d.ids == [CHAT.boi_id, IMAGE] and d.max_t == [1000] and d.spoken == [False] * 2
+        assert d.ids == [CHAT.boi_id, IMAGE] and d.max_t == [1000] and d.loss_mask == [False] * 2
         count.update(d.pictures)
     assert set(count) == {"second", "third"} and count["third"] / 400 == pytest.approx(0.75, abs=0.08)
 
@@ -793,7 +794,7 @@ def test_a_dropped_conversation_is_a_picture_of_its_last_message_alone():
 @pytest.mark.parametrize("dropped", (True, False))
 def test_a_conversation_that_ends_in_words_is_read_to_its_end(dropped):
     messages = [*TWO_TURNS, {"role": "user", "content": "thanks"}, {"role": "assistant", "content": "bye."}]
-    whole = encode(TOKENIZER, render_chat(messages, generate=False), CHAT.boi_id, CHAT.eoi_id)
+    whole = encode(TOKENIZER, apply_chat_template(messages, generate=False), CHAT.boi_id, CHAT.eoi_id)
     for d in documents(messages, 40, dropped):
         assert d.ids == whole and d.max_t == [0] * 4
         assert d.pictures == ["shown", "first", "second", "third"]
@@ -805,7 +806,7 @@ def test_a_conversation_that_ends_in_words_is_read_to_its_end(dropped):
 def test_only_what_the_assistant_says_is_spoken():
     d = next(d for d in documents(TWO_TURNS) if not any(d.max_t))
     turns = re.findall(r"<\|im_start\|>(assistant\n.*?<\|im_end\|>)", said(d.ids), re.S)
-    mine = said([i for i, own in zip(d.ids, d.spoken, strict=True) if own])
+    mine = said([i for i, own in zip(d.ids, d.loss_mask, strict=True) if own])
     # the words that a user typed like a turn are the user's
     turns = [t for t in turns if not t.startswith("assistant\nplease")]
     assert mine == "".join(turns) and len(turns) == 2

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from test_world import HELD_OUT, TRAIN, check_edit, differing, told
 
-from chat.template import Picture, check_messages, render, text_of
+from chat.template import Picture, apply_chat_template, check_messages, text_of
 from small import dialogues
 from small.dialogues import (
     DESCRIBE,
@@ -93,9 +93,9 @@ def test_every_conversation_is_well_formed_and_renders(thinking):
             assert all(p for p in parts(m)) and words(m)
             assert "{" not in words(m) + m.get("reasoning_content", "")
             where.update(m["role"] for _ in shots(m))
-        pieces = render(messages, generate=False)
+        pieces = apply_chat_template(messages, generate=False)
         assert [p.content for p in pieces if isinstance(p, Picture)] == shots(*messages)
-        asked = text_of(render(messages[:-1], thinking))
+        asked = text_of(apply_chat_template(messages[:-1], thinking))
         assert text_of(pieces).startswith(asked)  # training reads what sampling will
         assert ("<think>\n\n</think>" in asked) == (not thinking)
     assert set(lengths) == {1, 2, 3} and set(where) == {"user", "assistant"}
@@ -465,7 +465,7 @@ def test_the_same_conversation_in_text_alone(thinking):
                 assert text["content"] == "".join(spelled)
             else:
                 assert text["content"] == words(m)
-    assert not any(isinstance(p, Picture) for p in render(plain))
+    assert not any(isinstance(p, Picture) for p in apply_chat_template(plain))
 
 
 def test_a_real_picture_is_painted_or_described():

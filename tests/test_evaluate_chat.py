@@ -1,4 +1,4 @@
-"""evaluate_chat.py: each figure is what it says, for models that are right, wrong, or wrong in one thing."""
+"""chat_evaluate.py: each figure is what it says, for models that are right, wrong, or wrong in one thing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from PIL import Image
 from test_world import HELD_OUT, differing, told
 
 from chat import conversation as chat
-from chat import evaluate as evaluate_chat
-from chat.conversation import Seen
-from chat.evaluate import evaluate, painted, reply, table, with_pictures
-from chat.template import Picture, encode, encode_plain
-from chat.template import render as render_chat
+from chat import evaluate as chat_evaluate
+from chat.conversation import ChatPicture
+from chat.evaluate import chat_table, evaluate_chat, painted, reply, with_pictures
+from chat.template import Picture, apply_chat_template, encode, encode_plain
 from checkpoint import Trained, load_trained
 from evaluate import read_scenes
 from generate import Style, encode_pictures
@@ -57,7 +56,7 @@ def other(scene: Scene, but: str = "") -> Scene:
 
 
 def show(scene: Scene, shift: tuple[int, int] = (0, 0)) -> dict:
-    return {"type": "image", "image": Seen(render([scene], shifts=[shift])[0], torch.zeros(1))}
+    return {"type": "image", "image": ChatPicture(render([scene], shifts=[shift])[0], torch.zeros(1))}
 
 
 def message(*parts: dict) -> dict:
@@ -82,9 +81,9 @@ class Model:
         self.paint: Callable = lambda scene: scene
         self.edit: Callable = lambda edit: edit.target
         self.back: Callable = lambda scene: scene
-        self.conversation = evaluate_chat.conversation
+        self.conversation = chat_evaluate.conversation
         for name in ("conversation", "draw_edit", "reply", "generate_images", "edit_images", "text_report"):
-            monkeypatch.setattr(evaluate_chat, name, getattr(self, f"do_{name}"))
+            monkeypatch.setattr(chat_evaluate, name, getattr(self, f"do_{name}"))
 
     def do_conversation(self, *args, **kwargs) -> list[dict]:
         messages = self.conversation(*args, **kwargs)
@@ -141,7 +140,7 @@ def model(monkeypatch) -> Model:
 
 
 def figures_of(n: int = N, seed: int = 0) -> dict:
-    return evaluate(Folder, n, Style(steps=1, seed=seed))
+    return evaluate_chat(Folder, n, Style(steps=1, seed=seed))
 
 
 def shares(value: object, name: str = "") -> Iterator[tuple[str, float]]:
@@ -189,7 +188,7 @@ def test_a_model_that_is_right_in_everything_gets_full_marks(model):
     assert counts == [N] * 3 and report["stories"]["stories"] == N // 4 and report["direct"]["prompts"] == 27
     assert 0 < report["decisions"]["to_draw"] < N
     json.dumps({k: v for k, v in report.items() if not k.endswith("_sheet")})
-    assert table(report).count("100.0%") == 16 + len(report["edits"]["by_attribute"])
+    assert chat_table(report).count("100.0%") == 16 + len(report["edits"]["by_attribute"])
 
 
 def test_a_model_that_is_wrong_in_everything_gets_none(model):
@@ -243,7 +242,7 @@ def test_every_question_is_asked_in_its_mode_and_with_a_seed_of_its_own(model):
     # an indirect request is the same one with a thought and without
     a, b = (model.asked[sum(lengths[:k]) : sum(lengths[: k + 1])] for k in (3, 4))
     assert [m[-1] for m, *_ in a] == [m[-1] for m, *_ in b]
-    assert not any(told(evaluate_chat.words_of(m[-1])) for m, *_ in a)  # and never a plain one
+    assert not any(told(chat_evaluate.words_of(m[-1])) for m, *_ in a)  # and never a plain one
 
 
 def test_a_model_that_never_draws(model):
@@ -368,7 +367,7 @@ def test_a_source_that_does_not_come_back(model):
 
 
 def test_the_pictures_of_the_edits_are_shown_before_and_after_with_their_words(model):
-    report, pictures, labels = evaluate_chat.edits(Folder, 5, Style(steps=1, seed=3))
+    report, pictures, labels = chat_evaluate.edits(Folder, 5, Style(steps=1, seed=3))
     assert report["edits"] == 5 and pictures.shape == (10, 3, 32, 32) and labels[::2] == [""] * 5
     for i, edit in enumerate(model.edits.values()):
         assert read_scenes(pictures[2 * i : 2 * i + 2]) == [edit.source, edit.target]
@@ -436,7 +435,7 @@ def test_the_table_says_each_figure_in_its_row():
         "stories": {"stories": 80} | numbers("in_order", "in_order_and_both_pictures_right"),
         "text": TEXT,
     }
-    lines = table(report).splitlines()
+    lines = chat_table(report).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:18]]
     assert [value for _, value in rows] == [f"{10 + i / 10:.1f}%" for i in range(1, 17)]
     words = ("decision", "no picture", "word for word", "text to image", "chat", "chat, with a thought")
@@ -505,11 +504,11 @@ def test_a_model_is_asked_in_the_words_and_pictures_of_the_case(trained, monkeyp
     answer = reply(trained, CONVERSATION, thinking, style)
     ((ids, latents, got),) = read
     shown, config = with_pictures(trained, CONVERSATION), trained.model.config
-    pieces = render_chat(shown, thinking)
+    pieces = apply_chat_template(shown, thinking)
     assert ids == encode(trained.tokenizer, pieces, config.boi_id, config.eoi_id) and got == style
     wanted = [p.content.latent for p in pieces if isinstance(p, Picture)]
     assert ids.count(IMAGE) == 2 and all(torch.equal(a, b) for a, b in zip(latents, wanted, strict=True))
-    assert evaluate_chat.words_of(answer) == "here it is:" and len(evaluate_chat.pictures_of(answer)) == 1
+    assert chat_evaluate.words_of(answer) == "here it is:" and len(chat_evaluate.pictures_of(answer)) == 1
 
 
 def test_what_was_painted_is_read_only_where_there_is_one_picture():
@@ -524,17 +523,17 @@ def test_what_was_painted_is_read_only_where_there_is_one_picture():
 
 def test_a_model_that_was_hardly_trained(trained):
     """From the first to the last figure, with nothing in its place."""
-    report = evaluate(trained, 2, Style(steps=1, max_tokens=10, max_thought=5, max_images=2, seed=1))
+    report = evaluate_chat(trained, 2, Style(steps=1, max_tokens=10, max_thought=5, max_images=2, seed=1))
     found = dict(shares(report))
     assert len(found) > 30 and all(0 <= v <= 1 for v in found.values())
     assert report["text"]["tensors_changed"] != []  # noise was put on every parameter
     assert isinstance(report["edit_sheet"], Image.Image) and isinstance(report["thought_sheet"], Image.Image)
-    assert "%" in table(report)
+    assert "%" in chat_table(report)
 
 
 def test_the_sheet_of_thoughts_shows_both_pictures_of_each_request(model, monkeypatch):
     given = []
-    monkeypatch.setattr(evaluate_chat.figures, "cases", lambda rows, titles: given.append((rows, titles)))
+    monkeypatch.setattr(chat_evaluate.figures, "cases", lambda rows, titles: given.append((rows, titles)))
     more = show(all_scenes(True)[0])  # of several pictures the first is shown
 
     def say(right: dict, messages: list[dict], thinking: bool) -> dict:
@@ -545,7 +544,7 @@ def test_the_sheet_of_thoughts_shows_both_pictures_of_each_request(model, monkey
     figures_of(12)
     ((rows, titles),) = given
     assert len(rows) == 8 and titles == ["after the thought", "without one"]
-    _, shown = evaluate_chat.indirect(Folder, 12, Style(steps=1))
+    _, shown = chat_evaluate.indirect_requests(Folder, 12, Style(steps=1))
     for (pictures, (request, thought)), pair in zip(rows, shown, strict=False):
         first, second = read_scenes(torch.stack(pictures))
         (right,) = (m for k, m in model.known.items() if request in k and "reasoning_content" in m)
@@ -564,14 +563,14 @@ def test_the_sheet_of_thoughts_shows_both_pictures_of_each_request(model, monkey
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """A long context, and short answers."""
-    monkeypatch.setattr(evaluate_chat, "load_trained", lambda *a, **k: long_context(load_trained(*a, **k)))
+    monkeypatch.setattr(chat_evaluate, "load_trained", lambda *a, **k: long_context(load_trained(*a, **k)))
     short = functools.partial(Style, max_tokens=6, max_thought=3, max_images=1)
-    monkeypatch.setattr(evaluate_chat, "Style", short)
+    monkeypatch.setattr(chat_evaluate, "Style", short)
 
 
 def test_the_command_prints_a_table_and_writes_json_and_sheets(tmp_path, quick):
     out = helpers.good(
-        evaluate_chat,
+        chat_evaluate,
         *("--checkpoint", helpers.shapes_run(), "--n", 2, "--steps", 1, "--cfg", 1, "--seed", 3),
         *("--json", "new/chat.json", "--edits", "new/edits.png", "--thoughts", "new/thoughts.webp"),
         folder=tmp_path,
@@ -580,7 +579,7 @@ def test_the_command_prints_a_table_and_writes_json_and_sheets(tmp_path, quick):
     assert report["step"] == 3 and report["edits"]["edits"] == 2
     assert not any(k.endswith("_sheet") for k in report)
     assert report["text"]["tensors_changed"] == [] and report["text"]["logits_bit_equal"] is True
-    assert out == table(report) + "\n" and "0 of 24 tensors changed" in out
+    assert out == chat_table(report) + "\n" and "0 of 24 tensors changed" in out
     for name, kind in (("edits.png", "PNG"), ("thoughts.webp", "WEBP")):
         with Image.open(tmp_path / "new" / name) as page:
             assert page.format == kind
@@ -605,17 +604,17 @@ def test_the_command_prints_a_table_and_writes_json_and_sheets(tmp_path, quick):
     ],
 )
 def test_bad_flags_are_errors_before_anything_is_loaded(tmp_path, monkeypatch, flags, what):
-    monkeypatch.setattr(evaluate_chat, "load_trained", lambda *a, **k: pytest.fail("loaded"))
-    result = helpers.call(evaluate_chat, *flags.split(), folder=tmp_path)
+    monkeypatch.setattr(chat_evaluate, "load_trained", lambda *a, **k: pytest.fail("loaded"))
+    result = helpers.call(chat_evaluate, *flags.split(), folder=tmp_path)
     assert result.status == 2 and what in result.err and "Traceback" not in result.err
 
 
 def test_checkpoints_that_will_not_do_are_refused_in_words(tmp_path):
-    result = helpers.call(evaluate_chat, "--checkpoint", "nowhere", folder=tmp_path)
+    result = helpers.call(chat_evaluate, "--checkpoint", "nowhere", folder=tmp_path)
     assert result.status == 2 and "nowhere" in result.err
-    result = helpers.call(evaluate_chat, folder=tmp_path)
+    result = helpers.call(chat_evaluate, folder=tmp_path)
     assert result.status == 2 and "small-chat" in result.err  # no run to take the last of
-    result = helpers.call(evaluate_chat, "--checkpoint", helpers.photo_run(), folder=tmp_path)
+    result = helpers.call(chat_evaluate, "--checkpoint", helpers.photo_run(), folder=tmp_path)
     assert result.status == 2 and "paints 16 pixels a side" in result.err
 
 
@@ -624,13 +623,13 @@ def test_a_base_that_was_moved_is_the_one_that_the_text_is_compared_with(tmp_pat
 
     shutil.copytree(helpers.base(), tmp_path / "moved")
     seen = []
-    monkeypatch.setattr(evaluate_chat, "evaluate", lambda trained, n, style: seen.append((trained, n, style)))
+    monkeypatch.setattr(chat_evaluate, "evaluate_chat", lambda trained, n, style: seen.append((trained, n, style)))
     monkeypatch.setattr(
-        evaluate_chat, "load_trained", lambda *a, **k: seen.append((a, k)) or load_trained(*a, **k)
+        chat_evaluate, "load_trained", lambda *a, **k: seen.append((a, k)) or load_trained(*a, **k)
     )
     with pytest.raises(AttributeError):  # no report
         helpers.call(
-            evaluate_chat,
+            chat_evaluate,
             *("--checkpoint", helpers.shapes_run(), "--base", "moved", "--n", 5, "--steps", 9, "--cfg", 2),
             *("--seed", 4),
             folder=tmp_path,

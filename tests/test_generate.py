@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import generate
-from chat.template import END_THINK, IM_END, THINK, encode, render
+from chat.template import END_THINK, IM_END, THINK, apply_chat_template, encode
 from checkpoint import Trained
 from data import Recipe, Shapes, chat_document, edit_document, make_batch
 from diffusion import timesteps
@@ -618,7 +618,7 @@ def two_turns(context: Context, thinking: bool, style: Style, opening: list[int]
     shown = [{"type": "image", "image": 0}, {"type": "text", "text": "tell a story with this"}]
     ids, events = [], []
     for content in (shown, "and another one"):
-        pieces = render([{"role": "user", "content": content}], thinking)
+        pieces = apply_chat_template([{"role": "user", "content": content}], thinking)
         ids = ids + encode(tokenizer, pieces, config.boi_id, config.eoi_id)
         opening[:] = [think] if thinking else []
         features = context.read(*context.rewind(ids, latents))
@@ -658,7 +658,7 @@ def test_a_conversation_with_a_cache_equals_everything_read_again(talker, monkey
 
 def prompt(trained: Trained, text: str = "draw a red circle", thinking: bool = False) -> list[int]:
     config = trained.model.config
-    pieces = render([{"role": "user", "content": text}], thinking)
+    pieces = apply_chat_template([{"role": "user", "content": text}], thinking)
     return encode(trained.tokenizer, pieces, config.boi_id, config.eoi_id)
 
 
@@ -916,7 +916,9 @@ def test_a_chat_reads_what_training_reads(talker, thinking):
     config, rng = talker.model.config, random.Random(thinking)
     for _ in range(20):
         messages = conversation(rng, thinking)
-        ids = encode(talker.tokenizer, render(messages[:-1], thinking), config.boi_id, config.eoi_id)
+        ids = encode(
+            talker.tokenizer, apply_chat_template(messages[:-1], thinking), config.boi_id, config.eoi_id
+        )
         document = chat_document(messages, False, talker.tokenizer, config, rng)
         assert document.ids[: len(ids)] == ids and len(document.ids) > len(ids)
         assert document.max_t[: ids.count(IMAGE)] == [0] * ids.count(IMAGE)

@@ -930,7 +930,7 @@ SLOTS = ("ids", "image", "position", "document")
 
 
 def assert_same_tokens(a: Tokens, b: Tokens) -> None:
-    assert a.spoken is b.spoken is None
+    assert a.loss_mask is b.loss_mask is None
     for name in SLOTS:
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
@@ -963,29 +963,30 @@ def test_packed_lays_documents_out_as_documented():
 
 def test_packed_says_of_every_slot_whose_it_is():
     rows = [[[5, IMAGE, 6], [7], [IMAGE]], [[8, 9]], [[]]]
-    spoken = [[[False, True, True], [True], [False]], [[True, False]], [[]]]
+    loss_mask = [[[False, True, True], [True], [False]], [[True, False]], [[]]]
     start, before = [[4, 0, 2], [1], [0]], [1, 0, 5]
-    tokens = Tokens.packed(rows, 2, start, before, spoken)
-    assert tokens.spoken.dtype == torch.bool
-    assert tokens.spoken.int().tolist() == [
+    tokens = Tokens.packed(rows, 2, start, before, loss_mask)
+    assert tokens.loss_mask.dtype == torch.bool
+    assert tokens.loss_mask.int().tolist() == [
         [0, 1, 1, 1, 1, 0, 0],
         [1, 0, 0, 0, 0, 0, 0],  # padding is nobody's
         [0] * 7,
     ]
     plain = Tokens.packed(rows, 2, start, before)
-    assert plain.spoken is None
+    assert plain.loss_mask is None
     for name in SLOTS:
         assert torch.equal(getattr(tokens, name), getattr(plain, name)), name
     with pytest.raises(ValueError):
-        Tokens.packed([[[5, 6]]], 2, spoken=[[[True]]])
+        Tokens.packed([[[5, 6]]], 2, loss_mask=[[[True]]])
 
 
 def test_whose_a_token_is_changes_nothing_that_the_model_computes(make_model):
     model = make_model()
-    spoken = [[[i % 2 == 0 for i in range(len(row))]] for row in RAGGED]
+    loss_mask = [[[i % 2 == 0 for i in range(len(row))]] for row in RAGGED]
     latents, t = draw(model, sum(map(count_images, RAGGED)))
     plain, own = (
-        Tokens.packed([[row] for row in RAGGED], model.config.num_patches, spoken=x) for x in (None, spoken)
+        Tokens.packed([[row] for row in RAGGED], model.config.num_patches, loss_mask=x)
+        for x in (None, loss_mask)
     )
     with torch.no_grad():
         a, b = (model.encode(tokens, latents, t) for tokens in (plain, own))

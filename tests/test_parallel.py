@@ -41,7 +41,7 @@ from checkpoint import list_checkpoints, load_trained, part_name, read_tensors
 from data import PictureSource
 from load_qwen3 import fingerprint, load_qwen3
 from scale import parallel
-from scale.parallel import Team, alike, fill, join, leave, whole
+from scale.parallel import Team, alike, end_processes, fill, full_tensor, init_processes
 from train import Run, read_metrics
 
 LIMIT = 300  # seconds after which a start of all the jobs counts as hanging
@@ -136,12 +136,12 @@ def two_prompts(source: PictureSource) -> list[str]:
 def do(name: str, team: Team) -> None:
     """A job, by one of the processes: its run is at FOLDER, what this process saw in FOLDER.RANK.json."""
     job, folder, seen = JOBS[name], Path(folder_of(name)), {"counts": []}
-    if job.of and team.leads:
+    if job.of and team.is_main:
         shutil.copytree(folder_of(job.of), folder)
     team.wait()
     mistaken = team.rank == team.size - 1
     config, *_ = train.parse(flags_of(name) + (job.flags_of_the_last.split() if mistaken else []))
-    targets, resume, save = train.targets, Run.resume, Run.save
+    targets, resume, save = train.count_targets, Run.resume, Run.save
 
     def counting(*args):
         seen["counts"].append(targets(*args))
@@ -159,7 +159,7 @@ def do(name: str, team: Team) -> None:
 
     patch = pytest.MonkeyPatch()
     patch.chdir(job.folder_of_the_last if mistaken else ".")
-    patch.setattr(train, "targets", counting)
+    patch.setattr(train, "count_targets", counting)
     patch.setattr(Run, "resume", resuming)
     patch.setattr(Run, "save", saving)
     if name.startswith("watched"):
@@ -202,32 +202,34 @@ def look_at_the_model(team: Team) -> None:
     tensors = dict(run.model.named_parameters())
     sizes = {n: (p.to_local().numel(), p.numel()) for n, p in tensors.items() if isinstance(p, DTensor)}
     seen = {"sizes": sizes, "names": list(tensors)}
-    tensors = {n: whole(p.detach()).clone() for n, p in tensors.items()}
+    tensors = {n: full_tensor(p.detach()).clone() for n, p in tensors.items()}
     p = run.trained[FILLED]
     value = torch.arange(p.numel(), dtype=torch.float32).view(p.shape)
-    seen["alike"] = torch.equal(whole(alike(p, value)), value) and torch.equal(alike(p, value[0]), value[0])
+    seen["alike"] = torch.equal(full_tensor(alike(p, value)), value) and torch.equal(
+        alike(p, value[0]), value[0]
+    )
     fill(p, value)
-    seen["filled"] = torch.equal(whole(p.detach()), value)
+    seen["filled"] = torch.equal(full_tensor(p.detach()), value)
     fill(p, tensors[FILLED])
     parts = (*run.model.layers, run.model.unet_down, run.model.unet_up, run.model)
     seen["cut"] = all(isinstance(part, FSDPModule) for part in parts)
     seen["watched"] = watch(run)
     tell(Path(f"model.{team.rank}.json"), seen)
-    if team.leads:
+    if team.is_main:
         save_file(tensors, "model.safetensors")
 
 
 def jobs() -> None:
     """All jobs, by one of the processes that torchrun starts."""
     torch.set_num_threads(1)
-    cli.tune_cpu()
-    team = join("cpu", "float32")
+    cli.tune_torch()
+    team = init_processes("cpu", "float32")
     try:
         look_at_the_model(team)
         for name in JOBS:
             do(name, team)
     finally:
-        leave(team)
+        end_processes(team)
 
 
 if __name__ == "__main__":
@@ -579,7 +581,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(parallel.dist, "get_rank", lambda: 5)
     monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 8)
     monkeypatch.setattr(parallel, "init_device_mesh", lambda kind, shape: (kind, shape))
-    team = join("cuda", "float32")
+    team = init_processes("cuda", "float32")
     assert team == Team(5, 8, "cuda:1", ("cuda", (8,)))
     assert used == ["cuda:1"] and "nccl" in backends[0]
 

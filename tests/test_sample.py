@@ -113,7 +113,7 @@ def test_more_prompts_than_fit_a_batch_are_painted_as_if_they_did(trained, tmp_p
     with helpers.inside(tmp_path):
         for batch, name in ((64, "one.png"), (2, "three.png")):
             args.out = name
-            sample.paint(trained, args, batch)
+            sample.paint_prompts(trained, args, batch)
             with Image.open("film.gif") as film:
                 assert film.n_frames == 2
     with Image.open(tmp_path / "one.png") as a, Image.open(tmp_path / "three.png") as b:
@@ -199,7 +199,7 @@ def test_pictures_of_a_folder_are_numbered_through_all_batches_and_written_as_th
         for batch, name in ((64, "one"), (4, "two")):
             args = sample.parse([*words, "--out", name])
             sample.check(args)
-            sample.paint(trained, args, batch)
+            sample.paint_prompts(trained, args, batch)
             with Image.open("film.gif") as film:
                 assert film.n_frames == 2 and film.size == (3 * 32, 2 * 32)
     assert there == [0, 0, 4]
@@ -284,7 +284,7 @@ def test_more_edits_than_fit_a_batch_are_painted_as_if_they_did(trained, tmp_pat
     pages = []
     for batch in (64, 2):
         args.out = str(tmp_path / f"{batch}.png")
-        sample.paint(trained, args, batch)
+        sample.paint_prompts(trained, args, batch)
         with Image.open(args.out) as page:
             pages.append(torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8).int())
     assert (pages[0] - pages[1]).abs().max() <= 1

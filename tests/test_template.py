@@ -21,10 +21,10 @@ from chat.template import (
     THINK,
     Control,
     Picture,
+    apply_chat_template,
     check_messages,
     encode,
     encode_plain,
-    render,
     text_of,
 )
 from model import IMAGE
@@ -55,7 +55,7 @@ def renderings(name: str):
     """(pieces, the real template's string) of a conversation of the fixture, in all four modes."""
     conversation = CONVERSATIONS[name]
     for think, generate in MODES:
-        pieces = render(conversation["messages"], think == "think", generate == "generate")
+        pieces = apply_chat_template(conversation["messages"], think == "think", generate == "generate")
         yield pieces, conversation["outputs"][f"{think}/{generate}"]
 
 
@@ -103,15 +103,15 @@ def test_equals_the_real_template_to_the_character(name):
 def test_text_in_parts_is_the_same_as_one_string(name):
     messages = CONVERSATIONS[name]["messages"]
     halves = [{**m, "content": [text(m["content"][:3]), text(""), text(m["content"][3:])]} for m in messages]
-    assert render(halves) == render(messages)
+    assert apply_chat_template(halves) == apply_chat_template(messages)
     empty = [{**m, "content": m["content"] or []} for m in messages]
-    assert render(empty) == render(messages)
+    assert apply_chat_template(empty) == apply_chat_template(messages)
 
 
 def test_defaults_are_thinking_and_generation():
     messages = [user()]
-    assert render(messages) == render(messages, thinking=True, generate=True)
-    assert text_of(render(messages)).endswith("<|im_start|>assistant\n")
+    assert apply_chat_template(messages) == apply_chat_template(messages, thinking=True, generate=True)
+    assert text_of(apply_chat_template(messages)).endswith("<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -122,7 +122,9 @@ def test_neighbouring_texts_are_one_piece_and_none_is_empty(name):
 
 
 def test_what_the_template_wrote_is_control_and_what_stands_in_messages_is_not():
-    pieces = render([user("<|im_end|>"), assistant("<think>x", reasoning_content="</think>")], False)
+    pieces = apply_chat_template(
+        [user("<|im_end|>"), assistant("<think>x", reasoning_content="</think>")], False
+    )
     assert pieces == [
         "<|im_start|>", "user\n<|im_end|>", "<|im_end|>", "\n",
         "<|im_start|>", "assistant\n", "<think>", "\n</think>\n", "</think>", "\n\n<think>x",
@@ -134,16 +136,16 @@ def test_what_the_template_wrote_is_control_and_what_stands_in_messages_is_not()
 
 def test_a_control_token_handed_in_as_content_is_text():
     for content in (IM_END, [text(IM_END)], [image(), text(IM_END)]):
-        pieces = render([user(content)], generate=False)
+        pieces = apply_chat_template([user(content)], generate=False)
         assert sum(isinstance(p, Control) for p in pieces) == 2
-    pieces = render([user(), assistant("", reasoning_content=END_THINK)], generate=False)
+    pieces = apply_chat_template([user(), assistant("", reasoning_content=END_THINK)], generate=False)
     assert [p for p in pieces if isinstance(p, Control)].count(END_THINK) == 1
 
 
 def test_the_messages_stay_as_they_were():
     messages = [user([text("a"), image()]), assistant("<think>\nb\n</think>\n\nc")]
     before = json.dumps(messages)
-    render(messages)
+    apply_chat_template(messages)
     assert json.dumps(messages) == before
 
 
@@ -152,7 +154,7 @@ def test_the_messages_stay_as_they_were():
 
 def test_a_picture_stands_where_it_stood():
     tensor = torch.zeros(3, 4, 4)
-    pieces = render([user([text("What is "), text("this: "), image(tensor), text("?")])])
+    pieces = apply_chat_template([user([text("What is "), text("this: "), image(tensor), text("?")])])
     assert [p if isinstance(p, str) else "PICTURE" for p in pieces] == [
         "<|im_start|>", "user\nWhat is this: ", "PICTURE", "?", "<|im_end|>", "\n",
         "<|im_start|>", "assistant\n",
@@ -164,7 +166,9 @@ def test_a_picture_stands_where_it_stood():
 
 
 def test_only_pictures_and_several_of_them():
-    pieces = render([user([image(1), text(""), image(2)]), assistant([image(3)])], generate=False)
+    pieces = apply_chat_template(
+        [user([image(1), text(""), image(2)]), assistant([image(3)])], generate=False
+    )
     assert [p.content for p in pieces if isinstance(p, Picture)] == [1, 2, 3]
     assert "" not in pieces
     assert text_of(pieces) == (
@@ -188,13 +192,15 @@ def test_only_pictures_and_several_of_them():
     ),
 )
 def test_thoughts_of_an_answer_with_a_picture_stand_before_it(content, answer):
-    pieces = render([user(), assistant(content)], generate=False)
+    pieces = apply_chat_template([user(), assistant(content)], generate=False)
     assert text_of(pieces) == f"<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
     assert sum(isinstance(p, Picture) for p in pieces) == 1
 
 
 def test_earlier_thoughts_before_a_picture_are_dropped():
-    pieces = render([user(), assistant([text("<think>\na\n</think>\n\nb"), image()]), user()], generate=False)
+    pieces = apply_chat_template(
+        [user(), assistant([text("<think>\na\n</think>\n\nb"), image()]), user()], generate=False
+    )
     assert f"<|im_start|>assistant\nb{VISION}<|im_end|>" in text_of(pieces)
 
 
@@ -203,7 +209,7 @@ def test_a_tools_response_with_a_picture_is_no_question():
     question = user([text("<tool_response>"), image()])
     for last, shown in ((response, True), (question, False)):
         answer = assistant("x", reasoning_content="hm")
-        pieces = render([user(), answer, last], generate=False)
+        pieces = apply_chat_template([user(), answer, last], generate=False)
         assert ("hm" in text_of(pieces)) is shown
 
 
@@ -256,7 +262,7 @@ def test_a_mistake_is_named_in_one_line(messages, says):
         assert line.startswith(begins) and "\n" not in line and len(line) < 300
         assert all(word in line for word in says), line
     with pytest.raises(ValueError, match="message"):
-        render(messages)
+        apply_chat_template(messages)
 
 
 def test_what_is_right_is_accepted():
@@ -347,7 +353,7 @@ def test_no_beginning_of_text_is_added():
         "<|endoftext|> $A", None, [("<|endoftext|>", start)]
     )
     assert tokenizer.encode("a").ids[0] == start  # as Llama 3 does
-    assert start not in encode(tokenizer, render([user("a<think>")]), BOI, EOI)
+    assert start not in encode(tokenizer, apply_chat_template([user("a<think>")]), BOI, EOI)
 
 
 def test_a_tokenizer_without_added_tokens_encodes_as_ever():
@@ -379,7 +385,9 @@ def test_a_picture_is_boi_image_eoi_and_a_typed_one_is_text():
     tokenizer = thinking_tokenizer()
     ids_of = added(tokenizer)
     boi, eoi = ids_of["<|vision_start|>"], ids_of["<|vision_end|>"]
-    pieces = render([user([text("on "), image(), image(), text(" red" + VISION)])], generate=False)
+    pieces = apply_chat_template(
+        [user([text("on "), image(), image(), text(" red" + VISION)])], generate=False
+    )
     ids = encode(tokenizer, pieces, boi, eoi)
     at = ids.index(IMAGE)
     assert ids[at - 1 : at + 5] == [boi, IMAGE, eoi, boi, IMAGE, eoi]
@@ -403,6 +411,6 @@ def test_without_thinking_tokens_thoughts_are_text_in_one_run():
 def test_a_base_without_chat_tokens_is_an_error(missing):
     tokenizer = Tokenizer.from_str(build_tokenizer().to_str().replace(missing, "<|reserved|>"))
     with pytest.raises(ValueError, match="this base has no chat tokens") as error:
-        encode(tokenizer, render([user()]), BOI, EOI)
+        encode(tokenizer, apply_chat_template([user()]), BOI, EOI)
     assert missing in str(error.value)
     assert encode(tokenizer, [missing], BOI, EOI) == encode_plain(tokenizer, missing)  # text is only text

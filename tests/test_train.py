@@ -248,7 +248,7 @@ def test_packing_changes_no_loss_and_no_gradient(make_model, monkeypatch, frozen
         (out["loss"] + out["draw_loss"]).backward()
         gradient = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad(set_to_none=True)
-        found[pack] = len(batch.rest.ids), train.targets(model, batch), out, gradient
+        found[pack] = len(batch.rest.ids), train.count_targets(model, batch), out, gradient
     assert [rows for rows, *_ in found.values()] == [14, 14, 9, 3, 1]
     _, counts, expected, gradient = found.pop(0)
     assert set(gradient) >= set(model.image_parameters())
@@ -797,7 +797,7 @@ def drawn_by(run: Run) -> list[tuple]:
             own = [
                 x
                 for t in (batch.prefix, batch.rest)
-                for x, i in zip(t.spoken[r].tolist(), t.ids[r].tolist(), strict=True)
+                for x, i in zip(t.loss_mask[r].tolist(), t.ids[r].tolist(), strict=True)
                 if i >= IMAGE
             ]
             parts = (batch.latents[here], batch.max_t[here], u[here], eps[here])
@@ -892,13 +892,13 @@ def test_the_lm_loss_of_a_step_is_the_mean_over_the_words_of_captions_and_of_tex
     monkeypatch.setattr(train, "collate", lambda d, *a: seen.extend(d) or collate(d, *a))
     (captions, noise), _ = run.draw_batches()
     out = losses(run.model, run.diffusion, captions, run.config, noise)
-    n, from_captions = train.targets(run.model, captions)[1], out["lm_loss"].item()
+    n, from_captions = train.count_targets(run.model, captions)[1], out["lm_loss"].item()
     words = [n * from_captions]
     assert n > 0 and len(seen) == 8
     for d in seen:
         with torch.no_grad():
             log_p = run.model.text_logits(torch.tensor([d.ids]))[0].log_softmax(-1)
-        learned = [k for k in range(1, len(d.ids)) if d.spoken[k]]
+        learned = [k for k in range(1, len(d.ids)) if d.loss_mask[k]]
         words += [-log_p[k - 1, d.ids[k]].item() for k in learned]
         n += len(learned)
     result = run.train_step()
@@ -970,7 +970,7 @@ def test_paragraphs_of_a_file_are_learned_word_by_word_and_cut_to_the_context(ma
     assert {tuple(d.ids) for d in drawn} == wanted and c.max_position_embeddings == 96
     cut = [ids for ids in wanted if ids[-1] != c.eos_id]
     assert [len(ids) for ids in cut] == [96]
-    assert all(d.spoken == [True] * len(d.ids) and not d.pictures for d in drawn)
+    assert all(d.loss_mask == [True] * len(d.ids) and not d.pictures for d in drawn)
     assert run.train_step()["lm_loss"] > 0 and set(texts_of(run)) <= wanted
     for pack, room in ((40, 40), (150, 96)):
         change(run, pack=pack)
@@ -1104,7 +1104,7 @@ def test_the_losses_of_tasks_are_those_of_a_loop_over_the_documents(make_run, mo
     wanted = run.diffusion.q_sample(batch.latents, (noise[0] * batch.max_t).long(), noise[1])
     assert torch.equal(seen["x_t"][others], wanted[others])
     parts, counts = reference_losses(run, seen["documents"], seen["x_t"], seen["t"], noise[1], ratio > 0)
-    assert counts == train.targets(run.model, batch) and min(counts) > 3
+    assert counts == train.count_targets(run.model, batch) and min(counts) > 3
     for name, value in parts.items():
         assert torch.allclose(out[name], value, rtol=2e-4), name
     assert torch.allclose(out["loss"], out["lm_loss"] + 5 * out["ddpm_loss"])
@@ -1146,7 +1146,7 @@ def test_clean_pictures_alone_have_no_diffusion_loss_and_the_text_behind_them_tr
     documents = documents_that(run, lambda d: d.pictures and not any(d.max_t))
     out, largest = gradients(run, batch_of(run, documents))
     assert out["ddpm_loss"] == 0 and out["lm_loss"] > 0 and out["loss"] == out["lm_loss"]
-    assert train.targets(run.model, batch_of(run, documents))[0] == 0
+    assert train.count_targets(run.model, batch_of(run, documents))[0] == 0
     assert {n for n, x in largest.items() if x == 0 and n.startswith("unet_")} == {
         n for n in largest if n.startswith("unet_up.")
     }
@@ -1164,7 +1164,7 @@ def test_a_batch_without_a_picture_trains_the_boi_row_alone(make_run):
     out, largest = gradients(run, batch)
     assert out["loss"] == out["ddpm_loss"] == 0 < out["draw_loss"] and "lm_loss" not in out
     assert [n for n, x in largest.items() if x > 0] == ["boi_head"]
-    counts = train.targets(run.model, batch)
+    counts = train.count_targets(run.model, batch)
     assert counts[:2] == [0, 0] and counts[2] > 0
 
 
@@ -1196,8 +1196,8 @@ def test_the_words_of_others_carry_no_loss_and_no_decision(make_run):
             for w, k in zip(*train.next_tokens(t, run.model.config.boi_id), strict=True)
         ]
         own = to_be_said(run, d.ids)
-        spoken = [i for i, mine in zip(d.ids, own, strict=True) if mine and i >= 0]
-        words = [i for i in spoken if i not in (run.model.config.boi_id, run.model.config.eoi_id)]
+        loss_mask = [i for i, mine in zip(d.ids, own, strict=True) if mine and i >= 0]
+        words = [i for i in loss_mask if i not in (run.model.config.boi_id, run.model.config.eoi_id)]
         assert [w for w, _ in counted if w >= 0] == words
         shown = sum(not mine for i, mine in zip(d.ids, own, strict=True) if i == run.model.config.boi_id)
         assert sum(k == 1 for _, k in counted) == 2 - shown
@@ -1664,7 +1664,7 @@ def test_the_base_is_pretrained_once_and_again_for_another_seed_or_recipe(tmp_pa
         assert made == [(0, steps), (1, steps)] and folders[0] == folders[1] != folders[2]
         monkeypatch.setattr(train.pretrain, "RECIPE", train.pretrain.RECIPE + 1)
         folders.append(train.ensure_base(0))
-        folders += [ablate.ensure_base(ablate.Plan()) for _ in range(2)]
+        folders += [ablate.ensure_lab_base(ablate.Plan()) for _ in range(2)]
         assert train.ensure_base(0) == folders[3]
     assert made[2:] == [(0, steps), (0, 2600)] and len(set(folders)) == 4  # the lab's base is another
 
