@@ -13,24 +13,30 @@ leaves the last good one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
-from data import PatchPCA
+from config import restore_config
 from diffusion import Diffusion
 from load_qwen3 import fingerprint, load_qwen3, load_tokenizer, open_safetensors, read_json
 from model import LMFusion
-from scale.parallel import Team, full_tensor
-from scale.vae import AutoencoderKL, load_vae
+from scale.parallel import Team, alike, fill, full_tensor
+from scale.vae import AutoencoderKL, PatchPCA, load_vae
 
+if TYPE_CHECKING:
+    from train import Run
+
+FORMAT = 1  # of checkpoint.json; a newer field has a default, so that an older checkpoint still loads
 # each names the folder of the last run of `train.py --config ...`
 LAST_RUNS = {"small": Path("runs/last-small"), "small-chat": Path("runs/last-small-chat")}
 
@@ -167,6 +173,20 @@ def find_checkpoint(folder: str | Path | None, config: str = "small") -> Path:
     return found[-1]
 
 
+def saved_config(folder: Path) -> dict:
+    """The fields of TrainConfig that a checkpoint was made with; ValueError names one that does not fit."""
+    return restore_config(read_json(folder / "checkpoint.json").get("config"), folder / "checkpoint.json")
+
+
+def first_stage(init_from: str) -> tuple[dict, dict]:
+    """checkpoint.json of --init-from, and the configuration in it."""
+    try:
+        folder = find_checkpoint(init_from)
+    except ValueError as error:
+        raise ValueError(f"--init-from {error}; train a first stage there, or name another") from None
+    return read_json(folder / "checkpoint.json"), saved_config(folder)
+
+
 def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """All tensors of a file, or of its parts, mapped; ValueError names the tensor.
 
@@ -263,3 +283,138 @@ def load_trained(
     model.requires_grad_(False).to(device=device, dtype=dtype).eval()
     codec = load_codec(folder, info, model.config.latent_channels, vae or "", device)
     return Trained(model, load_tokenizer(base), diffusion, codec, info, folder)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run: saved, resumed, and the beginning of a second stage
+
+
+def save_run(run: Run) -> None:
+    """Write OUT/step-STEP, whole or not at all, and then remove the older one. All processes call it."""
+    tensors = {
+        "model.safetensors": run.trained,
+        "latents.safetensors": {"bound": run.codec.bound} if run.vae else run.codec.tensors(),
+        "optimizer.safetensors": optimizer_tensors(run.trained, run.optimizers),
+    }
+    if run.ema is not None:
+        tensors["ema.safetensors"] = run.ema
+    info = {
+        "format": FORMAT,
+        "step": run.step,
+        "name": run.name,
+        "base": str(Path(run.base).resolve()) if Path(run.base).is_dir() else run.base,
+        "fingerprint": run.fingerprint,
+        "vae": run.vae,
+        "model": run.overrides,
+        "diffusion": {"shift": run.config.schedule_shift, "prediction": run.config.prediction},
+        "ema": run.ema is not None,
+        "trained": sorted(run.trained),
+        "optimizer": sorted(tensors["optimizer.safetensors"]),
+        "config": dataclasses.asdict(run.config),
+    }
+    write_folder(run.out / f"step-{run.step:06d}", tensors, info, "checkpoint.json", team=run.team)
+    if not run.team.is_main:
+        return
+    for old in list_checkpoints(run.out)[:-1]:
+        shutil.rmtree(old, ignore_errors=True)
+    if run.name in LAST_RUNS:
+        last = LAST_RUNS[run.name]
+        last.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(last, str(run.out) + "\n")
+
+
+def fill_run(run: Run, folder: Path, info: dict, weights: str) -> None:
+    """The trained tensors and the codec of a checkpoint, in place of the run's own."""
+    if info.get("fingerprint") != run.fingerprint:
+        raise ValueError(f"{run.base} is not the language model that {folder} was trained on")
+    ours, theirs = ((x or {}).get("fingerprint") for x in (run.vae, info.get("vae")))
+    if ours != theirs:
+        raise ValueError(
+            f"the latents of --data {run.config.data} are not by the VAE that {folder} was trained with"
+        )
+    tensors = read_tensors(folder / weights, run.trained)
+    for name, p in run.trained.items():
+        fill(p, tensors[name])
+    run.codec = load_codec(folder, info, run.codec.channels, run.config.vae, run.team.device)
+
+
+def start_from(run: Run, folder: Path) -> None:
+    """Begin a second stage: the image side of a checkpoint (its moving average, if it has one)."""
+    info = read_json(folder / "checkpoint.json")
+    fill_run(run, folder, info, "ema.safetensors" if info.get("ema") else "model.safetensors")
+    if run.ema is not None:
+        run.ema = {n: p.detach().clone() for n, p in run.trained.items()}
+
+
+def resume(run: Run, folder: Path) -> None:
+    """Go on from a checkpoint, exactly."""
+    info = read_json(folder / "checkpoint.json")
+    for name, kind in {"step": int, "optimizer": list}.items():
+        if not isinstance(info.get(name), kind):
+            raise ValueError(f"{folder / 'checkpoint.json'}: {name} is missing or no {kind.__name__}")
+    ema = read_tensors(folder / "ema.safetensors", run.trained) if run.ema is not None else {}
+    fill_run(run, folder, info, "model.safetensors")
+    for name, value in ema.items():
+        fill(run.ema[name], value)
+    restore_optimizers(folder / "optimizer.safetensors", info["optimizer"], run.trained, run.optimizers)
+    run.step = info["step"]
+    # lines of steps that a kill took with it go
+    kept = [m for m in read_metrics(run.out / "metrics.jsonl") if m["step"] <= run.step]
+    if run.team.is_main:
+        write_atomic(run.out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
+    run.seconds = kept[-1]["seconds"] if kept else 0.0
+
+
+def optimizer_tensors(
+    parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """The optimizers' state by parameter: {"exp_avg/unet_up.conv_out.bias": ...}."""
+    names = {p: n for n, p in parameters.items()}
+    return {
+        f"{key}/{names[p]}": value
+        for o in optimizers
+        for p, state in o.state.items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizers(
+    file: Path,
+    names: list[str],
+    parameters: dict[str, nn.Parameter],
+    optimizers: list[torch.optim.Optimizer],
+) -> None:
+    """Put back what `optimizer_tensors` gave; `file` must hold exactly `names`, or ValueError names one."""
+    owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
+    expected = {}
+    for name in names:
+        key, _, parameter = name.partition("/")
+        p = parameters.get(parameter)
+        if p not in owner:
+            raise ValueError(f"{file}: tensor {name} belongs to no trained parameter")
+        expected[name] = torch.empty((), device="meta") if key == "step" else p
+    for name, value in read_tensors(file, expected).items():
+        key, _, parameter = name.partition("/")
+        p = parameters[parameter]
+        owner[p].state[p][key] = alike(p, value).clone()  # of a fused optimizer, the step as well
+
+
+def append_metrics(out: Path, line: dict) -> None:
+    """A line at the end of OUT/metrics.jsonl; OSError with its name if that cannot be done."""
+    path = out / "metrics.jsonl"
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror}") from None
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines

@@ -1,82 +1,280 @@
-"""What the model reads: captioned shapes, text, and real pictures; latents; batches.
+"""What the model reads: documents, and the one way from a document to a batch (Sections 2.3 and 4.1).
 
-    shapes     the built-in pictures of world.py
-    pictures   a folder of name.png + name.txt, a metadata.jsonl, or WebDataset tars
-    batches    sequences of text ids and IMAGE, cut into the two phases of model.py
-    tasks      caption, generate, edit, chat: what the second stage of training mixes
+    source  --draws-->  captioned picture, edit, conversation, text
+            --caption_document, edit_document, chat_document, text_document-->  Document
+            --collate-->  Batch, cut into the two phases of LMFusion.forward
 
-`python data.py encode --data ... --vae ... --base ... --out DIR` makes real pictures into shards of latents
-and token ids, once, so that training decodes no picture again (latents.py).
+A *source* has the examples: the built-in shapes (small/shapes.py), real pictures, or latents on disk (both
+scale/sources.py). Whatever it holds and whatever is trained, every example becomes a `Document` here, and
+every document enters a batch through `collate`.
 
-Shapes: M pictures, S pixels a side; pictures are uint8 (M, 3, S, S); latents (M, C, h, w).
+Shapes: M pictures of a batch, P patches of a picture; latents are (M, C, h, w).
 """
 
 from __future__ import annotations
 
-import math
+import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from chat.template import IM_START, Picture, apply_chat_template, assistant_mask, encode
+from chat.template import (
+    IM_END,
+    IM_START,
+    Picture,
+    apply_chat_template,
+    assistant_mask,
+    encode,
+    encode_plain,
+)
+from config import TrainConfig
 from diffusion import Diffusion, T
 from model import IMAGE, PAD, ModelConfig, Tokens
-from scale.pictures import Edits, Pictures
-from small.dialogues import KINDS, Shot, conversation, picture_conversation
-from small.world import PIXELS, all_scenes, draw_edit, draw_shift, render
+
+CAPTION_FIRST, CAPTION_DROPPED, IMAGE_FIRST = "caption first", "caption dropped", "image first"
+
+
+class Source(Protocol):
+    """Examples to train on. A `picture` is whatever `latents` of the same source takes."""
+
+    def captioned(self, rng: random.Random) -> tuple[Any, str | list[int]]:
+        """A training picture and its caption, as text or as token ids."""
+
+    def edited(self, rng: random.Random) -> tuple[Any, Any, str]:
+        """A training picture before and after an edit, and the instruction."""
+
+    def conversation(self, rng: random.Random) -> list[dict]:
+        """Messages (see chat/template.py) with training pictures in them."""
+
+    def validation(self, n: int) -> list[tuple[Any, str | list[int]]]:
+        """Up to n captioned pictures that training never shows; the same ones whenever asked."""
+
+    def validation_edits(self, n: int) -> list[tuple[Any, Any, str]]:
+        """Likewise edits."""
+
+    def prompts(self) -> list[str]:
+        """What the sheets of a run show."""
+
+    def latents(self, pictures: list, codec: Any) -> Tensor:
+        """Pictures -> clean latents (M, C, h, w), float32, in main memory."""
+
+    def pixels(self, pictures: list) -> Tensor:
+        """Pictures -> uint8 (M, 3, S, S)."""
+
+    def make_codec(self, config: TrainConfig, device: str) -> tuple[dict | None, Any]:
+        """What turns pixels into latents and back, after what a checkpoint says of a VAE (None: PatchPCA)."""
+
+    def check(self, config: TrainConfig, model: ModelConfig, base: str) -> None:
+        """ValueError unless the source serves these tasks and fits this model on the language model `base`."""
+
+    def fingerprint(self) -> bytes:
+        """What tells one source from another: every process of a run must read the same."""
+
+
+class TextSource(Protocol):
+    """Text alone, which only a text side that learns has use for (Section 4.2)."""
+
+    def draw(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """The ids of a text, with EOS, and which of them are learned."""
+
+    def fingerprint(self) -> bytes:
+        """As of a `Source`."""
+
 
 # ------------------------------------------------------------------------------------------------------------
-# Latents
+# Documents
 
 
-class PatchPCA:
-    """A linear stand-in for the VAE: each p x p patch of a picture on its C principal components.
+@dataclass
+class Document:
+    """One sequence to train on, and what its images are."""
 
-    (M, 3, S, S) uint8 <-> (M, C, S/p, S/p), about unit variance. Component k is divided by its standard
-    deviation to the power `whiten` (1: all components alike; 0: as they are), then all by one number.
+    ids: list[int]  # IMAGE stands for a picture
+    pictures: list  # one for each IMAGE: what `Source.latents` takes
+    max_t: list[int]  # of each picture: its training timesteps are below this; 0: it is clean, without a loss
+    loss_mask: list[bool]  # of each id: whether the model is to say it
+    seed: int = 0  # of the pictures' noise
+
+
+def caption_document(
+    picture: Any,
+    caption: list[int],
+    order: str,
+    config: ModelConfig,
+    noise_limit: int = T,
+    learn_caption: bool = True,
+) -> Document:
+    """A picture and its caption (ids), in one of three orders (Sections 2.3 and 4.1).
+
+    caption first:    caption BOI | patches
+    caption dropped:          BOI | patches
+    image first:              BOI | patches EOI caption EOS      and timesteps below `noise_limit`
+
+    Our choice: no EOI in the first two, for nothing behind their image has a loss. learn_caption = False: no
+    loss on a caption before its picture, nor on the decision to draw there.
+    """
+    if order == IMAGE_FIRST:
+        ids = [config.boi_id, IMAGE, config.eoi_id, *caption, config.eos_id]
+        return Document(ids, [picture], [noise_limit], [True] * len(ids))
+    ids = [*(caption if order == CAPTION_FIRST else []), config.boi_id, IMAGE]
+    return Document(ids, [picture], [T], [learn_caption] * len(ids))
+
+
+def edit_document(
+    before: Any, after: Any, instruction: list[int], config: ModelConfig, dropped: bool = False
+) -> Document:
+    """Section 5.2:  BOI | before | EOI instruction BOI | after.
+
+    Our choice: without the instruction there is nothing to change, and the picture before is the target. That
+    is what guidance compares with, so it strengthens the change and keeps the rest.
+    """
+    ids = [config.boi_id, IMAGE, config.eoi_id, *([] if dropped else instruction), config.boi_id, IMAGE]
+    return Document(ids, [before, before if dropped else after], [0, T], [False] * len(ids))
+
+
+def chat_document(
+    messages: list[dict], tokenizer: Tokenizer, config: ModelConfig, rng: random.Random, dropped: bool = False
+) -> Document:
+    """A conversation up to a picture of its last message, which is to be painted; the others are clean.
+
+    So training sees of every picture what sampling will: one noisy image, which comes last. A conversation
+    that ends in words, and a quarter of the others, is read to its end with all pictures clean, for the text
+    behind them and the decision to draw. dropped: BOI and the picture alone, for guidance.
+    """
+    pieces = apply_chat_template(messages, generate=False)
+    pictures = [p.content for p in pieces if isinstance(p, Picture)]
+    ids = encode(tokenizer, pieces, config.boi_id, config.eoi_id)
+    loss_mask = assistant_mask(tokenizer, ids)
+    places = [i for i, token in enumerate(ids) if token == IMAGE]
+    last_turn = max(i for i, token in enumerate(ids) if token == tokenizer.token_to_id(IM_START))
+    painted = [n for n, i in enumerate(places) if i > last_turn]  # in the assistant's last message
+    if not painted or (rng.random() < 0.25 and not dropped):
+        return Document(ids, pictures, [0] * len(pictures), loss_mask)
+    n = max(rng.choice(painted), rng.choice(painted))  # rather a later one: words stand before it
+    if dropped:
+        return Document([config.boi_id, IMAGE], [pictures[n]], [T], [False] * 2)
+    end = places[n] + 1
+    return Document(ids[:end], pictures[: n + 1], [0] * n + [T], loss_mask[:end])
+
+
+class Documents:
+    """The training documents of a run: which example becomes what, and what of it is dropped.
+
+    Everything random about a document follows from the seed of the run, the step, and the document's number
+    in the batch. It does not depend on how many processes share the batch, or on micro batches.
     """
 
-    def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor, bound: Tensor):
-        self.mean, self.basis, self.scale = mean, basis, scale  # (3pp,), (3pp, C), (C,)
-        self.bound = bound  # (C, 1, 1): the largest latent seen, to which samplers clamp
-        self.patch, self.channels = math.isqrt(len(mean) // 3), len(scale)
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        source: Source,
+        text: TextSource | None = None,
+    ):
+        self.config, self.model, self.tokenizer, self.source, self.text = (
+            config,
+            model,
+            tokenizer,
+            source,
+            text,
+        )
+        self.context = min(model.max_position_embeddings, config.pack or model.max_position_embeddings)
+        self.room = self.context - model.num_patches - 3  # for a caption, beside BOI, EOI and EOS
+        if self.room < 1:
+            raise ValueError(
+                f"{config.base or 'the base'}: a context of {self.context} tokens (max_position_embeddings, "
+                f"--pack) leaves no room for a caption beside the {model.num_patches} patches of a picture"
+            )
+        if "chat" in config.tasks:
+            for token in (IM_START, IM_END):
+                if tokenizer.token_to_id(token) is None:
+                    raise ValueError(f"--task chat: the base has no chat tokens ({token})")
+        self.ids: dict[str, list[int]] = {}  # captions already tokenised
 
-    @classmethod
-    def fit(cls, pictures: Tensor, channels: int, patch: int, whiten: float) -> PatchPCA:
-        x = cls.patches(pictures, patch).transpose(1, 2).flatten(0, 1).double()  # (M * hw, 3pp)
-        mean = x.mean(0)
-        variance, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-        variance, basis = variance.flip(0)[:channels].clamp(min=1e-8), vectors.flip(1)[:, :channels]
-        scale = variance.sqrt() ** -whiten
-        scale = scale / (variance * scale**2).mean().sqrt()
-        z = ((x - mean) @ basis * scale).abs().amax(0)
-        return cls(mean.float(), basis.float(), scale.float(), z.float()[:, None, None])
+    def tokenise(self, caption: str | list[int], pictures: int = 1) -> list[int]:
+        """Token ids of a caption; one that leaves no room for `pictures` pictures in the context is cut."""
+        if isinstance(caption, str):
+            if caption not in self.ids:
+                self.ids[caption] = encode_plain(self.tokenizer, caption)
+            caption = self.ids[caption]
+        return caption[: max(1, self.room - (pictures - 1) * (self.model.num_patches + 1))]
 
-    @staticmethod
-    def patches(pictures: Tensor, patch: int) -> Tensor:
-        """uint8 (M, 3, S, S) -> float (M, 3pp, hw) in -1 .. 1."""
-        return F.unfold(pictures.float() / 127.5 - 1, patch, stride=patch)
+    def fits(self, caption: str) -> bool:
+        """Whether `tokenise` leaves a caption whole."""
+        return len(self.tokenise(caption)) == len(encode_plain(self.tokenizer, caption))
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """uint8 (M, 3, S, S) -> (M, C, S/p, S/p)."""
-        h, w = (s // self.patch for s in pictures.shape[2:])
-        x = self.patches(pictures, self.patch).transpose(1, 2) - self.mean  # (M, hw, 3pp)
-        return (x @ self.basis * self.scale).transpose(1, 2).unflatten(2, (h, w))
+    def draw(self, rng: random.Random) -> Document:
+        """One document of the mixture of tasks."""
+        config, source = self.config, self.source
+        task = rng.choices(list(config.tasks), list(config.tasks.values()))[0]
+        dropped = rng.random() < (config.edit_drop if task == "edit" else config.caption_drop)
+        if task == "chat":
+            return chat_document(source.conversation(rng), self.tokenizer, self.model, rng, dropped)
+        if task == "edit":
+            before, after, instruction = source.edited(rng)
+            return edit_document(before, after, self.tokenise(instruction, 2), self.model, dropped)
+        picture, caption = source.captioned(rng)
+        order = IMAGE_FIRST if task == "caption" else CAPTION_DROPPED if dropped else CAPTION_FIRST
+        alone = set(config.tasks) <= {"caption", "generate"}  # beside conversations, these say when to draw
+        ids = self.tokenise(caption)
+        return caption_document(picture, ids, order, self.model, config.noise_limit, learn_caption=alone)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """(M, C, h, w) -> uint8 (M, 3, S, S)."""
-        h, w = z.shape[2:]
-        x = (z.float().flatten(2).transpose(1, 2) / self.scale) @ self.basis.T + self.mean  # (M, hw, 3pp)
-        x = F.fold(x.transpose(1, 2), (h * self.patch, w * self.patch), self.patch, stride=self.patch)
-        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    def of_step(self, step: int, share: slice) -> list[Document]:
+        """A process's share of the documents of a step, each with the seed of its noise."""
+        documents = []
+        for number in range(self.config.batch_size)[share]:
+            rng = random.Random(f"{self.config.seed}-{step}-{number}")
+            documents.append(self.draw(rng))
+            documents[-1].seed = rng.getrandbits(63)
+        return documents
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"mean": self.mean, "basis": self.basis.contiguous(), "scale": self.scale, "bound": self.bound}
+    def text_of_step(self, step: int, share: slice) -> list[Document]:
+        """Likewise the documents of text alone, cut to the context."""
+        documents = []
+        for number in range(self.config.text_batch)[share]:
+            ids, mask = self.text.draw(random.Random(f"text {self.config.seed}-{step}-{number}"))
+            documents.append(Document(ids[: self.context], [], [], mask[: self.context]))
+        return documents
+
+    def validation(self, n: int) -> tuple[list[Document], list[Document]]:
+        """Up to n fixed documents under the right caption, and the same under the next one's.
+
+        Where edits are all that is trained, they are edits: the context is the picture before.
+        """
+        edits = set(self.config.tasks) == {"edit"}
+        examples = self.source.validation_edits(n) if edits else self.source.validation(n)
+
+        def make(number: int, shift: int) -> Document:
+            *pictures, _ = examples[number]
+            caption = examples[(number + shift) % len(examples)][-1]
+            if edits:
+                document = edit_document(*pictures, self.tokenise(caption, 2), self.model)
+            else:
+                document = caption_document(*pictures, self.tokenise(caption), CAPTION_FIRST, self.model)
+            document.seed = number
+            return document
+
+        right, permuted = ([make(i, shift) for i in range(len(examples))] for shift in (0, 1))
+        return right, permuted
+
+
+class Paragraphs:
+    """Text of the user's own as a `TextSource`."""
+
+    def __init__(self, paragraphs: list[str], tokenizer: Tokenizer, eos_id: int):
+        self.paragraphs, self.tokenizer, self.eos_id = paragraphs, tokenizer, eos_id
+
+    def draw(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        ids = encode_plain(self.tokenizer, rng.choice(self.paragraphs)) + [self.eos_id]
+        return ids, [True] * len(ids)
+
+    def fingerprint(self) -> bytes:
+        return json.dumps(self.paragraphs).encode()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -85,19 +283,21 @@ class PatchPCA:
 
 @dataclass
 class Batch:
-    """Sequences cut into the two phases, and their images in row order."""
+    """Sequences cut into the two phases of `LMFusion.forward`, their images in row order, and the noise."""
 
     prefix: Tokens  # all text before the first image
     rest: Tokens  # the first image and everything after it
     latents: Tensor  # (M, C, h, w), clean
-    max_t: Tensor  # (M,) exclusive upper end of the training timesteps; 0: stays clean, has no diffusion loss
+    max_t: Tensor  # (M,) as in `Document`, in main memory
+    u: Tensor  # (M,) uniform in 0 .. 1: the timestep is u max_t
+    eps: Tensor  # (M, C, h, w) standard normal
 
-    def noised(self, diffusion: Diffusion, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def noised(self, diffusion: Diffusion, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Eq. (2), where clean images stay clean and have t = 0: x_t, t, and the numbers of the others.
 
         Those are None if all are noisy. If none is, they are the first alone, whose loss must not count.
         """
-        x_t, noisy = diffusion.q_sample(self.latents, t, eps), self.max_t > 0  # the latter in main memory
+        x_t, noisy = diffusion.q_sample(self.latents, t, self.eps), self.max_t > 0
         if noisy.all():
             return x_t, t, None
         which = noisy.nonzero().squeeze(1) if noisy.any() else torch.tensor([0])
@@ -106,46 +306,87 @@ class Batch:
         return x_t, t * keep, which.to(t.device)
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.prefix, self.rest, self.latents.to(device), self.max_t)
+        """With the latents and their noise on a device; tokens and max_t are a plan, and stay."""
+        latents, u, eps = (x.to(device) for x in (self.latents, self.u, self.eps))
+        return Batch(self.prefix, self.rest, latents, self.max_t, u, eps)
 
 
-def split_phases(
-    sequences: list[list[int]],
-    num_patches: int,
-    pack: int = 0,
-    loss_mask: list[list[bool]] | None = None,
-) -> tuple[Tokens, Tokens]:
-    """Sequences of ids and IMAGE -> prefix and rest (see LMFusion.forward); `loss_mask` as in `Tokens`.
+def draw_noise(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
+    """For M latents of `shape` (M, C, h, w): u (M,) uniform in 0 .. 1, which becomes t, and eps."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape[0], generator=generator), torch.randn(shape, generator=generator)
+
+
+def collate(documents: list[Document], latents: Tensor, config: ModelConfig, pack: int = 0) -> Batch:
+    """A batch of documents and the latents (M, C, h, w) of their pictures, in order.
+
+    Every batch has an image, for the gradient of every module must exist in every process: where there is
+    none, an empty clean one of its own.
+    """
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    if not any(d.pictures for d in documents):
+        documents = [*documents, Document([config.boi_id, IMAGE], [None], [0], [False, False])]
+        latents = torch.zeros(1, *shape)
+    noise = [draw_noise((len(d.pictures), *shape), d.seed) for d in documents if d.pictures]
+    u, eps = (torch.cat(x) for x in zip(*noise, strict=True))
+    max_t = torch.tensor([t for d in documents for t in d.max_t])
+    prefix, rest = split_phases(documents, config.num_patches, pack)
+    return Batch(prefix, rest, latents, max_t, u, eps)
+
+
+def make_batches(
+    documents: list[Document], source: Source, codec: Any, config: ModelConfig, size: int = 0, pack: int = 0
+) -> list[Batch]:
+    """Documents in batches of `size` (0: one); those of like length together, which saves padding."""
+    if 0 < size < len(documents):
+        P = config.num_patches
+        documents = sorted(documents, key=lambda d: len(d.ids) + len(d.pictures) * (P - 1))
+    batches, size = [], size or max(1, len(documents))
+    for i in range(0, len(documents), size):
+        part = documents[i : i + size]
+        pictures = [p for d in part for p in d.pictures]
+        latents = source.latents(pictures, codec) if pictures else torch.zeros(0)
+        batches.append(collate(part, latents, config, pack))
+    return batches
+
+
+def split_phases(documents: list[Document], num_patches: int, pack: int = 0) -> tuple[Tokens, Tokens]:
+    """Documents -> prefix and rest, cut before each one's first IMAGE (see LMFusion.forward).
 
     pack > 0: neighbours share a row, as documents of their own, as long as they have `pack` tokens together.
     Their order stays, so that their images stay in row order.
     """
-    rows: list[list[int]] = []
+    rows: list[list[Document]] = []
     room = 0
-    for i, s in enumerate(sequences):
-        length = sum(num_patches if token == IMAGE else 1 for token in s)
+    for document in documents:
+        length = len(document.ids) + document.ids.count(IMAGE) * (num_patches - 1)
         if length > room:
             rows.append([])
             room = pack
-        rows[-1].append(i)
+        rows[-1].append(document)
         room -= length
-    cut = [s.index(IMAGE) if IMAGE in s else len(s) for s in sequences]
+    start = [[d.ids.index(IMAGE) if IMAGE in d.ids else len(d.ids) for d in row] for row in rows]
 
-    def part(values: list[list], begins: bool) -> list[list[list]]:
-        """What stands before each cut, or behind it, row by row."""
-        return [[values[i][: cut[i]] if begins else values[i][cut[i] :] for i in row] for row in rows]
+    def part(name: str, behind: bool) -> list[list[list]]:
+        """Ids or loss masks from each cut on, or up to it."""
+        return [
+            [
+                getattr(d, name)[cut:] if behind else getattr(d, name)[:cut]
+                for d, cut in zip(row, cuts, strict=True)
+            ]
+            for row, cuts in zip(rows, start, strict=True)
+        ]
 
-    own = [part(loss_mask, begins) if loss_mask else None for begins in (True, False)]
-    prefix = Tokens.packed(part(sequences, True), num_patches, loss_mask=own[0])
-    start = [[cut[i] for i in row] for row in rows]
-    return prefix, Tokens.packed(part(sequences, False), num_patches, start, loss_mask=own[1])
+    prefix = Tokens.packed(part("ids", False), num_patches, loss_mask=part("loss_mask", False))
+    rest = Tokens.packed(part("ids", True), num_patches, start, loss_mask=part("loss_mask", True))
+    return prefix, rest
 
 
 def next_tokens(tokens: Tokens, boi_id: int) -> tuple[Tensor, Tensor]:
     """What each text token of `tokens` is to predict, in the order of `Hidden.text`: two tensors (T_text,).
 
     First the id of the next text token for L_LM, -100 where there is none to learn: no loss where the input
-    is BOI, none at the end of a document or before padding, none where the next token is another speaker's,
+    is BOI, none at the end of a document or before padding, none where the loss mask excludes the next token,
     and BOI itself is no target of the frozen head.
     Second whether an image starts next (1, 0, or -100 at BOI and at the end), for the row that decides when
     to draw.
@@ -160,305 +401,3 @@ def next_tokens(tokens: Tokens, boi_id: int) -> tuple[Tensor, Tensor]:
     draw = torch.where(known, (following == boi_id).long(), -100)
     text = tokens.ids >= 0
     return word[text], draw[text]
-
-
-FIRST, DROPPED, BEHIND = "caption first", "caption dropped", "image first"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a captioned picture becomes a sequence (Sections 2.3 and 4.1 of the paper)."""
-
-    caption_first: float = 0.8  # else the picture comes first and its caption is to be predicted
-    caption_drop: float = 0.1  # of the captions before pictures, for guidance: BOI and the picture remain
-    noise_limit: int = 500  # timesteps of a picture that comes before its caption are below this
-
-    def draw(self, n: int, rng: random.Random) -> list[str]:
-        """The order of each of n samples."""
-        orders = []
-        for _ in range(n):
-            if rng.random() < self.caption_first:
-                orders.append(DROPPED if rng.random() < self.caption_drop else FIRST)
-            else:
-                orders.append(BEHIND)
-        return orders
-
-
-def arrange(
-    captions: list[list[int]],
-    latents: Tensor,
-    orders: list[str],
-    config: ModelConfig,
-    noise_limit: int = T,
-    pack: int = 0,
-) -> Batch:
-    """One sequence a caption (ids) and latent (M, C, h, w), in the order that `Recipe.draw` gave it.
-
-    caption first:    caption BOI | patches
-    caption dropped:          BOI | patches
-    image first:              BOI | patches EOI caption EOS
-
-    Our choice: no EOI in the first two, for nothing behind their image has a loss.
-    """
-    sequences, max_t = [], []
-    for caption, order in zip(captions, orders, strict=True):
-        if order == BEHIND:
-            sequences.append([config.boi_id, IMAGE, config.eoi_id] + caption + [config.eos_id])
-            max_t.append(noise_limit)
-        else:
-            sequences.append((caption if order == FIRST else []) + [config.boi_id, IMAGE])
-            max_t.append(T)
-    return Batch(*split_phases(sequences, config.num_patches, pack), latents, torch.tensor(max_t))
-
-
-def make_batch(
-    captions: list[list[int]], latents: Tensor, recipe: Recipe, config: ModelConfig, rng: random.Random
-) -> Batch:
-    """`arrange`, each sample in an order of its own."""
-    return arrange(captions, latents, recipe.draw(len(captions), rng), config, recipe.noise_limit)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tasks of the second stage (Section 5.2; train.py --init-from DIR --task ...)
-
-TASKS = ("caption", "generate", "edit", "chat")
-
-
-def parse_tasks(text: str) -> dict[str, float]:
-    """ "edit" or "generate=2,edit=1" -> the share of each task; ValueError names the choices."""
-    shares: dict[str, float] = {}
-    for item in text.split(","):
-        name, _, weight = (x.strip() for x in item.partition("="))
-        if name not in TASKS:
-            raise ValueError(f"--task {text}: {name!r} is not one of {', '.join(TASKS)}")
-        try:
-            shares[name] = float(weight) if "=" in item else 1.0
-        except ValueError:
-            raise ValueError(f"--task {text}: the weight {weight!r} of {name} is not a number") from None
-        if not 0 < shares[name] < math.inf:
-            raise ValueError(f"--task {text}: the weight of {name} must be positive")
-    total = sum(shares.values())
-    return {name: weight / total for name, weight in shares.items()}
-
-
-@dataclass
-class Document:
-    """One sequence to train on, and what its images are."""
-
-    ids: list[int]  # IMAGE stands for a picture
-    pictures: list  # one for each IMAGE: what `pixels` of the source takes
-    max_t: list[int]  # of each picture, as in `Batch`
-    loss_mask: list[bool]  # of each id: whether the model is to say it
-
-    def __len__(self) -> int:
-        """Ids from the first picture on: what carries a gradient."""
-        return len(self.ids) - (self.ids.index(IMAGE) if IMAGE in self.ids else len(self.ids))
-
-
-def caption_document(
-    picture, caption: list[int], order: str, config: ModelConfig, recipe: Recipe
-) -> Document:
-    """Caption and picture in one of the three orders, as in `arrange`; nothing is said about when to draw."""
-    if order == BEHIND:
-        ids = [config.boi_id, IMAGE, config.eoi_id, *caption, config.eos_id]
-        return Document(ids, [picture], [recipe.noise_limit], [False] * 2 + [True] * (len(ids) - 2))
-    ids = [*(caption if order == FIRST else []), config.boi_id, IMAGE]
-    return Document(ids, [picture], [T], [False] * len(ids))
-
-
-def edit_document(source, target, instruction: list[int], dropped: bool, config: ModelConfig) -> Document:
-    """Section 5.2:  BOI | source | EOI instruction BOI | target.
-
-    Our choice: without the instruction there is nothing to change, and the source itself is the target. That
-    is what guidance compares with, so it strengthens the change and keeps the rest.
-    """
-    ids = [config.boi_id, IMAGE, config.eoi_id, *([] if dropped else instruction), config.boi_id, IMAGE]
-    return Document(ids, [source, source if dropped else target], [0, T], [False] * len(ids))
-
-
-def chat_document(
-    messages: list[dict], dropped: bool, tokenizer: Tokenizer, config: ModelConfig, rng: random.Random
-) -> Document:
-    """A conversation up to a picture of its last message, which is to be painted; the others are clean.
-
-    So training sees of every picture what sampling will: one noisy image, which comes last. A conversation
-    that ends in words, and a quarter of the others, is read to its end with all pictures clean, for the text
-    behind them and the decision to draw. dropped: BOI and the picture alone, for guidance.
-    """
-    pieces = apply_chat_template(messages, generate=False)
-    pictures = [p.content for p in pieces if isinstance(p, Picture)]
-    ids = encode(tokenizer, pieces, config.boi_id, config.eoi_id)
-    own = assistant_mask(tokenizer, ids)
-    places = [i for i, token in enumerate(ids) if token == IMAGE]
-    last_turn = max(i for i, token in enumerate(ids) if token == tokenizer.token_to_id(IM_START))
-    painted = [n for n, i in enumerate(places) if i > last_turn]  # in the assistant's last message
-    if not painted or (rng.random() < 0.25 and not dropped):
-        return Document(ids, pictures, [0] * len(pictures), own)
-    n = max(rng.choice(painted), rng.choice(painted))  # rather a later one: words stand before it
-    if dropped:
-        return Document([config.boi_id, IMAGE], [pictures[n]], [T], [False] * 2)
-    end = places[n] + 1
-    return Document(ids[:end], pictures[: n + 1], [0] * n + [T], own[:end])
-
-
-def collate(documents: list[Document], latents: Tensor, config: ModelConfig, pack: int = 0) -> Batch:
-    """A batch of documents and the latents (M, C, h, w) of their pictures, in order.
-
-    Every batch has an image, for the gradient of every module must exist in every process: where there is
-    none, an empty clean one of its own.
-    """
-    sequences = [d.ids for d in documents]
-    own, max_t = [d.loss_mask for d in documents], [t for d in documents for t in d.max_t]
-    if not max_t:
-        sequences, own, max_t = [*sequences, [config.boi_id, IMAGE]], [*own, [False, False]], [0]
-        latents = torch.zeros(1, config.latent_channels, config.latent_size, config.latent_size)
-    return Batch(*split_phases(sequences, config.num_patches, pack, own), latents, torch.tensor(max_t))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Sources
-
-
-ALL = slice(None)  # of a batch: what one process does, where there is only one
-
-
-# Shares of dialogues.KINDS in the second stage. Our choice: many stories, for nowhere else does a caption
-# stand behind a picture that it does not describe.
-TURNS = (3, 4, 8, 3, 3)
-
-
-class Shapes:
-    """The built-in pictures as a data source."""
-
-    size = PIXELS
-
-    def sample(self, n: int, rng: random.Random, share: slice = ALL) -> tuple[Tensor, list[str]]:
-        """`share` of n training pictures (n, 3, 32, 32), uint8, and captions; the draw is that of all n."""
-        scenes = rng.choices(all_scenes(held_out=False), k=n)
-        return render(scenes, rng)[share], [s.caption for s in scenes[share]]
-
-    def captioned(self, rng: random.Random) -> tuple[Shot, str]:
-        """One training picture and its caption."""
-        scene = rng.choice(all_scenes(held_out=False))
-        return Shot(scene, draw_shift(rng)), scene.caption
-
-    def edited(self, rng: random.Random) -> tuple[Shot, Shot, str]:
-        """A training picture, the same with one attribute changed, and the instruction."""
-        edit, shift = draw_edit(rng), draw_shift(rng)
-        return Shot(edit.source, shift), Shot(edit.target, shift), edit.instruction
-
-    def conversation(self, rng: random.Random) -> list[dict]:
-        """Messages with Shots in them, of one to three turns."""
-        kinds = rng.choices(KINDS, TURNS, k=rng.choices((1, 2, 3), (70, 25, 5))[0])
-        return conversation(rng, thinking=rng.random() < 0.4, kinds=kinds)
-
-    def validation_edits(self, n: int) -> tuple[list[Shot], list[Shot], list[str]]:
-        """n edits to held-out scenes, as in `edited`; the same ones whenever asked."""
-        rng = random.Random(0)
-        edits = [(draw_edit(rng, held_out=True), draw_shift(rng)) for _ in range(n)]
-        shots = [[Shot(e.source, s) for e, s in edits], [Shot(e.target, s) for e, s in edits]]
-        return shots[0], shots[1], [e.instruction for e, _ in edits]
-
-    def pixels(self, shots: list[Shot]) -> Tensor:
-        """Shots -> uint8 (M, 3, 32, 32)."""
-        return render([s.scene for s in shots], shifts=[s.shift for s in shots])
-
-    def validation(self, n: int) -> tuple[Tensor, list[str]]:
-        """n held-out combinations; the same ones whenever asked."""
-        rng = random.Random(0)
-        scenes = rng.sample(all_scenes(held_out=True), min(n, len(all_scenes(held_out=True))))
-        return render(scenes, rng), [s.caption for s in scenes]
-
-    def prompts(self) -> list[str]:
-        """What the sheets of a run show: held-out combinations."""
-        return self.validation(18)[1]
-
-
-def pick(pictures: Pictures, index: Sequence[int]) -> Pictures:
-    """Some of the pictures."""
-    return Pictures(
-        pictures.pixels[list(index)],
-        [pictures.captions[i] for i in index],
-        [pictures.names[i] for i in index],
-        [],
-    )
-
-
-class PictureSource:
-    """Real pictures as a data source; without others for validation, every 20th is set aside.
-
-    With `edits` there are (image, instruction, image) triples as well, or alone; of those, too, every 20th
-    is set aside.
-    """
-
-    def __init__(self, train: Pictures | None, val: Pictures | None, edits: Edits | None = None):
-        self.edits = edits
-        self.order = list(range(len(edits.instructions))) if edits else []
-        self.order, self.held_out = [i for i in self.order if i % 20], self.order[::20]
-        if edits and not self.order:
-            raise ValueError("one edit is too few: training and validation need one each at least")
-        if train is None:  # the pictures of the edits, and what was asked for
-            train = Pictures(edits.targets, edits.instructions, edits.names, [])
-        if val is None:
-            n = len(train.captions)
-            if n < 2:
-                raise ValueError("one picture is too few: training and validation need one each at least")
-            val = pick(train, range(0, n, 20))
-            train = pick(train, [i for i in range(n) if i % 20])
-        self.train, self.val, self.size = train, val, train.pixels.shape[-1]
-
-    def captioned(self, rng: random.Random) -> tuple[Tensor, str]:
-        """One training picture (3, S, S), uint8, and its caption."""
-        i = rng.randrange(len(self.train.captions))
-        return self.train.pixels[i], self.train.captions[i]
-
-    def edited(self, rng: random.Random) -> tuple[Tensor, Tensor, str]:
-        """A picture before and after, and the instruction."""
-        i = rng.choice(self.order)
-        return self.edits.sources[i], self.edits.targets[i], self.edits.instructions[i]
-
-    def validation_edits(self, n: int) -> tuple[Tensor, Tensor, list[str]]:
-        """Up to n edits that training never shows: every 20th."""
-        index = self.held_out[:n]
-        return (
-            self.edits.sources[index],
-            self.edits.targets[index],
-            [self.edits.instructions[i] for i in index],
-        )
-
-    def conversation(self, rng: random.Random) -> list[dict]:
-        """Messages around a captioned picture or, as often where there are some, an edit."""
-        edit = self.edited(rng) if self.edits and rng.random() < 0.5 else None
-        return picture_conversation(rng, *self.captioned(rng), edit)
-
-    def pixels(self, pictures: list[Tensor]) -> Tensor:
-        """(M, 3, S, S), uint8."""
-        return torch.stack(list(pictures))
-
-    def sample(self, n: int, rng: random.Random, share: slice = ALL) -> tuple[Tensor, list[str]]:
-        """`share` of n training pictures (n, 3, S, S), uint8, drawn with replacement, and their captions."""
-        index = rng.choices(range(len(self.train.captions)), k=n)[share]
-        return self.train.pixels[index], [self.train.captions[i] for i in index]
-
-    def validation(self, n: int) -> tuple[Tensor, list[str]]:
-        """n validation pictures; the same ones whenever asked."""
-        order = random.Random(0).sample(range(len(self.val.captions)), min(n, len(self.val.captions)))
-        return self.val.pixels[order], [self.val.captions[i] for i in order]
-
-    def prompts(self) -> list[str]:
-        """What the sheets of a run show: captions of training pictures, then of validation pictures."""
-        seen = random.Random(0).sample(self.train.captions, min(9, len(self.train.captions)))
-        return seen + self.validation(9)[1]
-
-
-def main() -> None:
-    """`python data.py encode ...`: see latents.py, which imports this file."""
-    from scale import latents
-
-    latents.main()
-
-
-if __name__ == "__main__":
-    import cli
-
-    cli.run(main)

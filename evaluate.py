@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 from chat.template import encode_plain
 from checkpoint import Trained, check_device, load_trained, write_atomic
-from data import Batch, Recipe, make_batch
+from config import Parser, run_command, tune_torch
+from data import CAPTION_FIRST, Batch, caption_document, collate
 from diffusion import Diffusion, T
 from generate import continue_text, describe_images, encode_text, generate_images
 from lab import figures
@@ -111,18 +111,16 @@ def in_batches(work, n: int, size: int, what: str) -> list:
 
 
 @torch.no_grad()
-def errors_by_timestep(
-    model: LMFusion, diffusion: Diffusion, batch: Batch, noise: Tensor, weighting: str
-) -> list[float]:
-    """The diffusion loss of a batch at each of TIMESTEPS, its images under this `noise` (M, C, h, w)."""
+def errors_by_timestep(model: LMFusion, diffusion: Diffusion, batch: Batch, weighting: str) -> list[float]:
+    """The diffusion loss of a batch at each of TIMESTEPS, under the batch's own noise."""
     errors = []
     for value in TIMESTEPS:
-        t = torch.full((len(noise),), value, device=noise.device)
-        x_t, t, which = batch.noised(diffusion, t, noise)
+        t = torch.full((len(batch.eps),), value, device=batch.eps.device)
+        x_t, t, which = batch.noised(diffusion, t)
         hidden = model(batch.prefix, batch.rest, x_t, t)[1]
-        output, eps = model.unet_output(hidden, which), noise
+        output, eps = model.unet_output(hidden, which), batch.eps
         if which is not None:
-            x_t, t, eps = x_t[which], t[which], noise[which]
+            x_t, t, eps = x_t[which], t[which], eps[which]
         predicted = diffusion.eps_from_output(output, x_t, t)
         errors.append(diffusion.loss(predicted, eps, t, weighting).item())
     return errors
@@ -130,16 +128,15 @@ def errors_by_timestep(
 
 def validation_error(trained: Trained, pictures: Tensor, captions: list[str]) -> dict:
     """Mean squared error of v under the right and under a permuted caption, by timestep."""
+    config, device = trained.model.config, trained.model.boi_head.device
     ids = [encode_text(trained, c, room=0) for c in captions]
-    device = trained.model.boi_head.device
-    latents = trained.codec.encode(pictures).to(device)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
-    out: dict[str, list] = {"t": list(TIMESTEPS)}
+    latents, out = trained.codec.encode(pictures), {"t": list(TIMESTEPS)}
     for key, rows in (("right", ids), ("permuted", ids[1:] + ids[:1])):
-        batch = make_batch(
-            rows, latents, Recipe(caption_first=1, caption_drop=0), trained.model.config, random.Random(0)
-        )
-        out[key] = errors_by_timestep(trained.model, trained.diffusion, batch.to(device), noise, "v")
+        documents = [caption_document(None, row, CAPTION_FIRST, config) for row in rows]
+        for number, document in enumerate(documents):
+            document.seed = number
+        batch = collate(documents, latents, config).to(device)
+        out[key] = errors_by_timestep(trained.model, trained.diffusion, batch, "v")
     return out
 
 
@@ -339,7 +336,7 @@ def read_paragraphs(path: str, flag: str = "--text") -> list[str]:
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(prog="evaluate.py", description="Figures of a model trained on the built-in shapes.")
+    parser = Parser(prog="evaluate.py", description="Figures of a model trained on the built-in shapes.")
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -428,7 +425,7 @@ def on_files(trained: Trained, args: argparse.Namespace) -> dict:
 
 def main() -> None:
     args = parse()
-    cli.tune_torch()
+    tune_torch()
     trained = load_trained(args.checkpoint, args.base, args.device, vae=args.vae)
     if args.base:
         trained.info["base"] = args.base
@@ -453,4 +450,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

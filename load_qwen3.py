@@ -368,3 +368,15 @@ def fingerprint(model: LMFusion) -> str:
         digest.update(f"{name} {tuple(p.shape)} {value.dtype}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def base_fingerprint(folder: Path) -> bytes:
+    """What tells one base from another: its files, for of a cut model each process has a slice only."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name in ("config.json", "tokenizer.json") or path.suffix == ".safetensors":
+            digest.update(path.name.encode())
+            with open(path, "rb") as f:
+                while block := f.read(2**24):
+                    digest.update(block)
+    return digest.digest()

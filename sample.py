@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 from chat.conversation import answer_last, check_folder, read_messages, talk
 from checkpoint import Trained, check_device, load_trained, write_atomic
+from config import Parser, run_command, tune_torch
 from diffusion import T
 from generate import Style, describe_images, edit_images, generate_images, generate_text, read_picture
 from lab import figures
@@ -30,7 +30,7 @@ from lab import figures
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(
+    parser = Parser(
         prog="sample.py", description="Text to image, image to text, editing, chat, text to text."
     )
     add = parser.add_argument
@@ -241,7 +241,7 @@ def converse(trained: Trained, args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     check(args)
-    cli.tune_torch()
+    tune_torch()
     task = "chat" if args.chat or args.messages else "edit" if args.edit is not None else ""
     trained = load_trained(
         args.checkpoint,
@@ -272,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

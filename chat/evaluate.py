@@ -26,9 +26,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 from chat.conversation import ChatPicture, Conversation
 from checkpoint import Trained, load_trained, write_atomic
+from config import Parser, run_command, tune_torch
 from evaluate import in_batches, prompt_match, read_scenes, text_line, text_report
 from generate import Style, edit_images, encode_pictures, generate_images
 from lab import figures
@@ -300,7 +300,7 @@ def chat_table(r: dict) -> str:
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(
+    parser = Parser(
         prog="python -m chat.evaluate", description="Figures of a model trained on built-in chat and edits."
     )
     add = parser.add_argument
@@ -327,7 +327,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    cli.tune_torch()
+    tune_torch()
     trained = load_trained(args.checkpoint, args.base, config="small-chat")
     if args.base:
         trained.info["base"] = args.base
@@ -345,4 +345,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -36,10 +36,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import cli
 import train
 from chat.template import encode_plain
 from checkpoint import Trained, list_checkpoints, write_atomic
+from config import Parser, run_command, tune_torch
 from evaluate import caption_report, prompt_match, text_parameters_changed
 from generate import describe_images, encode_text, generate_images
 from lab.language import knowledge, multiple_choice, perplexity, reasoning
@@ -338,7 +338,7 @@ def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int, quick: bool) -
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(prog="python -m lab.ablate", description="The paper's ablations at laptop size.")
+    parser = Parser(prog="python -m lab.ablate", description="The paper's ablations at laptop size.")
     add = parser.add_argument
     add("--quick", action="store_true", help="a few steps of every cell, into runs/ablate-quick")
     add("--cell", help="only this cell, or those that fit a pattern like 'deep-*'")
@@ -360,7 +360,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    cli.tune_torch()
+    tune_torch()
     seeds = [args.seed] if args.seed is not None else list(range(args.seeds))
     shown = {name for names in FIGURES.values() for name in names}  # in the paper's figures: these first
     wanted = [(name, seed) for seed in seeds for name in args.names]
@@ -372,4 +372,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -182,3 +182,19 @@ def curves(
             draw.text((left + 28, h + 16 * i), label, INK, font)
         page.paste(panel, (p % columns * w, p // columns * whole))
     return page
+
+
+def training_curves(metrics: list[dict], timesteps: tuple[int, ...]) -> Image.Image:
+    """Losses and validation errors of a run, by step, from the lines of its metrics.jsonl."""
+    val = [m for m in metrics if "val" in m]
+    losses = {
+        k: [(m["step"], m[k]) for m in metrics if m.get(k) is not None] for k in ("ddpm_loss", "lm_loss")
+    }
+    panels = [("training loss by step", losses)]
+    for key in (1, 4):
+        errors = {
+            f"{which} caption": [(m["step"], m["val"][which][key]) for m in val]
+            for which in ("right", "permuted")
+        }
+        panels.append((f"validation error at t = {timesteps[key]} by step", errors))
+    return curves(panels)

@@ -15,8 +15,8 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import cli
 from checkpoint import check_device
+from config import Parser, run_command, tune_torch
 from data import BEHIND, DROPPED, FIRST, arrange
 from diffusion import Diffusion
 from generate import continue_text
@@ -164,7 +164,7 @@ def text_against_transformers(
 
 
 def main() -> None:
-    parser = cli.Parser(
+    parser = Parser(
         prog="python -m scale.benchmark", description="Measured speed against the machine's limit."
     )
     add = parser.add_argument
@@ -179,7 +179,7 @@ def main() -> None:
     add("--device", default="cpu", help="of the step: cpu, cuda, ...")
     args = parser.parse_args()
     check_device(args.device)
-    cli.tune_torch()
+    tune_torch()
     if args.what in ("step", "both"):
         for dtype in (torch.float32, torch.bfloat16):
             peak = product_peak(dtype, args.device)
@@ -205,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -35,10 +35,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 from chat.template import encode_plain
 from checkpoint import check_device, write_atomic
-from cli import setting
+from config import Parser, add_fields, setting
 from load_qwen3 import load_tokenizer, open_safetensors, read_json, resolve
 from scale.pictures import Sample, list_samples, listing, no_pictures, read_sample
 from scale.vae import load_vae
@@ -476,9 +475,9 @@ class LatentSource:
 
 def main() -> None:
     """`python data.py encode`."""
-    parser = cli.Parser(prog="data.py", description="Encode captioned pictures into shards of latents, once.")
+    parser = Parser(prog="data.py", description="Encode captioned pictures into shards of latents, once.")
     parser.add_argument("command", choices=("encode",), help="what to do")
-    cli.add_fields(parser, EncodeConfig)
+    add_fields(parser, EncodeConfig)
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None and k != "command"}
     for name in ("data", "vae", "base", "out"):
         if not given.get(name):

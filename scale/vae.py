@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import random
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import TrainConfig
 from load_qwen3 import open_safetensors, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -339,3 +343,75 @@ def load_vae(
     vae.eval().requires_grad_(False)
     vae.fingerprint()
     return vae.to(device, dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The linear stand-in
+
+
+class PatchPCA:
+    """A linear stand-in for the VAE: each p x p patch of a picture on its C principal components.
+
+    (M, 3, S, S) uint8 <-> (M, C, S/p, S/p), about unit variance. Component k is divided by its standard
+    deviation to the power `whiten` (1: all components alike; 0: as they are), then all by one number.
+    """
+
+    def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor, bound: Tensor):
+        self.mean, self.basis, self.scale = mean, basis, scale  # (3pp,), (3pp, C), (C,)
+        self.bound = bound  # (C, 1, 1): the largest latent seen, to which samplers clamp
+        self.patch, self.channels = math.isqrt(len(mean) // 3), len(scale)
+
+    @classmethod
+    def fit(cls, pictures: Tensor, channels: int, patch: int, whiten: float) -> PatchPCA:
+        x = cls.patches(pictures, patch).transpose(1, 2).flatten(0, 1).double()  # (M * hw, 3pp)
+        mean = x.mean(0)
+        variance, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+        variance, basis = variance.flip(0)[:channels].clamp(min=1e-8), vectors.flip(1)[:, :channels]
+        scale = variance.sqrt() ** -whiten
+        scale = scale / (variance * scale**2).mean().sqrt()
+        z = ((x - mean) @ basis * scale).abs().amax(0)
+        return cls(mean.float(), basis.float(), scale.float(), z.float()[:, None, None])
+
+    @staticmethod
+    def patches(pictures: Tensor, patch: int) -> Tensor:
+        """uint8 (M, 3, S, S) -> float (M, 3pp, hw) in -1 .. 1."""
+        return F.unfold(pictures.float() / 127.5 - 1, patch, stride=patch)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """uint8 (M, 3, S, S) -> (M, C, S/p, S/p)."""
+        h, w = (s // self.patch for s in pictures.shape[2:])
+        x = self.patches(pictures, self.patch).transpose(1, 2) - self.mean  # (M, hw, 3pp)
+        return (x @ self.basis * self.scale).transpose(1, 2).unflatten(2, (h, w))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(M, C, h, w) -> uint8 (M, 3, S, S)."""
+        h, w = z.shape[2:]
+        x = (z.float().flatten(2).transpose(1, 2) / self.scale) @ self.basis.T + self.mean  # (M, hw, 3pp)
+        x = F.fold(x.transpose(1, 2), (h * self.patch, w * self.patch), self.patch, stride=self.patch)
+        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"mean": self.mean, "basis": self.basis.contiguous(), "scale": self.scale, "bound": self.bound}
+
+
+def make_codec(
+    config: TrainConfig, sample: Callable[[int, random.Random], tuple[Tensor, list[str]]], device: str
+) -> tuple[dict | None, PatchPCA | AutoencoderKL]:
+    """What a run on pixels makes latents with, after what a checkpoint says of it (None of PatchPCA).
+
+    sample(n, rng): n training pictures, uint8 (n, 3, S, S), and captions; the components, or the VAE's range,
+    are taken from them.
+    """
+    rng = random.Random(config.seed)
+    if not config.vae:
+        pictures, _ = sample(4000, rng)
+        return None, PatchPCA.fit(pictures, config.latent_channels, config.latent_patch, config.whiten)
+    codec = load_vae(config.vae, device=device)
+    codec.bound = codec.encode(sample(64, rng)[0]).abs().amax((0, 2, 3))[:, None, None]
+    return vae_entry(config.vae, codec), codec
+
+
+def vae_entry(path: str, codec: AutoencoderKL) -> dict[str, str]:
+    """What a checkpoint keeps of a VAE: where it lies, and its fingerprint."""
+    place = str(Path(path).resolve()) if Path(path).is_dir() else path
+    return {"path": place, "fingerprint": codec.fingerprint()}

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-import cli
 from chat.template import END_THINK, IM_END, IM_START, THINK, apply_chat_template, assistant_mask, encode
 from checkpoint import write_folder
+from config import Parser, run_command
 from data import next_tokens
 from load_qwen3 import BOI, EOI, STOCK, known_config, text_names
 from model import LMFusion, ModelConfig, Tokens, replace
@@ -82,6 +82,19 @@ def draw_document(rng: random.Random, tokenizer: Tokenizer, talk: float) -> tupl
     token = tokenizer.token_to_id
     ids = encode(tokenizer, pieces, token(BOI), token(EOI)) + [token(EOS)]
     return ids, assistant_mask(tokenizer, ids)
+
+
+class BuiltInText:
+    """Documents and conversations as the tiny base was made of, as a data.TextSource."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def draw(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        return draw_document(rng, self.tokenizer, TALK)
+
+    def fingerprint(self) -> bytes:
+        return b"built-in text"
 
 
 def init_text(model: LMFusion) -> None:
@@ -162,6 +175,15 @@ def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> N
     save_base(model, tokenizer, folder)
 
 
+def ensure_base(seed: int, steps: int = STEPS) -> Path:
+    """The folder of the tiny Qwen3, which is pretrained unless a former run has left it."""
+    folder = Path("runs") / f"base-small-v{RECIPE}-{seed}{'' if steps == STEPS else f'-{steps}'}"
+    if not folder.is_dir():
+        print(f"pretraining a tiny Qwen3 on built-in text, once, into {folder}", flush=True)
+        pretrain_base(folder, seed, steps)
+    return folder
+
+
 def random_base(stock: str, folder: Path, seed: int = 0) -> None:
     """A folder with a stock Qwen3's shape, random bfloat16 weights, and the tiny tokenizer."""
     tokenizer = train_tokenizer(random.Random(seed))
@@ -219,7 +241,7 @@ def save_base(
 
 
 def main() -> None:
-    parser = cli.Parser(
+    parser = Parser(
         prog="python -m small.pretrain",
         description="Write a base of random weights in the shape of a stock Qwen3, to try sizes out. (The "
         "tiny Qwen3 of `small` needs no command: train.py pretrains it.)",
@@ -234,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-import cli
 import train
 from checkpoint import Trained, load_trained
+from config import run_command
 from small import pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,12 +89,12 @@ def call(module: ModuleType, *args: str | Path, folder: Path) -> Result:
     sys.argv = [f"{module.__name__}.py", *map(str, args)]
     try:
         with inside(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.run(module.main)
+            run_command(module.main)
     except SystemExit as stop:
         return Result(int(stop.code or 0), out.getvalue(), err.getvalue())
     finally:
         sys.argv = argv
-    raise AssertionError("cli.run returned")
+    raise AssertionError("run returned")
 
 
 def good(module: ModuleType, *args: str | Path, folder: Path) -> str:

@@ -21,8 +21,8 @@ import torch
 from conftest import perturb_parameters, write_qwen3_folder
 from torch.utils.flop_counter import FlopCounterMode
 
-import cli
 import train
+from config import tune_torch
 from evaluate import read_scenes
 from lab import ablate
 from lab.ablate import QUICK, STAGED, Plan, cells, configure, count_flops, run_cell
@@ -64,7 +64,7 @@ def timeless(result: dict) -> dict:
 def work(folder: Path, plan: Plan, name: str, seed: int = 0) -> None:
     """run_cell as the command calls it."""
     with helpers.inside(folder):
-        cli.tune_torch()
+        tune_torch()
         run_cell(plan, name, seed)
 
 

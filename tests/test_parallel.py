@@ -35,9 +35,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import checkpoint
-import cli
 import train
 from checkpoint import list_checkpoints, load_trained, part_name, read_tensors
+from config import run_command, tune_torch
 from data import PictureSource
 from load_qwen3 import fingerprint, load_qwen3
 from scale import parallel
@@ -222,7 +222,7 @@ def look_at_the_model(team: Team) -> None:
 def jobs() -> None:
     """All jobs, by one of the processes that torchrun starts."""
     torch.set_num_threads(1)
-    cli.tune_torch()
+    tune_torch()
     team = init_processes("cpu", "float32")
     try:
         look_at_the_model(team)
@@ -350,7 +350,7 @@ def one_of_many(rank: int, size: int, port: int, folder: str, flags: list[str], 
     sys.argv = ["train.py", *flags]
     if prepare is not None:
         prepare(rank)
-    cli.run(train.main)
+    run_command(train.main)
 
 
 @dataclass
