@@ -1,9 +1,9 @@
 # make demo: from nothing to a sheet of pictures.   make chat: on to conversations and edits.
-# make test: the test suite.                        All make .venv on first use.
+# make test: the test suite.   make check: lint, format, types and tests.   All make .venv on first use.
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo chat test lint clean
+.PHONY: demo chat test lint check clean
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -31,8 +31,10 @@ test: .venv/ready
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 		tests/test_parallel.py tests/test_ablate.py tests
 
-lint:
-	ruff check . && ruff format --check .
+lint: .venv/ready
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+check: lint test
 
 clean:
 	rm -rf .venv runs

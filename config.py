@@ -413,10 +413,12 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations; an unknown flag is answered with the nearest ones, or with all."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: typing.Any):
         super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(
+        self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
