@@ -187,9 +187,13 @@ class Run:
         for flag, size in (("batch-size", config.batch_size), ("text-batch", config.text_batch)):
             if size % self.team.size:
                 raise ValueError(f"--{flag} {size} is not a multiple of {self.team.size} processes")
-        source = open_source(config)
+        many, source = self.team.size > 1, open_source(config)
+        if many:
+            self.team.agree("what --data holds", source.fingerprint())
         self.vae, self.codec = source.make_codec(config, self.team.device)
         self.base = find_base(config, self.team, former)
+        if many:
+            self.team.agree("the base language model", base_fingerprint(resolve(self.base)))
         self.overrides = config.model_overrides(self.codec.channels, self.codec.patch)
         torch.manual_seed(config.seed)  # of the U-Net, whether or not a base was just pretrained
         self.model = load_qwen3(
@@ -207,10 +211,8 @@ class Run:
         tokenizer = load_tokenizer(self.base)
         text = open_text(config, tokenizer, self.model.config.eos_id) if config.text_batch else None
         self.documents = Documents(config, self.model.config, tokenizer, source, text)
-        if self.team.size > 1:
-            self.team.agree("what --data holds", source.fingerprint())
-            self.team.agree("what --text-data holds", text.fingerprint() if text else b"")
-            self.team.agree("the base language model", base_fingerprint(resolve(self.base)))
+        if many and text is not None:
+            self.team.agree("what --text-data holds", text.fingerprint())
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.ema = {n: p.detach().clone() for n, p in self.trained.items()} if config.ema else None
         self.optimizers = make_optimizers(self.model, config)

@@ -36,13 +36,23 @@ from torch.distributed.tensor import DTensor
 
 import checkpoint
 import train
-from checkpoint import list_checkpoints, load_trained, part_name, read_tensors
+from checkpoint import (
+    list_checkpoints,
+    load_trained,
+    optimizer_tensors,
+    part_name,
+    read_metrics,
+    read_tensors,
+    resume,
+)
 from config import run_command, tune_torch
-from data import PictureSource
+from evaluate import TIMESTEPS
+from lab.watch import draw_sheets, validate
 from load_qwen3 import fingerprint, load_qwen3
 from scale import parallel
 from scale.parallel import Team, alike, end_processes, fill, full_tensor, init_processes
-from train import Run, read_metrics
+from scale.sources import PictureSource
+from train import Run
 
 LIMIT = 300  # seconds after which a start of all the jobs counts as hanging
 SOON = 60  # seconds for everything else
@@ -125,12 +135,12 @@ def tell(path: Path, content: object) -> None:
 
 def unseen(run: Run) -> dict:
     """In place of a validation, which takes longer than the steps that a test is about."""
-    zero = [0.0] * len(train.TIMESTEPS)
-    return {"t": list(train.TIMESTEPS), "right": zero, "permuted": zero}
+    zero = [0.0] * len(TIMESTEPS)
+    return {"t": list(TIMESTEPS), "right": zero, "permuted": zero}
 
 
 def two_prompts(source: PictureSource) -> list[str]:
-    return source.validation(2)[1]
+    return [caption for _, caption in source.validation(2)]
 
 
 def do(name: str, team: Team) -> None:
@@ -141,11 +151,12 @@ def do(name: str, team: Team) -> None:
     team.wait()
     mistaken = team.rank == team.size - 1
     config, *_ = train.parse(flags_of(name) + (job.flags_of_the_last.split() if mistaken else []))
-    targets, resume, save = train.count_targets, Run.resume, Run.save
+    count, resume, save = train.count_targets, train.resume, train.save_run
 
     def counting(*args):
-        seen["counts"].append(targets(*args))
-        return seen["counts"][-1]
+        counts = count(*args)
+        seen["counts"].append([counts[part] for part in train.PARTS])
+        return counts
 
     def resuming(run, *args):
         resume(run, *args)
@@ -160,13 +171,13 @@ def do(name: str, team: Team) -> None:
     patch = pytest.MonkeyPatch()
     patch.chdir(job.folder_of_the_last if mistaken else ".")
     patch.setattr(train, "count_targets", counting)
-    patch.setattr(Run, "resume", resuming)
-    patch.setattr(Run, "save", saving)
+    patch.setattr(train, "resume", resuming)
+    patch.setattr(train, "save_run", saving)
     if name.startswith("watched"):
         patch.setattr(PictureSource, "prompts", two_prompts)
     else:
-        patch.setattr(Run, "validate", unseen)
-        patch.setattr(Run, "draw_curves", lambda run: None)
+        patch.setattr(train, "validate", unseen)
+        patch.setattr(train, "draw_curves", lambda run: None)
     try:
         train.work(config, "small", list_checkpoints(folder)[-1] if job.of else None, team)
     except ValueError as error:
@@ -184,16 +195,16 @@ def watch(run: Run) -> list[list[float]]:
     last = run.trained["unet_up.conv_out.weight"]
     ramp = torch.linspace(-0.3, 0.3, last.numel()).view(last.shape)
     fill(last, ramp)
-    fill(run.average["unet_up.conv_out.weight"], ramp)
-    fill(run.average["norm_image.weight"], torch.zeros(norm.shape))
-    run.source.prompts = lambda: ["a small photo"]
+    fill(run.ema["unet_up.conv_out.weight"], ramp)
+    fill(run.ema["norm_image.weight"], torch.zeros(norm.shape))
+    run.documents.source.prompts = lambda: ["a small photo"]
     run.out = Path(f"sheets-{run.team.size}")
     run.out.mkdir(exist_ok=True)
-    found.append(run.validate()["right"])
+    found.append(validate(run)["right"])
     fill(norm, torch.full(norm.shape, 3.0))
-    found.append(run.validate()["right"])
-    run.draw_sheet()
-    return [*found, run.validate()["right"]]
+    found.append(validate(run)["right"])
+    draw_sheets(run)
+    return [*found, validate(run)["right"]]
 
 
 def look_at_the_model(team: Team) -> None:
@@ -282,7 +293,7 @@ def alone(here: Path, name: str) -> Path:
             if name.startswith("watched"):
                 patch.setattr(PictureSource, "prompts", two_prompts)
             else:
-                patch.setattr(Run, "validate", unseen)
+                patch.setattr(train, "validate", unseen)
             helpers.good(train, *flags_of(name), folder=here / "alone")
     return folder
 
@@ -672,11 +683,11 @@ def test_one_process_loads_what_two_saved_and_goes_on_as_if_never_interrupted(he
     flags = ["--config", "small", "--resume", "--steps", "10", "--out", "two-by-one"]
     with helpers.inside(here / "alone"):
         run = Run(train.parse(flags)[0], "small")
-        run.resume(last(folder))
+        resume(run, last(folder))
     for kind, found in (
         ("model", run.trained),
-        ("ema", run.average),
-        ("optimizer", train.optimizer_tensors(run.trained, run.optimizers)),
+        ("ema", run.ema),
+        ("optimizer", optimizer_tensors(run.trained, run.optimizers)),
     ):
         wanted = stored(folder, kind)
         assert set(found) == set(wanted) and all(torch.equal(found[n], wanted[n]) for n in wanted), kind
@@ -783,7 +794,7 @@ def test_a_kill_of_one_process_ends_the_run_and_it_can_be_resumed(here, start, t
 
 def die_while_writing(moment: str, victim: int, rank: int) -> None:
     """kill -9 at a moment of writing the checkpoint of step 4."""
-    Run.validate, Run.draw_curves = unseen, lambda run: None
+    train.validate, train.draw_curves = unseen, lambda run: None
     save_file, rename = checkpoint.save_file, os.rename
 
     def half_saved(tensors, path, **more):
@@ -821,7 +832,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(here, start,
     assert "run/step-000002 is whole" in results[1 - victim].err
     assert [p.name for p in run.glob("step-*")] == ["step-000002"] and load_trained(run).info["step"] == 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "validate", unseen)
+        patch.setattr(train, "validate", unseen)
         helpers.good(train, "--config", "small", "--resume", "--out", "run", folder=tmp_path)
     assert not list(run.glob(".step*"))
     assert largest_difference(lines(alone(here, "plain"))[:5], lines(run)) < 1e-4
