@@ -40,6 +40,7 @@ class Rule:
     inherited: bool = False  # a second stage (--init-from) takes it from the first
     resumable: bool = False  # may change on --resume
     common: bool = False  # stands in --help; the others stand in --help-all
+    newer: bool = False  # than the first checkpoints, which lack it: its default means "as it was then"
 
     def check(self, flag: str, value: float | str) -> None:
         """ValueError, with the flag and the rule, for a value outside of the bounds or choices."""
@@ -353,13 +354,16 @@ CONFIGS = {
 
 
 def restore_config(saved: object, source: Path) -> dict:
-    """The fields of a TrainConfig that a checkpoint holds. A field that is newer than it gets its default.
+    """The fields of a TrainConfig that a checkpoint holds; those marked as newer may be missing.
 
-    ValueError names a field that is unknown or of another type.
+    ValueError names a field that is missing, unknown or of another type.
     """
     if not isinstance(saved, dict):
         raise ValueError(f"{source}: config is missing or not a JSON object")
     default = dataclasses.asdict(TrainConfig())
+    needed = {name for name, rule in rules(TrainConfig).items() if not rule.newer}
+    for name in sorted(needed - set(saved)):
+        raise ValueError(f"{source}: field {name} of config is missing")
     for name, value in saved.items():
         if name not in default:
             raise ValueError(f"{source}: field {name} of config is unknown")
