@@ -31,7 +31,7 @@ from chat.template import (
     encode,
     encode_plain,
 )
-from config import TrainConfig
+from config import TrainConfig, run_command
 from diffusion import Diffusion, T
 from model import IMAGE, PAD, ModelConfig, Tokens
 
@@ -401,3 +401,14 @@ def next_tokens(tokens: Tokens, boi_id: int) -> tuple[Tensor, Tensor]:
     draw = torch.where(known, (following == boi_id).long(), -100)
     text = tokens.ids >= 0
     return word[text], draw[text]
+
+
+def main() -> None:
+    """`python data.py encode ...`: pictures into shards of latents and token ids, once (scale/latents.py)."""
+    from scale import latents
+
+    latents.main()
+
+
+if __name__ == "__main__":
+    run_command(main)

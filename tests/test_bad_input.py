@@ -850,7 +850,7 @@ def test_too_little_memory_ends_in_one_line(tmp_path, monkeypatch, error):
     def full(run):
         raise error
 
-    monkeypatch.setattr(Run, "train_step", full)
+    monkeypatch.setattr(train.Run, "train_step", full)
     result = start(tmp_path)
     assert result.status == 2 and "memory" in one_line(result).lower()
 
@@ -859,7 +859,7 @@ def test_a_bug_of_ours_is_not_disguised_as_a_mistake(tmp_path, monkeypatch):
     def broken(run):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(Run, "train_step", broken)
+    monkeypatch.setattr(train.Run, "train_step", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         start(tmp_path)
 
