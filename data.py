@@ -69,7 +69,7 @@ class Source(Protocol):
         """What turns pixels into latents and back, after what a checkpoint says of a VAE (None: PatchPCA)."""
 
     def check(self, config: TrainConfig, model: ModelConfig, base: str) -> None:
-        """ValueError unless the source serves these tasks and fits this model on the language model `base`."""
+        """ValueError unless the source serves these tasks, and fits this model on the base `base`."""
 
     def fingerprint(self) -> bytes:
         """What tells one source from another: every process of a run must read the same."""

@@ -714,7 +714,7 @@ def start(here: Path, *more: object) -> helpers.Result:
 
 @pytest.mark.parametrize("what, after", (("Ctrl-C", 0), ("Ctrl-C", 3), ("SIGTERM", 3)))
 def test_an_interrupt_ends_in_one_line_that_says_where_it_goes_on(tmp_path, monkeypatch, what, after):
-    train_step = Run.train_step
+    train_step = train.Run.train_step
 
     def interrupted(run):
         if run.step == after and what == "SIGTERM":
@@ -724,7 +724,7 @@ def test_an_interrupt_ends_in_one_line_that_says_where_it_goes_on(tmp_path, monk
         return train_step(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "train_step", interrupted)
+        patch.setattr(train.Run, "train_step", interrupted)
         result = start(tmp_path, "--checkpoint-every", 2)
     line = one_line(result)
     assert result.status == 130 and line.startswith("interrupted") and f"at step {after}" in line
