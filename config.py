@@ -11,12 +11,12 @@ import dataclasses
 import difflib
 import functools
 import math
-import operator
 import re
 import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import ge, gt, le, lt
 from pathlib import Path
 
 import torch
@@ -24,18 +24,19 @@ import torch
 from diffusion import Diffusion
 
 SEPARATIONS = ("deep", "shallow", "none")
+DTYPES = ("float32", "bfloat16")  # weights that learn stay float32
 TASKS = ("caption", "generate", "edit", "chat")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting may be. `above` and `below` are exclusive, `low` and `high` inclusive."""
+    """What a setting may be: one of `choices`, or a number from `low` to `high`, `above` and `below` some."""
 
     help: str
     choices: tuple[str, ...] | None = None
     low: float | None = None
-    high: float | None = None
     above: float | None = None
+    high: float | None = None
     below: float | None = None
     inherited: bool = False  # a second stage (--init-from) takes it from the first
     resumable: bool = False  # may change on --resume
@@ -46,13 +47,8 @@ class Rule:
         """ValueError, with the flag and the rule, for a value outside of the bounds or choices."""
         if self.choices is not None and value not in self.choices:
             raise ValueError(f"{flag} is {value!r}; it must be one of {', '.join(self.choices)}")
-        bounds = (
-            ("at least", self.low, operator.ge),
-            ("above", self.above, operator.gt),
-            ("at most", self.high, operator.le),
-            ("below", self.below, operator.lt),
-        )
-        bounds = [bound for bound in bounds if bound[1] is not None]
+        bounds = (("at least", self.low, ge), ("above", self.above, gt), ("at most", self.high, le))
+        bounds = [bound for bound in (*bounds, ("below", self.below, lt)) if bound[1] is not None]
         if not all(holds(value, limit) for _, limit, holds in bounds):  # a NaN holds none
             rule = " and ".join(f"{words} {limit}" for words, limit, _ in bounds)
             raise ValueError(f"{flag} is {value}; it must be {rule}")
@@ -69,14 +65,7 @@ def rules(cls: type) -> dict[str, Rule]:
 
 
 def flag_name(field: str) -> str:
-    """ "lr_final" -> "--lr-final"."""
     return "--" + field.replace("_", "-")
-
-
-def check_rules(config: object) -> None:
-    """ValueError for the first field of a dataclass that breaks its rule."""
-    for name, rule in rules(type(config)).items():
-        rule.check(flag_name(name), getattr(config, name))
 
 
 def parse_stages(text: str) -> list[tuple[int, list[str]]]:
@@ -123,12 +112,7 @@ class TrainConfig:
     """A run. The defaults are the paper's recipe (Section 4.1); `CONFIGS` holds the named ones."""
 
     # what to train on
-    base: str = setting(
-        "",
-        "Hugging Face folder or hub id of a Qwen3; empty: pretrain the tiny one",
-        resumable=True,
-        common=True,
-    )
+    base: str = setting("", "folder or hub id of a Qwen3; empty: the tiny one", resumable=True, common=True)
     data: str = setting(
         "shapes",
         "'shapes', a folder of latents or pictures, a metadata.jsonl, or WebDataset tars (a path or a glob)",
@@ -136,13 +120,10 @@ class TrainConfig:
         common=True,
     )
     val_data: str = setting(
-        "", "likewise, for validation; empty: every 20th picture of --data", resumable=True, common=True
+        "", "likewise, for validation; empty: every 20th of --data", resumable=True, common=True
     )
     init_from: str = setting(
-        "",
-        "run or checkpoint whose image side this run starts from (second stage)",
-        resumable=True,
-        common=True,
+        "", "run or checkpoint to start a second stage from", resumable=True, common=True
     )
     task: str = setting(
         "",
@@ -150,59 +131,36 @@ class TrainConfig:
         "pictures, as --caption-first has it",
         common=True,
     )
-    text_data: str = setting(
-        "", "file of text for --text-batch, in paragraphs; empty: the built-in text", resumable=True
-    )
+    text_data: str = setting("", "paragraphs of text for --text-batch; empty: built-in text", resumable=True)
     from_scratch: bool = setting(
         False, "random text weights in the base's place: with --separation none it is Transfusion (Table 1)"
     )
     out: str = setting("runs/small", "folder of the run", resumable=True, common=True)
     seed: int = setting(0, "of everything random", low=0, below=2**63, common=True)
     device: str = setting("cpu", "cpu, cuda, ...", resumable=True, common=True)
-    dtype: str = setting(
-        "float32",
-        "of the computation; weights that learn stay float32",
-        choices=("float32", "bfloat16"),
-        resumable=True,
-        common=True,
-    )
+    dtype: str = setting("float32", "of the computation", DTYPES, resumable=True, common=True)
     # the image side of the model
-    separation: str = setting("deep", "Section 5.1", choices=SEPARATIONS, inherited=True, common=True)
+    separation: str = setting("deep", "Section 5.1", SEPARATIONS, inherited=True, common=True)
     image_size: int = setting(
-        256, "pixels a side, after centre crop and resize", above=0, inherited=True, common=True
+        256, "pixels a side, after crop and resize", above=0, inherited=True, common=True
     )
-    vae: str = setting(
-        "", "diffusers folder or hub id of the VAE; empty: linear latents", resumable=True, common=True
-    )
-    latent_patch: int = setting(
-        8, "linear latents: pixels a side of what becomes one latent position", above=0, inherited=True
-    )
+    vae: str = setting("", "folder or hub id of the VAE; empty: linear latents", resumable=True, common=True)
+    latent_patch: int = setting(8, "linear latents: pixels a side of a position", above=0, inherited=True)
     latent_channels: int = setting(4, "linear latents: channels", above=0, inherited=True)
-    whiten: float = setting(
-        0.5, "of the linear latents: 1 makes all components alike, 0 leaves them", low=0, inherited=True
-    )
-    unet_channels: tuple[int, ...] = setting(
-        (640, 1792), "of the U-Net, at full and at half resolution", inherited=True
-    )
-    unet_attention: bool = setting(True, "self-attention at the low resolution of the U-Net", inherited=True)
+    whiten: float = setting(0.5, "linear latents: 1 makes all components alike", low=0, inherited=True)
+    unet_channels: tuple[int, ...] = setting((640, 1792), "at full and at half resolution", inherited=True)
+    unet_attention: bool = setting(True, "self-attention of the U-Net at half resolution", inherited=True)
     patch_positions: bool = setting(False, "a learned vector for each patch", inherited=True)
     # diffusion and losses
-    prediction: str = setting("eps", "what UNet-Up's output is", choices=("eps", "v"), inherited=True)
-    loss_weighting: str = setting(
-        "none",
-        "of the diffusion loss by timestep; v: divided by alpha_bar",
-        choices=("none", "v"),
-        inherited=True,
-    )
+    prediction: str = setting("eps", "what UNet-Up's output is", ("eps", "v"), inherited=True)
+    loss_weighting: str = setting("none", "v: divided by alpha_bar", ("none", "v"), inherited=True)
     schedule_shift: float = setting(
         1.0, "divides the signal-to-noise ratio of the cosine schedule by its square", above=0, inherited=True
     )
     lambda_ddpm: float = setting(5.0, "lambda of Eq. (4)", low=0)
     caption_first: float = setting(0.8, "share of samples with the caption before the picture", low=0, high=1)
     caption_drop: float = setting(0.1, "share of those whose caption is dropped, for guidance", low=0, high=1)
-    edit_drop: float = setting(
-        0.2, "share of edits whose instruction is dropped: the source comes back", low=0, high=1
-    )
+    edit_drop: float = setting(0.2, "share of edits whose instruction is dropped", low=0, high=1)
     noise_limit: int = setting(
         500, "timesteps of a picture before its caption are below this", above=0, high=1000, inherited=True
     )
@@ -210,21 +168,10 @@ class TrainConfig:
     steps: int = setting(250_000, "training steps", above=0, resumable=True, common=True)
     batch_size: int = setting(64, "pictures a step, over all processes", above=0, common=True)
     text_batch: int = setting(0, "documents of text alone beside them, where the text side learns", low=0)
-    micro_batch: int = setting(
-        0, "documents a process computes at once; 0: its whole share of the batch", low=0, resumable=True
-    )
-    pack: int = setting(
-        0,
-        "documents share sequences of up to this many tokens; 0: one document a sequence",
-        low=0,
-        resumable=True,
-    )
-    activation_checkpointing: bool = setting(
-        False, "recompute layers in the backward pass: less memory", resumable=True
-    )
-    optimizer: str = setting(
-        "adamw", "adamw, or muon for the experts' matrices and adamw for the rest", choices=("adamw", "muon")
-    )
+    micro_batch: int = setting(0, "documents a process computes at once; 0: its share", low=0, resumable=True)
+    pack: int = setting(0, "tokens of a sequence that documents share; 0: one each", low=0, resumable=True)
+    activation_checkpointing: bool = setting(False, "recompute layers: less memory", resumable=True)
+    optimizer: str = setting("adamw", "muon: for the experts' matrices alone", ("adamw", "muon"))
     lr: float = setting(1e-4, "peak learning rate of the image side", above=0, common=True)
     lr_final: float = setting(1.5e-5, "learning rate at the end of the cosine", low=0)
     muon_lr: float = setting(8e-3, "peak learning rate of the matrices under muon", above=0)
@@ -250,7 +197,8 @@ class TrainConfig:
     checkpoint_every: int = setting(500, "steps between checkpoints", above=0, resumable=True)
 
     def __post_init__(self):
-        check_rules(self)
+        for name, rule in rules(TrainConfig).items():
+            rule.check(flag_name(name), getattr(self, name))
         if len(self.unet_channels) != 2 or min(self.unet_channels) < 1:
             raise ValueError(
                 f"--unet-channels is {self.unet_channels}; it takes two positive numbers, like 48,96"
@@ -315,41 +263,20 @@ def paper(base: str, **changes: object) -> TrainConfig:
 
 # A laptop CPU, minutes. What differs from the paper's recipe, and why, is a table in small/README.md.
 SMALL = TrainConfig(
-    image_size=32,
-    latent_patch=4,
-    latent_channels=16,
-    whiten=0.8,
-    unet_channels=(48, 96),
-    unet_attention=False,
-    patch_positions=True,
-    prediction="v",
-    loss_weighting="v",
-    schedule_shift=2.0,
-    noise_limit=200,
-    steps=3600,
-    batch_size=64,
-    optimizer="muon",
-    muon_lr=8e-3,
-    lr=1e-3,
-    lr_final=3e-5,
-    warmup=100,
-    weight_decay=0.01,
+    **dict(image_size=32, latent_patch=4, latent_channels=16, whiten=0.8),
+    **dict(unet_channels=(48, 96), unet_attention=False, patch_positions=True),
+    **dict(prediction="v", loss_weighting="v", schedule_shift=2.0, noise_limit=200),
+    **dict(steps=3600, batch_size=64, warmup=100, weight_decay=0.01),
+    **dict(optimizer="muon", muon_lr=8e-3, lr=1e-3, lr_final=3e-5),
 )
+CHAT = dict(init_from="runs/small", task="generate=2,caption=1,edit=3,chat=6", draw_lr_ratio=10.0)
 CONFIGS = {
+    "small": SMALL,
+    "small-chat": dataclasses.replace(SMALL, **CHAT, out="runs/small-chat", micro_batch=16, steps=2000),
     "qwen3-0.6b": paper("Qwen/Qwen3-0.6B", out="runs/qwen3-0.6b"),
     "qwen3-1.7b": paper("Qwen/Qwen3-1.7B", out="runs/qwen3-1.7b"),
     "qwen3-4b": paper("Qwen/Qwen3-4B", out="runs/qwen3-4b", micro_batch=28),
     "qwen3-8b": paper("Qwen/Qwen3-8B", out="runs/qwen3-8b", micro_batch=14),
-    "small": SMALL,
-    "small-chat": dataclasses.replace(
-        SMALL,
-        init_from="runs/small",
-        task="generate=2,caption=1,edit=3,chat=6",
-        out="runs/small-chat",
-        micro_batch=16,
-        draw_lr_ratio=10.0,
-        steps=2000,
-    ),
 }
 
 
