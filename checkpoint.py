@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ from scale.vae import AutoencoderKL, PatchPCA, load_vae
 if TYPE_CHECKING:
     from train import Run
 
-FORMAT = 1  # of checkpoint.json; a newer field has a default, so that an older checkpoint still loads
+FORMAT = 1  # of checkpoint.json; checkpoints of before it was written there have it as well
 # each names the folder of the last run of `train.py --config ...`
 LAST_RUNS = {"small": Path("runs/last-small"), "small-chat": Path("runs/last-small-chat")}
 
@@ -96,14 +97,25 @@ def write_folder(
     """
     team = team or Team()
     beside = folder.with_name(f".{folder.name}.tmp")
+    problems: list[BaseException] = []
+
+    def attempt(work: Callable[[], None]) -> None:
+        """Do it unless something went wrong before; keep what goes wrong."""
+        if not problems:
+            try:
+                work()
+            except BaseException as error:  # safetensors has an error type of its own for input and output
+                problems.append(error)
+
+    def write_texts() -> None:
+        for name, text in {info_name: json.dumps(info, indent=1) + "\n", **(extra or {})}.items():
+            (beside / name).write_text(text, encoding="utf-8")
+            sync(beside / name)
+
     if team.is_main:
         shutil.rmtree(beside, ignore_errors=True)
     team.wait()
-    problem: BaseException | None = None
-    try:
-        beside.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = error
+    attempt(lambda: beside.mkdir(parents=True, exist_ok=True))
     for name, group in tensors.items():
         mine = {}
         size = (
@@ -113,33 +125,23 @@ def write_folder(
             value = full_tensor(v.detach())  # gathered from all, so all come by here, whatever went wrong
             if i % size == team.rank:
                 mine[k] = value.cpu().contiguous()
-        try:
-            if problem is None and mine:
-                path = beside / part_name(name, team.rank, size)
-                save_file(mine, str(path), metadata={"format": "pt"})
-                sync(path)
-        except BaseException as error:  # safetensors has an error type of its own for input and output
-            problem = error
-    try:
-        if problem is None and team.is_main:
-            for name, text in {info_name: json.dumps(info, indent=1) + "\n", **(extra or {})}.items():
-                (beside / name).write_text(text, encoding="utf-8")
-                sync(beside / name)
-    except BaseException as error:
-        problem = error
-    failed = team.total([float(problem is not None)])[0]
-    try:
-        if team.is_main and not failed:
-            os.rename(beside, folder)
-    except BaseException as error:
-        problem = error
-    failed = team.total([float(problem is not None)])[0] or failed  # none goes on before the folder stands
+        path = beside / part_name(name, team.rank, size)
+        if mine:
+            attempt(lambda mine=mine, path=path: save_file(mine, str(path), metadata={"format": "pt"}))
+            attempt(lambda path=path: sync(path))
+    if team.is_main:
+        attempt(write_texts)
+    failed = team.total([float(len(problems))])[0]
+    if team.is_main and not failed:
+        attempt(lambda: os.rename(beside, folder))
+    failed = team.total([float(len(problems))])[0]  # none goes on before the folder stands
     if failed:
         if team.is_main:
             shutil.rmtree(beside, ignore_errors=True)
-        if problem is not None and not isinstance(problem, Exception):  # Ctrl-C
-            raise problem
-        raise OSError(f"{folder} could not be written: {problem or 'another process failed'}") from None
+        if problems and not isinstance(problems[0], Exception):  # Ctrl-C
+            raise problems[0]
+        reason = problems[0] if problems else "another process failed"
+        raise OSError(f"{folder} could not be written: {reason}") from None
 
 
 def sync(path: Path) -> None:
@@ -173,9 +175,18 @@ def find_checkpoint(folder: str | Path | None, config: str = "small") -> Path:
     return found[-1]
 
 
+def read_info(folder: Path) -> dict:
+    """checkpoint.json; ValueError if it cannot be read, or was written by a newer version."""
+    info = read_json(folder / "checkpoint.json")
+    if info.get("format", FORMAT) != FORMAT:
+        found = f"of format {info['format']!r}, and this program reads format {FORMAT}"
+        raise ValueError(f"{folder / 'checkpoint.json'}: {found}")
+    return info
+
+
 def saved_config(folder: Path) -> dict:
     """The fields of TrainConfig that a checkpoint was made with; ValueError names one that does not fit."""
-    return restore_config(read_json(folder / "checkpoint.json").get("config"), folder / "checkpoint.json")
+    return restore_config(read_info(folder).get("config"), folder / "checkpoint.json")
 
 
 def first_stage(init_from: str) -> tuple[dict, dict]:
@@ -184,7 +195,7 @@ def first_stage(init_from: str) -> tuple[dict, dict]:
         folder = find_checkpoint(init_from)
     except ValueError as error:
         raise ValueError(f"--init-from {error}; train a first stage there, or name another") from None
-    return read_json(folder / "checkpoint.json"), saved_config(folder)
+    return read_info(folder), saved_config(folder)
 
 
 def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -257,7 +268,7 @@ def load_trained(
     and for whatever is missing, cut short or of another shape.
     """
     folder = find_checkpoint(checkpoint, config)
-    info = read_json(folder / "checkpoint.json")
+    info = read_info(folder)
     try:
         base, overrides = base or info["base"], dict(info["model"])
         diffusion, wanted, trained = Diffusion(**info["diffusion"]), info["fingerprint"], info["trained"]
@@ -340,7 +351,7 @@ def fill_run(run: Run, folder: Path, info: dict, weights: str) -> None:
 
 def start_from(run: Run, folder: Path) -> None:
     """Begin a second stage: the image side of a checkpoint (its moving average, if it has one)."""
-    info = read_json(folder / "checkpoint.json")
+    info = read_info(folder)
     fill_run(run, folder, info, "ema.safetensors" if info.get("ema") else "model.safetensors")
     if run.ema is not None:
         run.ema = {n: p.detach().clone() for n, p in run.trained.items()}
@@ -348,7 +359,7 @@ def start_from(run: Run, folder: Path) -> None:
 
 def resume(run: Run, folder: Path) -> None:
     """Go on from a checkpoint, exactly."""
-    info = read_json(folder / "checkpoint.json")
+    info = read_info(folder)
     for name, kind in {"step": int, "optimizer": list}.items():
         if not isinstance(info.get(name), kind):
             raise ValueError(f"{folder / 'checkpoint.json'}: {name} is missing or no {kind.__name__}")
