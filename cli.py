@@ -20,11 +20,39 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
+class HelpAll(argparse.Action):
+    """--help-all: the help with that of rare flags."""
+
+    def __call__(self, parser: Parser, *_: object) -> None:
+        for action, text in parser.rare:
+            action.help = text
+        parser.epilog = None
+        parser.print_help()
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations; an unknown flag is answered with the nearest ones, or with all."""
+    """argparse without abbreviations; an unknown flag is answered with the nearest ones, or with all.
+
+    A flag added with rare=True is left out of --help; --help-all shows it.
+    """
 
     def __init__(self, **kwargs):
+        self.rare: list[tuple[argparse.Action, str]] = []
         super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
+
+    def add_argument(self, *names: str, rare: bool = False, **kwargs) -> argparse.Action:
+        action = super().add_argument(*names, **kwargs)
+        if rare:
+            if not self.rare:
+                suppressed = argparse.SUPPRESS
+                super().add_argument(
+                    "--help-all", action=HelpAll, nargs=0, default=suppressed, help=suppressed
+                )
+            self.rare.append((action, action.help))
+            action.help = argparse.SUPPRESS
+            self.epilog = f"--help-all shows {len(self.rare)} more flags."
+        return action
 
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)
@@ -83,6 +111,14 @@ def add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
 def setting(default, help: str, choices: tuple | None = None):
     """A dataclass field that explains itself on the command line."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def check_range(args: argparse.Namespace, **bounds: tuple[float, float]) -> None:
+    """ValueError for the first flag whose value is not within its (least, most)."""
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name)
+        if not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be from {low} to {high}")
 
 
 def tune_torch() -> None:
