@@ -48,6 +48,16 @@ KEYS = ("role", "content", "reasoning_content")
 # Messages
 
 
+def text_part(text: str) -> dict:
+    """A text as a part of a message."""
+    return {"type": "text", "text": text}
+
+
+def image_part(image: object) -> dict:
+    """A picture as a part of a message."""
+    return {"type": "image", "image": image}
+
+
 def check_messages(messages: list[dict], context: str = "") -> None:
     """ValueError in one line, with the number (from 1) of the first message that is wrong.
 
@@ -108,7 +118,7 @@ def message_fault(message: object) -> str | None:
 
 def split_content(content: str | list[dict]) -> tuple[str, list[str | Picture]]:
     """The text before the first picture of a message, and all from that picture on."""
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    parts = content if isinstance(content, list) else [text_part(content)]
     # str(): a Control that somebody handed in as content is text
     parts = [str(p["text"]) if p["type"] == "text" else Picture(p["image"]) for p in parts]
     n = next((i for i, p in enumerate(parts) if isinstance(p, Picture)), len(parts))
@@ -224,20 +234,16 @@ def encode(tokenizer: Tokenizer, pieces: list[Piece], boi_id: int, eoi_id: int) 
     Text never gives a control token. ValueError if the vocabulary has no <|im_start|> or <|im_end|>; a base
     without <think> and </think> reads them as text.
     """
-    parts: list[str | list[int]] = []  # a list: ids
-    for piece in pieces:
-        if isinstance(piece, Picture):
-            parts.append([boi_id, IMAGE, eoi_id])
-        elif isinstance(piece, Control) and tokenizer.token_to_id(piece) is not None:
-            parts.append([tokenizer.token_to_id(piece)])
-        elif piece in (IM_START, IM_END) and isinstance(piece, Control):
+    controls = {piece: tokenizer.token_to_id(piece) for piece in pieces if isinstance(piece, Control)}
+    for piece in (IM_START, IM_END):
+        if piece in controls and controls[piece] is None:
             raise ValueError(f"this base has no chat tokens: {piece} is not in its vocabulary")
-        else:
-            parts.append(piece)
     ids: list[int] = []
-    for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
-        run = list(group)
-        ids += encode_plain(tokenizer, "".join(run)) if is_text else chain.from_iterable(run)
+    for piece in merge([str(p) if isinstance(p, Control) and controls[p] is None else p for p in pieces]):
+        if isinstance(piece, Picture):
+            ids += [boi_id, IMAGE, eoi_id]
+        else:
+            ids += [controls[piece]] if isinstance(piece, Control) else encode_plain(tokenizer, piece)
     return ids
 
 
