@@ -25,7 +25,8 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,11 @@ TO_CONTINUE = (
 )
 
 
-def in_batches(work: Callable[[int, int], Sequence[Any]], n: int, size: int, what: str) -> list:
-    """work(i, j) on slices of range(n), with a progress bar; the results joined."""
+def in_batches(work: Callable[..., Iterable[Any]], what: str, size: int, *columns: Sequence[Any]) -> list:
+    """The results of work(*columns) on `size` rows of the columns at a time, with a progress bar."""
     results = []
-    for i in tqdm(range(0, n, size), desc=what, disable=None):
-        results += list(work(i, min(i + size, n)))
+    for i in tqdm(range(0, len(columns[0]), size), desc=what, disable=None):
+        results += list(work(*(c[i : i + size] for c in columns)))
     return results
 
 
@@ -165,11 +166,8 @@ def describe_pictures(trained: Trained, found: Pictures, max_tokens: int) -> tup
     references: dict[str, list[str]] = {}
     for name, caption in zip(found.names, found.captions, strict=True):
         references.setdefault(name, []).append(caption)
-    first = [found.names.index(name) for name in references]
-    pictures = found.pixels[first]
-    written = in_batches(
-        lambda i, j: describe_images(trained, pictures[i:j], max_tokens), len(first), 32, "describing"
-    )
+    pictures = found.pixels[[found.names.index(name) for name in references]]
+    written = in_batches(partial(describe_images, trained, max_tokens=max_tokens), "describing", 32, pictures)
     ids = [image_id(name) for name in references]
     ids = ids if len(set(ids)) == len(ids) else list(references)  # a1.png and b1.png are not one picture
     results = [{"image_id": i, "caption": c} for i, c in zip(ids, written, strict=True)]
@@ -184,17 +182,12 @@ def evaluate(
     scenes = random.Random(seed).sample(held_out, n)
     captions = [s.caption for s in scenes]
     seeds = [derive_seed(seed, i) for i in range(n)]
-
-    def paint(i: int, j: int) -> Tensor:
-        return generate_images(trained, captions[i:j], seeds[i:j], steps, cfg, sampler)
-
     start = time.perf_counter()
-    pictures = torch.stack(in_batches(paint, n, batch, "painting"))
+    paint = partial(generate_images, trained, steps=steps, cfg=cfg, sampler=sampler)
+    pictures = torch.stack(in_batches(paint, "painting", batch, captions, seeds))
     seconds = time.perf_counter() - start
     real = render(scenes, random.Random(seed))
-    written = in_batches(
-        lambda i, j: describe_images(trained, real[i:j], max_tokens=32), n, batch, "describing"
-    )
+    written = in_batches(partial(describe_images, trained, max_tokens=32), "describing", batch, real)
     pairs = list(zip(captions, written, strict=True))
     report = {"checkpoint": str(trained.folder), "step": trained.info["step"]}
     report |= {"held_out_combinations": len(held_out), "prompts": n}
@@ -273,18 +266,21 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the figures here as well")
     add("--sheet", metavar="FILE", help="write a sheet of the first 36 pictures here")
     add("--text", metavar="FILE", help="instead: perplexity of this file, and of the base's")
-    choices = "instead: multiple choice (lab/language.py); repeatable"
-    add("--choices", action="append", default=[], metavar="JSONL", help=choices)
+    add(
+        "--choices",
+        action="append",
+        default=[],
+        metavar="JSONL",
+        help="instead: multiple choice (repeatable)",
+    )
     add("--data", metavar="PATH", help="instead: CIDEr of the captions of these pictures")
     add("--device", default="cpu", help="cpu, cuda, ...")
-    sampler = "ddpm with 250 steps is the paper's"
-    add("--sampler", choices=("ddim", "ddpm"), default="ddim", help=sampler, rare=True)
-    coco = "with --data: write them here, in the form of COCO's results"
-    add("--captions", metavar="FILE.json", help=coco, rare=True)
-    add("--max-tokens", type=int, default=64, help="longest caption to write for --data", rare=True)
-    base = "where the base language model lies, if it was moved since training"
-    add("--base", help=base, rare=True)
-    add("--vae", help="where the VAE lies, if it was moved since training", rare=True)
+    add = partial(add, rare=True)
+    add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm with 250 steps is the paper's")
+    add("--captions", metavar="FILE.json", help="with --data: write them here, in the form of COCO's results")
+    add("--max-tokens", type=int, default=64, help="longest caption to write for --data")
+    add("--base", help="where the base language model lies, if it was moved since training")
+    add("--vae", help="where the VAE lies, if it was moved since training")
     args = parser.parse_args(args)
     if not 1 <= args.n <= all_of_them:
         raise ValueError(f"--n is {args.n}; there are {all_of_them} held-out combinations")
@@ -312,8 +308,8 @@ def on_files(trained: Trained, args: argparse.Namespace) -> dict:
         found = {name: choose_answers(model, trained, asked, name) for name, model in by.items()}
         report.setdefault("choices", {})[path] = found
         shares = (
-            f"{name} {100 * f['accuracy']:.2f}% ({100 * f['accuracy_unnormalised']:.2f}%)"
-            for name, f in found.items()
+            f"{k} {100 * f['accuracy']:.2f}% ({100 * f['accuracy_unnormalised']:.2f}%)"
+            for k, f in found.items()
         )
         print(f"{path}: {len(asked)} questions, {', '.join(shares)}; in brackets, not normalised by length")
     if pictures is not None:

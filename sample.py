@@ -35,9 +35,6 @@ from generate import (
 )
 from lab import figures
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
-
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
     """The flags as they were given; `check` looks at their values."""
@@ -52,7 +49,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--chat-file", metavar="FILE", help="answer the last of the messages in this JSON file")
     add("--think", action="store_true", help="in a chat: think before answering")
     add("--checkpoint", metavar="DIR", help="a run or checkpoint; without it, the last small run")
-    add("--out", metavar="PATH", help="file (sample.png), or folder of many pictures or a chat")
+    add("--out", metavar="PATH", help="file (sample.png), or folder (of a chat: runs/talk)")
     add("--n", type=int, default=1, metavar="N", help="pictures a prompt")
     add("--steps", type=int, metavar="N", help="denoising steps (default: 25; 250 for ddpm)")
     add("--cfg", type=float, default=3.0, metavar="S", help="guidance scale; 1 is none")
@@ -105,7 +102,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--prompt is empty")
     args.folder = None
     if args.out is None:
-        args.out = "chat" if talking else "sample.png"
+        args.out = "runs/talk" if talking else "sample.png"
     elif not talking and not Path(args.out).suffix:
         args.folder = Path(args.out)
     if args.max_tokens is None:
@@ -206,10 +203,6 @@ def save_film(films: list[list[Tensor]], args: argparse.Namespace) -> None:
     frames = [figures.grid(step, args.scale or step.shape[-1]) for step in steps]
     figures.save_gif(frames, args.gif)
     print(f"{args.gif}: {len(frames)} frames")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# All of it
 
 
 def converse(trained: Trained, args: argparse.Namespace) -> None:

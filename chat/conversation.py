@@ -150,8 +150,7 @@ def as_markdown(messages: list[dict]) -> str:
     for m in messages:
         thoughts = (m.get("reasoning_content") or "").strip("\n")
         blocks += [f"**{m['role']}**", "\n".join(f"> {line}".rstrip() for line in thoughts.splitlines())]
-        parts = m["content"] if isinstance(m["content"], list) else [template.text_part(m["content"])]
-        for p in parts:
+        for p in template.parts_of(m):
             blocks.append(p["text"] if p["type"] == "text" else f"![{p['image']}]({p['image']})")
     return "\n\n".join(block.strip("\n") for block in blocks if block.strip("\n")) + "\n"
 
@@ -186,7 +185,7 @@ def read_messages(path: str) -> list[dict]:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
     template.check_messages(messages, context=path)
     for number, m in enumerate(messages, start=1):
-        for part in m["content"] if isinstance(m["content"], list) else []:
+        for part in template.parts_of(m):
             if part["type"] == "image" and not isinstance(part["image"], str):
                 raise ValueError(f"{path}: message {number} has an image that is not the path of a file")
     if messages[-1]["role"] != "user":

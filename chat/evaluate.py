@@ -23,6 +23,7 @@ import json
 import random
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 import cli
 from chat.conversation import ChatPicture, Conversation, replace_images
-from chat.template import image_part, text_part
+from chat.template import image_part, parts_of, text_part
 from checkpoint import Trained, load_trained, write_atomic
 from evaluate import check_shapes, in_batches, percentages, text_line, text_report, unseen_documents
 from generate import GenerationConfig, derive_seed, edit_images, encode_pictures, generate_images
@@ -68,13 +69,12 @@ def question(content: str | list[dict]) -> list[dict]:
 
 def pictures_of(message: dict) -> list:
     """The pictures of a message, in order."""
-    return [p["image"] for p in message["content"] if isinstance(p, dict) and "image" in p]
+    return [p["image"] for p in parts_of(message) if "image" in p]
 
 
 def words_of(message: dict) -> str:
     """The text of a message."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(p.get("text", "") for p in content)
+    return "".join(p.get("text", "") for p in parts_of(message))
 
 
 def painted(message: dict) -> Scene | None:
@@ -118,10 +118,8 @@ def direct(trained: Trained, n: int, options: GenerationConfig) -> dict:
     scenes = random.Random(options.seed).sample(all_scenes(held_out=True), n)
     captions = [s.caption for s in scenes]
     seeds = [derive_seed(options.seed, i) for i in range(n)]
-    how = (options.steps, options.cfg, options.sampler)
-    plain = in_batches(
-        lambda i, j: generate_images(trained, captions[i:j], seeds[i:j], *how), n, 76, "painting"
-    )
+    how = dict(steps=options.steps, cfg=options.cfg, sampler=options.sampler)
+    plain = in_batches(partial(generate_images, trained, **how), "painting", 76, captions, seeds)
     out = {"prompts": n, "plain": match(scenes, read_scenes(torch.stack(plain)))}
     for key, thinking in (("chat", False), ("chat_thinking", True)):
         system = [{"role": "system", "content": THINK_PROMPT}] if thinking else []
@@ -154,16 +152,11 @@ def edits(trained: Trained, n: int, options: GenerationConfig) -> tuple[dict, Te
     shifts = [draw_shift(rng) for _ in cases]
     before = render([e.source for e in cases], shifts=shifts)
     seeds = [derive_seed(options.seed, "edit", i) for i in range(n)]
-    how = (options.steps, options.cfg, options.sampler)
-
-    def edited(words: list[str], what: str) -> Tensor:
-        def work(i: int, j: int) -> Tensor:
-            return edit_images(trained, before[i:j], words[i:j], seeds[i:j], *how)
-
-        return torch.stack(in_batches(work, n, 50, what))
-
-    after = edited([e.instruction for e in cases], "editing")
-    same = edited([""] * n, "editing without instruction")
+    how = dict(steps=options.steps, cfg=options.cfg, sampler=options.sampler)
+    edit = partial(edit_images, trained, **how)
+    words = [e.instruction for e in cases]
+    after = torch.stack(in_batches(edit, "editing", 50, before, words, seeds))
+    same = torch.stack(in_batches(edit, "editing without instruction", 50, before, [""] * n, seeds))
     talked = [
         question([image_part(Shot(e.source, shift)), text_part(e.instruction)])
         for e, shift in zip(cases, shifts, strict=True)
@@ -212,10 +205,6 @@ def stories(trained: Trained, n: int, options: GenerationConfig) -> dict:
         "pictures_right": share(x for both in right for x in both),
         "in_order_and_both_pictures_right": share(o and all(r) for o, r in zip(order, right, strict=True)),
     }
-
-
-# ------------------------------------------------------------------------------------------------------------
-# All of it
 
 
 def evaluate_chat(trained: Trained, n: int, options: GenerationConfig) -> dict:

@@ -58,6 +58,12 @@ def image_part(image: object) -> dict:
     return {"type": "image", "image": image}
 
 
+def parts_of(message: dict) -> list[dict]:
+    """The parts of a message, also of one whose content is a string."""
+    content = message["content"]
+    return content if isinstance(content, list) else [text_part(content)]
+
+
 def check_messages(messages: list[dict], context: str = "") -> None:
     """ValueError in one line, with the number (from 1) of the first message that is wrong.
 
@@ -116,11 +122,10 @@ def message_fault(message: object) -> str | None:
         return "has text that is not UTF-8: it holds half a surrogate pair"
 
 
-def split_content(content: str | list[dict]) -> tuple[str, list[str | Picture]]:
+def split_content(message: dict) -> tuple[str, list[str | Picture]]:
     """The text before the first picture of a message, and all from that picture on."""
-    parts = content if isinstance(content, list) else [text_part(content)]
     # str(): a Control that somebody handed in as content is text
-    parts = [str(p["text"]) if p["type"] == "text" else Picture(p["image"]) for p in parts]
+    parts = [str(p["text"]) if p["type"] == "text" else Picture(p["image"]) for p in parts_of(message)]
     n = next((i for i, p in enumerate(parts) if isinstance(p, Picture)), len(parts))
     return "".join(parts[:n]), parts[n:]
 
@@ -138,17 +143,11 @@ def apply_chat_template(messages: list[dict], thinking: bool = True, generate: b
     piece, and none is empty. ValueError as from `check_messages`.
     """
     check_messages(messages)
-    contents = [split_content(m["content"]) for m in messages]
-    questions = [
-        i
-        for i, (head, rest) in enumerate(contents)
-        if messages[i]["role"] == "user" and not is_tool_response(text_of([head, *rest]))
-    ]
     end = len(messages) - 1
-    last_question = questions[-1] if questions else end
+    last_question = max((i for i, m in enumerate(messages) if is_question(m)), default=end)
     pieces: list[Piece] = []
     for i, message in enumerate(messages):
-        head, rest = contents[i]
+        head, rest = split_content(message)
         pieces += [IM_START, f"{message['role']}\n"]
         if message["role"] == "assistant":
             thoughts = message.get("reasoning_content")
@@ -165,9 +164,12 @@ def apply_chat_template(messages: list[dict], thinking: bool = True, generate: b
     return merge(pieces)
 
 
-def is_tool_response(text: str) -> bool:
-    """Does a user's message hold what a tool answered? Then it is no question."""
-    return text.startswith("<tool_response>") and text.endswith("</tool_response>")
+def is_question(message: dict) -> bool:
+    """Is it a user's message, and not what a tool answered?"""
+    head, rest = split_content(message)
+    text = text_of([head, *rest])
+    tool = text.startswith("<tool_response>") and text.endswith("</tool_response>")
+    return message["role"] == "user" and not tool
 
 
 def split_thoughts(text: str) -> tuple[str, str]:

@@ -18,22 +18,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from chat.template import image_part, text_part
-from small.world import (
-    COLOR_THINGS,
-    CORNERS,
-    FACTS,
-    MIXED,
-    OPPOSITE,
-    QUESTIONS,
-    SHAPE_THINGS,
-    SIZE_THINGS,
-    WORDINGS,
-    Scene,
-    all_scenes,
-    draw_edit,
-    draw_shift,
-)
+from chat.template import image_part, parts_of, text_part
+from small import world
+from small.world import Scene, all_scenes, draw_edit, draw_shift
 
 # In front of every conversation with thinking; `sample.py --think` uses it with a real Qwen3 as well.
 THINK_PROMPT = "before you draw, think: work out a full description of the picture."
@@ -74,36 +61,34 @@ def indirect(scene: Scene, rng: random.Random) -> tuple[str, str]:
     facts = []
 
     def like_color(color: str) -> str:
-        if color in MIXED and rng.random() < 0.3:
-            a, b = MIXED[color]
+        if color in world.MIXED and rng.random() < 0.3:
+            a, b = world.MIXED[color]
             facts.append(f"{a} and {b} make {color}")
             return f"the mix of {a} and {b}"
-        thing = rng.choice(COLOR_THINGS[color])
+        thing = rng.choice(world.COLOR_THINGS[color])
         facts.append(f"{thing} is {color}")
         return f"the color of {thing}"
 
-    shape = scene.shape
+    shape, size, place = scene.shape, f"that is {scene.size}", f"in the {scene.place}"
     if "shape" in hidden:
         if rng.random() < 0.5:
-            shape = f"shape with {CORNERS[scene.shape]}"
-            facts.append(f"a {scene.shape} has {CORNERS[scene.shape]}")
+            shape = f"shape with {world.CORNERS[scene.shape]}"
+            facts.append(f"a {scene.shape} has {world.CORNERS[scene.shape]}")
         else:
-            thing = rng.choice(SHAPE_THINGS[scene.shape])
+            thing = rng.choice(world.SHAPE_THINGS[scene.shape])
             shape = f"shape like {thing}"
             facts.append(f"{thing} is a {scene.shape}")
-    size = f"that is {scene.size}"
     if "size" in hidden:
-        thing = rng.choice(SIZE_THINGS[scene.size])
+        thing = rng.choice(world.SIZE_THINGS[scene.size])
         size = f"the size of {thing}"
         facts.append(f"{thing} is {scene.size}")
     color = f"in {like_color(scene.color) if 'color' in hidden else scene.color}"
-    place = f"in the {scene.place}"
     if "place" in hidden and scene.place == "center":
         place = "in the middle"
         facts.append("the middle is the center")
     elif "place" in hidden:
-        place = f"across from the {OPPOSITE[scene.place]}"
-        facts.append(f"the opposite of {OPPOSITE[scene.place]} is {scene.place}")
+        place = f"across from the {world.OPPOSITE[scene.place]}"
+        facts.append(f"the opposite of {world.OPPOSITE[scene.place]} is {scene.place}")
     background = like_color(scene.background) if "background" in hidden else scene.background
     return f"a {shape} {size}, {color}, {place}, with {background} behind it", ". ".join(facts)
 
@@ -120,7 +105,7 @@ def draw_turn(rng: random.Random, scene: Scene, hinted: bool) -> tuple[dict, dic
         words, facts = indirect(scene, rng)
         thought = f"{facts}. so: {scene.caption}"
     else:
-        words = rng.choice((WORDINGS[0], WORDINGS[0], WORDINGS[3])).format(**vars(scene))
+        words = rng.choice((world.WORDINGS[0], world.WORDINGS[0], world.WORDINGS[3])).format(**vars(scene))
         thought = f"so: {scene.caption}"
     request = rng.choice(REQUESTS).format(x=words)
     # without a thought, the reply has nothing but the user's own words to say again
@@ -144,7 +129,7 @@ def ask_turn(rng: random.Random, scene: Scene, pictured: bool) -> tuple[dict, di
         shown = Shot(scene, draw_shift(rng))
         return turn([shown, rng.choice(DESCRIBE)], thought, scene.caption + ".")
     if pictured or kind < 0.4:
-        question, attribute = rng.choice(QUESTIONS)
+        question, attribute = rng.choice(world.QUESTIONS)
         shown = Shot(scene, draw_shift(rng)) if pictured else f"{scene.caption}. "
         return turn(
             [shown, f"{question.format(shape=scene.shape)}?"], thought, getattr(scene, attribute) + "."
@@ -158,16 +143,16 @@ def ask_turn(rng: random.Random, scene: Scene, pictured: bool) -> tuple[dict, di
 
 def fact_question(rng: random.Random) -> tuple[str, str]:
     """A question about the world of `FACTS`, and the answer in a sentence."""
-    fact = rng.choice(FACTS)
+    fact = rng.choice(world.FACTS)
     for verb, question in ((" make ", "what do {} make?"), (" has ", "what does {} have?")):
         if verb in fact:
             return question.format(fact.partition(verb)[0]), f"{fact}."
     subject, _, value = fact.partition(" is ")
     question = f"what is {subject}?"
     if not subject.startswith("the opposite"):
-        if value in COLOR_THINGS:
+        if value in world.COLOR_THINGS:
             question = f"what color is {subject}?"
-        elif value in SIZE_THINGS:
+        elif value in world.SIZE_THINGS:
             question = f"how big is {subject}?"
         elif value.startswith("a "):
             question = f"what shape is {subject}?"
@@ -229,12 +214,7 @@ def as_text(messages: list[dict]) -> list[dict]:
             return part["text"]
         return f"{part['image'].scene.caption}. " if role == "user" else ""
 
-    return [
-        m
-        if isinstance(m["content"], str)
-        else m | {"content": "".join(words(p, m["role"]) for p in m["content"])}
-        for m in messages
-    ]
+    return [m | {"content": "".join(words(p, m["role"]) for p in parts_of(m))} for m in messages]
 
 
 def picture_conversation(
@@ -245,7 +225,6 @@ def picture_conversation(
     Our choice, for data without conversations: the answer is the picture or the caption alone, and no
     thought stands before it; thinking is left to what the base can do.
     """
-
     if edit is not None:
         before, after, instruction = edit
         question, answer = [image_part(before), text_part(instruction)], image_part(after)

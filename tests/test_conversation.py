@@ -476,11 +476,11 @@ def test_what_was_written_can_be_read_again(trained, monkeypatch, tmp_path, pict
     result = ask_file(trained, tmp_path, messages, "--think", monkeypatch=monkeypatch)
     assert result.status == 0 and result.out == "ok\n"
     assert read[0].count("IMAGE") == 3 and read[0].count("<|im_start|>") == 7  # one system message, not two
-    again = json.loads((tmp_path / "chat" / "chat.json").read_text())
+    again = json.loads((tmp_path / "runs" / "talk" / "chat.json").read_text())
     assert again[:-1] == messages
     for i in range(1, 4):
         name = f"picture-{i:03d}.png"
-        with Image.open(tmp_path / name) as a, Image.open(tmp_path / "chat" / name) as b:
+        with Image.open(tmp_path / name) as a, Image.open(tmp_path / "runs" / "talk" / name) as b:
             a, b = (torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).float() for x in (a, b))
             assert (a - b).abs().mean() < 25
 
@@ -537,7 +537,7 @@ def test_a_bad_file_of_messages_is_one_line_and_nothing_is_written(
     result = ask_file(trained, tmp_path, content, monkeypatch=monkeypatch)
     line = result.err.splitlines()[-1]
     assert result.status == 2 and line.startswith("error: ") and error in line and result.out == ""
-    assert not [p for p in (tmp_path / "chat").glob("*")]
+    assert not [p for p in (tmp_path / "runs" / "talk").glob("*")]
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
@@ -823,6 +823,6 @@ def test_flags_make_the_generation_config(monkeypatch, tmp_path):
     helpers.good(sample, "--chat", folder=tmp_path)
     flags = "--max-tokens 40 --max-images 2 --temperature 0.5 --top-k 7 --top-p 0.9 --cfg 2 --seed 9 --think"
     helpers.good(sample, "--chat", *flags.split(), "--sampler", "ddpm", "--out", "x", folder=tmp_path)
-    assert seen[0][1:] == (GenerationConfig(), False, Path("chat"))
+    assert seen[0][1:] == (GenerationConfig(), False, Path("runs/talk"))
     wanted = GenerationConfig(40, 30, 2, 0.5, 7, 0.9, 250, 2.0, "ddpm", 9)
     assert seen[1][1:] == (wanted, True, Path("x"))

@@ -165,7 +165,7 @@ def test_what_is_counted_is_what_was_painted(trained, monkeypatch, pictures_alon
     """A model that paints every prompt as it should, and describes every picture rightly, gets full marks."""
     captions = {s.caption: s for s in HELD_OUT}
     monkeypatch.setattr(
-        evaluate, "generate_images", lambda t, prompts, *a: render([captions[p] for p in prompts])
+        evaluate, "generate_images", lambda t, prompts, *a, **_: render([captions[p] for p in prompts])
     )
     monkeypatch.setattr(
         evaluate, "describe_images", lambda t, pictures, **_: [s.caption for s in read_scenes(pictures)]

@@ -364,7 +364,7 @@ def test_defaults_that_depend_on_what_is_done(tmp_path):
     for flags, out, tokens in (
         ("--prompt red", "sample.png", 64),
         ("--text red", "sample.png", 64),
-        ("--chat", "chat", 256),
+        ("--chat", "runs/talk", 256),
         ("--chat --max-tokens 7 --out x", "x", 7),
         ("--text red --out y", "y", 64),
     ):
