@@ -55,10 +55,9 @@ def generate_images(
     """
     config = trained.model.config
     rows = [encode_text(trained, p, room=config.num_patches + 1) + [config.boi_id] for p in prompts]
-    scales = []
-    if cfg != 1.0:  # what training dropped is what is nulled here: the whole caption, never BOI
+    scales = [] if cfg == 1.0 else [cfg]
+    if scales:  # what training dropped is what is nulled here: the whole caption, never BOI
         rows += [[config.boi_id]] * len(prompts)
-        scales = [cfg]
     predict = read_rows(trained, rows, None, scales)
     return trained.codec.decode(denoise(trained, predict, seeds, steps, sampler, watch).cpu())
 
@@ -196,7 +195,7 @@ def read_picture(trained: Trained, path: str | Path) -> Tensor:
 
 @torch.inference_mode()
 def describe_images(trained: Trained, pictures: Tensor, max_tokens: int = 64, **how: Any) -> list[str]:
-    """Pictures uint8 (n, 3, S, S) -> captions; `how` as in `continue_text`. ValueError if one cannot fit.
+    """Pictures uint8 (n, 3, S, S) -> captions; `how` as in `choose`. ValueError if one cannot fit.
 
     The clean image is read at t = 0 between BOI and EOI.
     """
@@ -218,7 +217,7 @@ def describe_images(trained: Trained, pictures: Tensor, max_tokens: int = 64, **
 
 @torch.inference_mode()
 def generate_text(trained: Trained, prompt: str, max_tokens: int = 64, **how: Any) -> str:
-    """Continue a text with the frozen language model alone; `how` as in `continue_text`.
+    """Continue a text with the frozen language model alone; `how` as in `choose`.
 
     ValueError for a text that is empty or does not fit.
     """
@@ -232,23 +231,17 @@ def generate_text(trained: Trained, prompt: str, max_tokens: int = 64, **how: An
 
 @torch.inference_mode()
 def continue_text(
-    model: LMFusion,
-    text: Tensor,
-    cache: Cache,
-    max_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    model: LMFusion, text: Tensor, cache: Cache, max_tokens: int, **how: Any
 ) -> list[list[int]]:
     """Write on from the features (B, D) of the last token of sequences of equal length; stops at EOS.
 
-    The cache holds those sequences. Returns the new ids of each, without EOS.
+    The cache holds those sequences; `how` is temperature, top_k, top_p and generator, as in `choose`. Returns
+    the new ids of each, without EOS.
     """
     alive = torch.ones(len(text), dtype=torch.bool, device=text.device)
     position, ids = int(cache.position[0, -1]) + 1, []
     for step in range(max_tokens):
-        new = choose(model.logits(text), temperature, top_k, top_p, generator)
+        new = choose(model.logits(text), **how)
         alive = alive & (new != model.config.eos_id)
         ids.append(torch.where(alive, new, -1))
         if not alive.any() or step + 1 == max_tokens:
@@ -261,7 +254,11 @@ def continue_text(
 
 
 def choose(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+    logits: Tensor,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Next ids (B,) from logits (B, V). temperature 0 is greedy; top_k 0 and top_p 1 keep everything."""
     if temperature < 1e-5:  # nothing but the largest would be left

@@ -100,11 +100,9 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--prompts {args.prompts}: no line with text")
     if args.edit is None and any(not p.strip() for p in args.prompt):
         raise ValueError("--prompt is empty")
-    args.folder = None
     if args.out is None:
         args.out = "runs/talk" if talking else "sample.png"
-    elif not talking and not Path(args.out).suffix:
-        args.folder = Path(args.out)
+    args.folder = None if talking or Path(args.out).suffix else Path(args.out)
     if args.max_tokens is None:
         args.max_tokens = 256 if talking else 64
     if args.steps is None:
@@ -139,11 +137,6 @@ def check_picture_folder(folder: Path, labels: bool) -> None:
 # Pictures
 
 
-def count(n: int) -> str:
-    """1 picture, 2 pictures."""
-    return f"{n} picture{'s' * (n > 1)}"
-
-
 def paint_prompts(trained: Trained, args: argparse.Namespace, batch: int = 64) -> None:
     """A picture for every prompt, n times, painted anew or --edit changed, into one file; and the film."""
     source = None if args.edit is None else read_picture(trained, args.edit)
@@ -171,23 +164,21 @@ def paint_prompts(trained: Trained, args: argparse.Namespace, batch: int = 64) -
         else:
             pictures.append(painted)
     bar.close()
-    if args.folder:
-        print(f"{args.folder}: {count(len(prompts))}, each beside its prompt")
-    else:
-        save_page(torch.cat(pictures), prompts, args)
+    what = "each beside its prompt" if args.folder else save_page(torch.cat(pictures), prompts, args)
+    print(f"{args.folder or args.out}: {len(prompts)} picture{'s' * (len(prompts) > 1)}, {what}")
     if args.gif:
         save_film(films, args)
 
 
-def save_page(everything: Tensor, prompts: list[str], args: argparse.Namespace) -> None:
-    """All pictures in one file: a grid, or a sheet with their prompts."""
+def save_page(everything: Tensor, prompts: list[str], args: argparse.Namespace) -> str:
+    """Write all pictures in one file, a grid or a sheet with their prompts; says how large it is."""
     side = args.scale or everything.shape[-1]
     if args.labels:
         page = figures.sheet(everything, prompts, columns=min(6, len(prompts)), side=side)
     else:
         page = figures.grid(everything, side)
     figures.save_image(page, args.out)
-    print(f"{args.out}: {count(len(prompts))}, {page.width} x {page.height} pixels")
+    return f"{page.width} x {page.height} pixels"
 
 
 def write_pictures(folder: Path, first: int, pictures: Tensor, prompts: list[str], scale: int) -> None:
