@@ -341,11 +341,39 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
+class HelpAll(argparse.Action):
+    """--help-all: the help with that of rare flags."""
+
+    def __call__(self, parser: Parser, *_: object) -> None:
+        for action, text in parser.rare:
+            action.help = text
+        parser.epilog = None
+        parser.print_help()
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations; an unknown flag is answered with the nearest ones, or with all."""
+    """argparse without abbreviations; an unknown flag is answered with the nearest ones, or with all.
+
+    A flag added with rare=True is left out of --help; --help-all shows it.
+    """
 
     def __init__(self, **kwargs: typing.Any):
+        self.rare: list[tuple[argparse.Action, str]] = []
         super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
+
+    def add_argument(self, *names: str, rare: bool = False, **kwargs: typing.Any) -> argparse.Action:
+        action = super().add_argument(*names, **kwargs)
+        if rare:
+            if not self.rare:
+                suppressed = argparse.SUPPRESS
+                super().add_argument(
+                    "--help-all", action=HelpAll, nargs=0, default=suppressed, help=suppressed
+                )
+            self.rare.append((action, action.help))
+            action.help = argparse.SUPPRESS
+            self.epilog = f"--help-all shows {len(self.rare)} more flags."
+        return action
 
     def parse_args(
         self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
@@ -381,7 +409,7 @@ def integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 48,96") from None
 
 
-def add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
+def add_fields(parser: Parser, cls: type) -> None:
     """A flag for every field of a dataclass: type from its annotation, help and choices from its rule.
 
     A flag that is not given is None in the result, so that defaults can come from a named configuration.
@@ -400,7 +428,16 @@ def add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
             choices=rule.choices,
             help=rule.help + (f" [{shown}]" if shown != "" else ""),
             metavar=None if rule.choices else field.name.upper(),
+            rare=not rule.common,
         )
+
+
+def check_range(args: argparse.Namespace, **bounds: tuple[float, float]) -> None:
+    """ValueError for the first flag whose value is not within its (least, most)."""
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name)
+        if not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be from {low} to {high}")
 
 
 def tune_torch() -> None:

@@ -6,15 +6,16 @@ python evaluate.py --checkpoint runs/qwen3-8b --text book.txt --choices hellaswa
 
 On the built-in shapes, combinations that training never showed:
 
-prompt match   each attribute, and all at once, read off the generated picture by template matching that knows
-               nothing of the model
+prompt match   each attribute, and all at once, read off the painted picture (small/world.py)
 captions       of held-out pictures: CIDEr, and exactly right, word for word
-Frechet        the distance of painted from real pictures (metrics.py: features of our own, not FID's)
+Frechet        the distance of painted from real pictures (lab/metrics.py: features of our own, not FID's)
 validation     the diffusion error under the right and under another caption, by timestep
-language       questions about the text world, and over several sentences (language.py)
+language       questions about the text world, and over several sentences (lab/language.py)
 text           perplexity of the base and of the trained model, and whether both are the same to the last bit
 
 On files, with any checkpoint: --text, --choices (multiple choice), --data (CIDEr of the captions it writes).
+
+Shapes: M pictures; pictures are uint8 (M, 3, S, S), C, h, w a latent.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ import json
 import random
 import re
 import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,81 +36,30 @@ from tqdm import tqdm
 
 from chat.template import encode_plain
 from checkpoint import Trained, check_device, load_trained, write_atomic
-from config import Parser, run_command, tune_torch
+from config import Parser, check_range, run_command, tune_torch
 from data import CAPTION_FIRST, Batch, caption_document, collate
 from diffusion import Diffusion, T
-from generate import continue_text, describe_images, encode_text, generate_images
+from generate import derive_seed, describe_images, encode_text, generate_images, generate_text, picture_size
 from lab import figures
 from lab.language import knowledge, multiple_choice, perplexity, puzzles, read_questions, reasoning
 from lab.metrics import caption_tokens, cider, exact_match, frechet
 from load_qwen3 import load_qwen3
-from model import LMFusion, Tokens
+from model import LMFusion
 from scale.pictures import Pictures, load_pictures
-from small.world import (
-    ATTRIBUTES,
-    COLORS,
-    JITTER,
-    PLACES,
-    SHAPES,
-    SIZES,
-    Scene,
-    all_scenes,
-    coverage,
-    render,
-    text_document,
-)
+from small.world import PIXELS, all_scenes, prompt_match, render, text_document
 
 TIMESTEPS = (100, 300, 500, 700, 900)
+TO_CONTINUE = (
+    "the sky is",
+    "a small red circle in the center on a blue background. what color is the circle?",
+)
 
 
-def read_scenes(pictures: Tensor) -> list[Scene]:
-    """The scenes whose renderings are nearest, in squared error, to pictures uint8 (n, 3, 32, 32).
-
-    A rendering is a c + (1 - a) b with coverage a, colour c and background b, over all shapes, sizes, places
-    and shifts of the middle. Its distance to x is quadratic in c and b, so sums over pixels with weights a
-    and 1 - a do.
-    """
-    x = pictures.double().flatten(2)  # (n, 3, pixels)
-    a = coverage().double().flatten(0, 4).flatten(1)  # (m, pixels)
-    colors = torch.tensor(list(COLORS.values()), dtype=torch.float64)  # (8, 3)
-    xa = torch.einsum("ncp,mp->nmc", x, a)  # sums over the shape
-    xb = x.sum(2)[:, None] - xa  # sums over the background
-    aa, bb, ab = (a * a).sum(1), ((1 - a) ** 2).sum(1), (a * (1 - a)).sum(1)  # (m,)
-    square, product = (colors**2).sum(1), colors @ colors.T
-    distance = (  # (n, m, 8, 8), less the constant |x|^2
-        -2 * (xa @ colors.T)[..., :, None]
-        - 2 * (xb @ colors.T)[..., None, :]
-        + aa[:, None, None] * square[:, None]
-        + bb[:, None, None] * square
-        + 2 * ab[:, None, None] * product
-    )
-    distance = distance + torch.diag(torch.full((len(COLORS),), torch.inf)).nan_to_num(0.0, posinf=torch.inf)
-    best = distance.flatten(1).argmin(1)
-    shifts = (2 * JITTER + 1) ** 2
-    sizes = (len(SHAPES), len(SIZES), len(PLACES), shifts, len(COLORS), len(COLORS))
-    names = (SHAPES, list(SIZES), list(PLACES), None, list(COLORS), list(COLORS))
-    found = []
-    for index in zip(*(i.tolist() for i in torch.unravel_index(best, sizes)), strict=True):
-        shape, size, place, color, background = (n[i] for n, i in zip(names, index, strict=True) if n)
-        found.append(Scene(size, color, shape, place, background))
-    return found
-
-
-def prompt_match(wanted: list[Scene], pictures: Tensor) -> dict[str, float]:
-    """Share of pictures that show what was asked for: by attribute, and "all" at once."""
-    got = read_scenes(pictures)
-    out = {
-        k: sum(getattr(w, k) == getattr(g, k) for w, g in zip(wanted, got, strict=True)) / len(wanted)
-        for k in ATTRIBUTES
-    }
-    return out | {"all": sum(w == g for w, g in zip(wanted, got, strict=True)) / len(wanted)}
-
-
-def in_batches(work, n: int, size: int, what: str) -> list:
-    """work(i, j) on slices of range(n), with a progress bar; the results joined."""
+def in_batches(work: Callable[..., Iterable[Any]], what: str, size: int, *columns: Sequence[Any]) -> list:
+    """The results of work(*columns) on `size` rows of the columns at a time, with a progress bar."""
     results = []
-    for i in tqdm(range(0, n, size), desc=what, disable=None):
-        results += list(work(i, min(i + size, n)))
+    for i in tqdm(range(0, len(columns[0]), size), desc=what, disable=None):
+        results += list(work(*(c[i : i + size] for c in columns)))
     return results
 
 
@@ -158,18 +111,20 @@ def text_report(trained: Trained, documents: list[str]) -> dict:
     """Is the text what it was? Every text tensor and the logits compared bit by bit with the base's."""
     base, device = load_base(trained), trained.model.boi_head.device
     ids = [encode_text(trained, d, room=0) + [base.config.eos_id] for d in documents]
-    changed = text_parameters_changed(trained.model, base)
-    equal = all(
-        torch.equal(trained.model.text_logits(x), base.text_logits(x))
-        for x in (torch.tensor([row], device=device) for row in ids[:20])
-    )
+    some = [torch.tensor([row], device=device) for row in ids[:20]]
     return {
         "perplexity_base": perplexity(base, ids),
         "perplexity_trained": perplexity(trained.model, ids),
         "tensors": len(base.text_parameters()),
-        "tensors_changed": changed,
-        "logits_bit_equal": equal,
+        "tensors_changed": text_parameters_changed(trained.model, base),
+        "logits_bit_equal": all(torch.equal(trained.model.text_logits(x), base.text_logits(x)) for x in some),
     }
+
+
+def unseen_documents(seed: int) -> list[str]:
+    """Built-in text that the base was not trained on, but by chance."""
+    rng = random.Random(f"held-out text {seed}")
+    return [text_document(rng) for _ in range(200)]
 
 
 def language_report(trained: Trained, n: int, seed: int) -> dict:
@@ -204,77 +159,44 @@ def describe_pictures(trained: Trained, found: Pictures, max_tokens: int) -> tup
     references: dict[str, list[str]] = {}
     for name, caption in zip(found.names, found.captions, strict=True):
         references.setdefault(name, []).append(caption)
-    first = [found.names.index(name) for name in references]
-    pictures = found.pixels[first]
-    written = in_batches(
-        lambda i, j: describe_images(trained, pictures[i:j], max_tokens), len(first), 32, "describing"
-    )
+    pictures = found.pixels[[found.names.index(name) for name in references]]
+    written = in_batches(partial(describe_images, trained, max_tokens=max_tokens), "describing", 32, pictures)
     ids = [image_id(name) for name in references]
     ids = ids if len(set(ids)) == len(ids) else list(references)  # a1.png and b1.png are not one picture
     results = [{"image_id": i, "caption": c} for i, c in zip(ids, written, strict=True)]
     return caption_report(written, list(references.values())), results
 
 
-@torch.inference_mode()
-def answers(trained: Trained) -> dict[str, str]:
-    """A few greedy continuations by the frozen language model, to look at."""
-    out = {}
-    for text in (
-        "the sky is",
-        "a small red circle in the center on a blue background. what color is the circle?",
-    ):
-        ids = torch.tensor([encode_text(trained, text, room=24)], device=trained.model.boi_head.device)
-        hidden = trained.model.encode(Tokens.text(ids))
-        new = continue_text(trained.model, hidden.text[-1:], hidden.cache, max_tokens=4)
-        out[text] = trained.tokenizer.decode(new[0])
-    return out
-
-
 def evaluate(
     trained: Trained, n: int, steps: int, cfg: float, sampler: str, seed: int, batch: int = 76
 ) -> dict:
-    """All figures, over n held-out combinations; also returns the pictures, under "pictures"."""
+    """All figures, over n held-out combinations; also the "pictures", and the "prompts_used" for them."""
     held_out = all_scenes(held_out=True)
     scenes = random.Random(seed).sample(held_out, n)
     captions = [s.caption for s in scenes]
+    seeds = [derive_seed(seed, i) for i in range(n)]
     start = time.perf_counter()
-    seeds = [random.Random(f"{seed}-{i}").getrandbits(63) for i in range(n)]
-    pictures = torch.stack(
-        in_batches(
-            lambda i, j: generate_images(trained, captions[i:j], seeds[i:j], steps, cfg, sampler),
-            n,
-            batch,
-            "painting",
-        )
-    )
-    painted = time.perf_counter() - start
+    paint = partial(generate_images, trained, steps=steps, cfg=cfg, sampler=sampler)
+    pictures = torch.stack(in_batches(paint, "painting", batch, captions, seeds))
+    seconds = time.perf_counter() - start
     real = render(scenes, random.Random(seed))
-    described = in_batches(
-        lambda i, j: describe_images(trained, real[i:j], max_tokens=32), n, batch, "describing"
-    )
-    rng = random.Random(f"held-out text {seed}")
-    return {
-        "checkpoint": str(trained.folder),
-        "step": trained.info["step"],
-        "held_out_combinations": len(held_out),
-        "prompts": n,
-        "sampler": sampler,
-        "steps": steps,
-        "cfg": cfg,
-        "seed": seed,
+    written = in_batches(partial(describe_images, trained, max_tokens=32), "describing", batch, real)
+    pairs = list(zip(captions, written, strict=True))
+    report = {"checkpoint": str(trained.folder), "step": trained.info["step"]}
+    report |= {"held_out_combinations": len(held_out), "prompts": n}
+    report |= {"sampler": sampler, "steps": steps, "cfg": cfg, "seed": seed}
+    return report | {
         "prompt_match": prompt_match(scenes, pictures),
         "template_check": prompt_match(scenes, real)["all"],
-        "seconds_per_picture": round(painted / n, 4),
+        "seconds_per_picture": round(seconds / n, 4),
         "frechet": frechet(pictures, real) if n > 1 else None,
-        "captions_exact": sum(a == b for a, b in zip(captions, described, strict=True)) / n,
-        "captions_cider": caption_report(described, [[c] for c in captions])["cider"],
-        "caption_errors": [
-            {"right": a, "written": b} for a, b in zip(captions, described, strict=True) if a != b
-        ][:8],
+        "captions_exact": sum(a == b for a, b in pairs) / n,
+        "captions_cider": caption_report(written, [[c] for c in captions])["cider"],
+        "caption_errors": [{"right": a, "written": b} for a, b in pairs if a != b][:8],
         "validation": validation_error(trained, real, captions),
         "language": language_report(trained, 300, seed),
-        "text": text_report(trained, [text_document(rng) for _ in range(200)]),
-        "answers": answers(trained),
+        "text": text_report(trained, unseen_documents(seed)),
+        "answers": {text: generate_text(trained, text, max_tokens=4) for text in TO_CONTINUE},
         "pictures": pictures,
         "prompts_used": captions,
     }
@@ -282,36 +204,26 @@ def evaluate(
 
 def table(r: dict) -> str:
     """The figures as Markdown."""
-    lines = [
-        f"{r['prompts']} held-out prompts, {r['sampler']} {r['steps']} steps, guidance {r['cfg']}, "
-        f"step {r['step']}:",
-        "",
-        "| what | right |",
-        "|---|---|",
-    ]
-    lines += [
-        f"| {k if k != 'all' else '**all five at once**'} | {100 * v:.1f}% |"
-        for k, v in r["prompt_match"].items()
-    ]
-    lines += [
-        f"| caption of a held-out picture, word for word | {100 * r['captions_exact']:.1f}% |",
-        f"| (template matching itself, on real pictures) | {100 * r['template_check']:.1f}% |",
-        "",
-        "| error of v at t = | " + " | ".join(map(str, r["validation"]["t"])) + " |",
-        "|---" * (len(TIMESTEPS) + 1) + "|",
-    ]
-    lines += [
-        f"| {k} caption | " + " | ".join(f"{v:.4f}" for v in r["validation"][k]) + " |"
-        for k in ("right", "permuted")
-    ]
-    language = ", ".join(
-        f"{name} {100 * found['accuracy']:.1f}% of {found['questions']}"
-        for name, found in r["language"].items()
-    )
+    names = {"all": "**all five at once**"}
+    rows = [(names.get(k, k), v) for k, v in r["prompt_match"].items()]
+    rows.append(("caption of a held-out picture, word for word", r["captions_exact"]))
+    rows.append(("(template matching itself, on real pictures)", r["template_check"]))
+    head = f"{r['prompts']} held-out prompts, {r['sampler']} {r['steps']} steps, guidance {r['cfg']}, "
+    lines = [f"{head}step {r['step']}:", "", *percentages(rows), ""]
+    lines.append("| error of v at t = | " + " | ".join(map(str, r["validation"]["t"])) + " |")
+    lines.append("|---" * (len(TIMESTEPS) + 1) + "|")
+    for k in ("right", "permuted"):
+        lines.append(f"| {k} caption | " + " | ".join(f"{v:.4f}" for v in r["validation"][k]) + " |")
     lines += ["", f"Captions: CIDEr {r['captions_cider']:.3f}."]
     if r["frechet"] is not None:
         lines[-1] += f" Frechet distance of the pictures (own features): {r['frechet']:.4f}."
-    return "\n".join([*lines, f"Questions in text: {language}.", text_line(r["text"])])
+    found = (f"{k} {100 * f['accuracy']:.1f}% of {f['questions']}" for k, f in r["language"].items())
+    return "\n".join([*lines, f"Questions in text: {', '.join(found)}.", text_line(r["text"])])
+
+
+def percentages(rows: list[tuple[str, float]]) -> list[str]:
+    """The lines of a Markdown table of shares."""
+    return ["| what | right |", "|---|---|", *(f"| {what} | {100 * x:.1f}% |" for what, x in rows)]
 
 
 def text_line(text: dict) -> str:
@@ -336,72 +248,51 @@ def read_paragraphs(path: str, flag: str = "--text") -> list[str]:
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="evaluate.py", description="Figures of a model trained on the built-in shapes.")
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        metavar="DIR",
-        help="a run or a checkpoint; without it, the last run of --config small",
-    )
-    add("--base", help="where the base language model lies, if it was moved since training")
-    add("--vae", help="where the VAE lies, if it was moved since training")
-    add(
-        "--n",
-        type=int,
-        default=len(all_scenes(held_out=True)),
-        help="held-out prompts; the default is all of them",
-    )
-    add("--steps", type=int, default=25, help="denoising steps")
-    add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm with 250 steps is the paper's")
-    add("--cfg", type=float, default=3.0, help="guidance scale; 1 is none")
-    add("--seed", type=int, default=0, help="of prompts' order and of all noise")
+    """The flags, checked: ValueError for a value out of bounds, OSError for a file that cannot be written."""
+    parser = Parser(prog="evaluate.py", usage="python evaluate.py [FLAG ...]")
+    add, all_of_them = parser.add_argument, len(all_scenes(held_out=True))
+    add("--checkpoint", metavar="DIR", help="a run or checkpoint; without it, the last small run")
+    add("--n", type=int, default=all_of_them, metavar="N", help="held-out prompts")
+    add("--steps", type=int, default=25, metavar="N", help="denoising steps")
+    add("--cfg", type=float, default=3.0, metavar="S", help="guidance scale; 1 is none")
+    add("--seed", type=int, default=0, metavar="N", help="of prompts' order and of all noise")
     add("--json", metavar="FILE", help="write the figures here as well")
     add("--sheet", metavar="FILE", help="write a sheet of the first 36 pictures here")
-    add("--device", default="cpu", help="cpu, cuda, ...")
-    add(
-        "--text", metavar="FILE", help="instead: perplexity of the paragraphs of this file, and of the base's"
-    )
+    add("--text", metavar="FILE", help="instead: perplexity of this file, and of the base's")
     add(
         "--choices",
         action="append",
         default=[],
-        metavar="FILE.jsonl",
-        help='instead: multiple choice; lines of {"context": ..., "choices": [...], "label": 0} (repeatable)',
+        metavar="JSONL",
+        help="instead: multiple choice (repeatable)",
     )
-    add(
-        "--data",
-        metavar="PATH",
-        help="instead: CIDEr of the captions it writes for these pictures (a folder, a metadata.jsonl, tars)",
-    )
+    add("--data", metavar="PATH", help="instead: CIDEr of the captions of these pictures")
+    add("--device", default="cpu", help="cpu, cuda, ...")
+    add = partial(add, rare=True)
+    add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm with 250 steps is the paper's")
     add("--captions", metavar="FILE.json", help="with --data: write them here, in the form of COCO's results")
     add("--max-tokens", type=int, default=64, help="longest caption to write for --data")
+    add("--base", help="where the base language model lies, if it was moved since training")
+    add("--vae", help="where the VAE lies, if it was moved since training")
     args = parser.parse_args(args)
-    if not 1 <= args.n <= len(all_scenes(held_out=True)):
-        raise ValueError(f"--n is {args.n}; there are {len(all_scenes(held_out=True))} held-out combinations")
-    if not 1 <= args.steps <= T:
-        raise ValueError(f"--steps is {args.steps}; it must be from 1 to {T}")
-    if not -100 <= args.cfg <= 100:
-        raise ValueError(f"--cfg is {args.cfg}; it must be from -100 to 100")
-    if not 1 <= args.max_tokens <= 10**6:
-        raise ValueError(f"--max-tokens is {args.max_tokens}; it must be from 1 to 1000000")
+    if not 1 <= args.n <= all_of_them:
+        raise ValueError(f"--n is {args.n}; there are {all_of_them} held-out combinations")
+    check_range(args, steps=(1, T), cfg=(-100, 100), max_tokens=(1, 10**6))
     if args.captions and not args.data:
         raise ValueError(f"--captions {args.captions} goes with --data")
     check_device(args.device)
-    for file in (args.json, args.captions):
+    for file, kinds in ((args.json, None), (args.captions, None), (args.sheet, figures.FORMATS)):
         if file:
-            figures.check_place(file)
-    if args.sheet:
-        figures.check_place(args.sheet, figures.FORMATS)
+            figures.check_place(file, kinds)
     return args
 
 
 def on_files(trained: Trained, args: argparse.Namespace) -> dict:
     """The figures on the user's own files, printed as they come."""
     report: dict = {"checkpoint": str(trained.folder), "step": trained.info["step"]}
-    size = trained.model.config.latent_size * trained.codec.patch
     paragraphs = read_paragraphs(args.text) if args.text else []  # all files first, and their errors
     questions = {path: read_questions(path) for path in args.choices}
-    pictures = load_pictures(args.data, size) if args.data else None
+    pictures = load_pictures(args.data, picture_size(trained)) if args.data else None
     if paragraphs:
         report["text"] = text_report(trained, paragraphs)
         print(text_line(report["text"]))
@@ -410,8 +301,8 @@ def on_files(trained: Trained, args: argparse.Namespace) -> dict:
         found = {name: choose_answers(model, trained, asked, name) for name, model in by.items()}
         report.setdefault("choices", {})[path] = found
         shares = (
-            f"{name} {100 * f['accuracy']:.2f}% ({100 * f['accuracy_unnormalised']:.2f}%)"
-            for name, f in found.items()
+            f"{k} {100 * f['accuracy']:.2f}% ({100 * f['accuracy_unnormalised']:.2f}%)"
+            for k, f in found.items()
         )
         print(f"{path}: {len(asked)} questions, {', '.join(shares)}; in brackets, not normalised by length")
     if pictures is not None:
@@ -423,6 +314,13 @@ def on_files(trained: Trained, args: argparse.Namespace) -> dict:
     return report
 
 
+def check_shapes(trained: Trained) -> None:
+    """ValueError for a model whose pictures are not of the built-in world's size."""
+    side = picture_size(trained)
+    if side != PIXELS:
+        raise ValueError(f"{trained.folder} paints {side} pixels a side; the built-in shapes have {PIXELS}")
+
+
 def main() -> None:
     args = parse()
     tune_torch()
@@ -431,22 +329,15 @@ def main() -> None:
         trained.info["base"] = args.base
     if args.text or args.choices or args.data:
         report = on_files(trained, args)
-        if args.json:
-            write_atomic(Path(args.json), json.dumps(report, indent=1) + "\n")
-        return
-    config, codec = trained.model.config, trained.codec
-    if config.latent_size * codec.patch != 32:
-        raise ValueError(
-            f"{trained.folder} paints {config.latent_size * codec.patch} pixels a side; the built-in "
-            "shapes, which this program reads, have 32"
-        )
-    report = evaluate(trained, args.n, args.steps, args.cfg, args.sampler, args.seed)
-    pictures, prompts = report.pop("pictures"), report.pop("prompts_used")
-    print(table(report))
+    else:
+        check_shapes(trained)
+        report = evaluate(trained, args.n, args.steps, args.cfg, args.sampler, args.seed)
+        pictures, prompts = report.pop("pictures"), report.pop("prompts_used")
+        print(table(report))
+        if args.sheet:
+            figures.save_image(figures.sheet(pictures[:36], prompts[:36]), args.sheet)
     if args.json:
         write_atomic(Path(args.json), json.dumps(report, indent=1) + "\n")
-    if args.sheet:
-        figures.save_image(figures.sheet(pictures[:36], prompts[:36]), args.sheet)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Generation: text -> image, image -> text, image and text -> image, and all of it in turns.
+"""Every direction: text -> image, image and text -> image, image -> text, text, and all of it in turns.
 
-    generate_images   a picture a prompt
+    generate_images   a picture a prompt, with classifier-free guidance (Section 2.2)
     edit_images       a picture and an instruction -> a picture (Section 5.2)
     describe_images   a picture -> its caption
     generate_text     the frozen language model alone
@@ -10,7 +10,8 @@ What stands before a picture is encoded once. Every denoising step computes the 
 attend to the keys and values of the rest, conditional and unconditional as one batch, and never enter the
 cache. The finished picture is then read once more, clean, at t = 0.
 
-Shapes: n images, C, h, w channels, height and width of a latent, B sequences, V vocabulary, D hidden.
+Shapes: n images, C, h, w channels, height and width of a latent, S pixels a side, B sequences, V vocabulary,
+D hidden. A row is a list of token ids in which IMAGE stands for the P patches of one picture.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,17 +31,8 @@ from diffusion import guide, sample
 from model import IMAGE, Cache, LMFusion, Tokens
 from scale.pictures import decode_picture
 
-
-def encode_text(trained: Trained, text: str, room: int) -> list[int]:
-    """Token ids of a user's text, special tokens in it as plain text; ValueError if it is too long."""
-    ids = encode_plain(trained.tokenizer, text)  # "<|vision_start|>" typed by a user is text, not an image
-    limit = trained.model.config.max_position_embeddings - room
-    if len(ids) > limit:
-        raise ValueError(
-            f"the text {text[:40]!r}... is {len(ids)} tokens long; the context has room for {limit}"
-        )
-    return ids
-
+Predict = Callable[[Tensor, Tensor], Tensor]  # x_t (n, C, h, w), t (n,) -> eps (n, C, h, w)
+Watch = Callable[[Tensor], None] | None  # is called with x_t after every step of denoising
 
 # ------------------------------------------------------------------------------------------------------------
 # Text -> image
@@ -53,20 +46,89 @@ def generate_images(
     steps: int = 25,
     cfg: float = 3.0,
     sampler: str = "ddim",
-    watch=None,
+    watch: Watch = None,
 ) -> Tensor:
     """Paint a picture a prompt, uint8 (n, 3, S, S), from the noise of its seed, whatever its neighbours.
 
-    cfg: guidance scale; 1 is none. watch(x_t) is called after every step. ValueError for a prompt that does
-    not fit.
+    cfg: guidance scale s of eps = eps_u + s (eps_c - eps_u); 1 is none. watch(x_t) is called after every
+    step. ValueError for a prompt that does not fit.
     """
     config = trained.model.config
-    P = config.num_patches
-    rows = [encode_text(trained, p, room=P + 1) + [config.boi_id] for p in prompts]
-    if cfg != 1.0:  # what training dropped is what is nulled here: the whole caption, never BOI
+    rows = [encode_text(trained, p, room=config.num_patches + 1) + [config.boi_id] for p in prompts]
+    scales = [] if cfg == 1.0 else [cfg]
+    if scales:  # what training dropped is what is nulled here: the whole caption, never BOI
         rows += [[config.boi_id]] * len(prompts)
-    latents = sample_latents(trained, rows, None, [cfg], seeds, steps, sampler, watch)
-    return trained.codec.decode(latents.cpu())
+    predict = read_rows(trained, rows, None, scales)
+    return trained.codec.decode(denoise(trained, predict, seeds, steps, sampler, watch).cpu())
+
+
+def read_rows(
+    trained: Trained, rows: list[list[int]], context: Tensor | None, scales: list[float]
+) -> Predict:
+    """Encode rows that end in BOI, once; the `predictor` of the pictures behind them.
+
+    context (M, C, h, w): the clean latents of the images in `rows`, in order.
+    """
+    model, P = trained.model, trained.model.config.num_patches
+    t = None if context is None else context.new_zeros(len(context), dtype=torch.long)
+    cache = model.encode(Tokens.rows(rows, P), context, t).cache
+    before = [row.count(IMAGE) for row in rows]
+    start = [len(row) + n * (P - 1) for row, n in zip(rows, before, strict=True)]
+    return predictor(trained, cache, start, before, scales)
+
+
+def predictor(
+    trained: Trained, cache: Cache, start: list[int], before: list[int], scales: list[float]
+) -> Predict:
+    """predict(x, t) -> guided noise (n, C, h, w), for images behind the rows of `cache`.
+
+    The rows are n of each kind, from the most to the least conditional. scales[i] guides from kind i + 1 to
+    kind i; without scales there is one kind, and no guidance. `start` and `before` say how many tokens and
+    how many images each row holds.
+    """
+    model, P, kinds = trained.model, trained.model.config.num_patches, len(scales) + 1
+    patches = Tokens.rows([[IMAGE]] * len(start), P, start, before)
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        xx, tt = x.repeat(kinds, 1, 1, 1), t.repeat(kinds)
+        hidden = model.encode(patches, xx, tt, cache, keep=False)  # the cache stays as it is
+        eps = trained.diffusion.eps_from_output(model.unet_output(hidden), xx, tt).chunk(kinds)
+        if not scales:
+            return eps[0]
+        guided = guide(eps[-2], eps[-1], scales[-1])
+        return guided if kinds == 2 else guided + scales[0] * (eps[0] - eps[1])
+
+    return predict
+
+
+def denoise(
+    trained: Trained, predict: Predict, seeds: list[int], steps: int, sampler: str, watch: Watch = None
+) -> Tensor:
+    """Latents (n, C, h, w) from the noise of each seed."""
+    config, device = trained.model.config, trained.model.boi_head.device
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    return sample(trained.diffusion, predict, noise, steps, sampler, trained.codec.bound, generators, watch)
+
+
+def encode_text(trained: Trained, text: str, room: int) -> list[int]:
+    """Token ids of a user's text, special tokens in it as plain text; ValueError if it is too long."""
+    ids = encode_plain(trained.tokenizer, text)  # "<|vision_start|>" typed by a user is text, not an image
+    limit = trained.model.config.max_position_embeddings - room
+    if len(ids) > limit:
+        length = f"{len(ids)} tokens long; the context has room for {limit}"
+        raise ValueError(f"the text {text[:40]!r}... is {length}")
+    return ids
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed from a run's seed and what tells one picture of it from the others."""
+    return random.Random("-".join(map(str, parts))).getrandbits(63)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Image and text -> image
 
 
 @torch.inference_mode()
@@ -78,7 +140,7 @@ def edit_images(
     steps: int = 25,
     cfg: float = 3.0,
     sampler: str = "ddim",
-    watch=None,
+    watch: Watch = None,
     cfg_image: float = 3.0,
 ) -> Tensor:
     """Change pictures, uint8 (n, 3, S, S), as the instructions say; "" gives a picture back as it is.
@@ -90,85 +152,113 @@ def edit_images(
 
     With cfg_image = 1 it is over the instruction alone. ValueError for an instruction that does not fit.
     """
-    config = trained.model.config
-    P = config.num_patches
+    config, n = trained.model.config, len(instructions)
     source = [config.boi_id, IMAGE, config.eoi_id]
-    rows = [[*source, *encode_text(trained, i, room=2 * P + 3), config.boi_id] for i in instructions]
-    plain, n = [[*source, config.boi_id]] * len(rows), len(rows)
-    latents, scales = encode_pictures(trained, pictures), [cfg]
-    if cfg != cfg_image:  # else the rows without instruction cancel
-        rows, scales = rows + plain, [cfg, cfg_image]
-    context = latents.repeat(len(rows) // n, 1, 1, 1)
+    texts = [encode_text(trained, i, room=2 * config.num_patches + 3) for i in instructions]
+    rows = [[*source, *ids, config.boi_id] for ids in texts]
+    context, scales = encode_pictures(trained, pictures), []
+    if cfg != cfg_image:  # else eps_source cancels
+        rows, scales = rows + [[*source, config.boi_id]] * n, [cfg]
+    context = context.repeat(len(rows) // n, 1, 1, 1)
     if cfg_image != 1.0:
-        rows = rows + [[config.boi_id]] * n
-    elif len(scales) == 2:
-        scales = [cfg]
-    latents = sample_latents(trained, rows, context, scales, seeds, steps, sampler, watch)
-    return trained.codec.decode(latents.cpu())
+        rows, scales = rows + [[config.boi_id]] * n, [*scales, cfg_image]
+    predict = read_rows(trained, rows, context, scales)
+    return trained.codec.decode(denoise(trained, predict, seeds, steps, sampler, watch).cpu())
 
 
-def sample_latents(
-    trained: Trained,
-    rows: list[list[int]],
-    context: Tensor | None,
-    scales: list[float],
-    seeds: list[int],
-    steps: int,
-    sampler: str,
-    watch=None,
-) -> Tensor:
-    """Latents (n, C, h, w) of pictures behind rows that end in BOI; n rows of each kind, as in `predictor`.
+def encode_pictures(trained: Trained, pictures: Tensor) -> Tensor:
+    """Pictures uint8 (n, 3, S, S) -> latents (n, C, h, w); ValueError for another size than the model's."""
+    config = trained.model.config
+    latents = trained.codec.encode(pictures).to(trained.model.boi_head.device)
+    size = tuple(latents.shape[1:])
+    if size != (config.latent_channels, config.latent_size, config.latent_size):
+        raise ValueError(f"pictures of {tuple(pictures.shape[2:])} pixels give latents of {size}")
+    return latents
 
-    context: the clean latents of the images in `rows`, in order.
+
+def picture_size(trained: Trained) -> int:
+    """Pixels a side of the model's pictures."""
+    return trained.model.config.latent_size * trained.codec.patch
+
+
+def read_picture(trained: Trained, path: str | Path) -> Tensor:
+    """A picture file as uint8 (1, 3, S, S), centre-cropped and resized; ValueError if it is not one."""
+    try:
+        return decode_picture(Path(path).read_bytes(), picture_size(trained))[None]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Image -> text
+
+
+@torch.inference_mode()
+def describe_images(trained: Trained, pictures: Tensor, max_tokens: int = 64, **how: Any) -> list[str]:
+    """Pictures uint8 (n, 3, S, S) -> captions; `how` as in `choose`. ValueError if one cannot fit.
+
+    The clean image is read at t = 0 between BOI and EOI.
     """
-    model, P = trained.model, trained.model.config.num_patches
-    t = None if context is None else torch.zeros(len(context), dtype=torch.long, device=context.device)
-    cache = model.encode(Tokens.rows(rows, P), context, t).cache  # once
-    before = [row.count(IMAGE) for row in rows]
-    start = [len(row) + n * (P - 1) for row, n in zip(rows, before, strict=True)]
-    return denoise(trained, predictor(trained, cache, start, before, scales), seeds, steps, sampler, watch)
-
-
-def predictor(
-    trained: Trained, cache: Cache, start: list[int], before: list[int], scales: list[float]
-) -> Callable:
-    """predict(x, t) -> guided noise (n, C, h, w), for images behind the rows of `cache`.
-
-    The rows are n of each kind, from the most to the least conditional; `scales` are those of the guidance
-    from each kind to the one before it. `start` and `before` are their lengths and numbers of images.
-    """
-    model, P = trained.model, trained.model.config.num_patches
-    patches = Tokens.rows([[IMAGE]] * len(start), P, start, before)
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        copies = len(start) // len(x)
-        xx, tt = x.repeat(copies, 1, 1, 1), t.repeat(copies)
-        hidden = model.encode(patches, xx, tt, cache, keep=False)  # the cache stays as it is
-        kinds = trained.diffusion.eps_from_output(model.unet_output(hidden), xx, tt).chunk(copies)
-        if copies == 3:
-            return guide(kinds[1], kinds[2], scales[1]) + scales[0] * (kinds[0] - kinds[1])
-        return guide(*kinds, scales[0]) if copies == 2 else kinds[0]
-
-    return predict
-
-
-def denoise(
-    trained: Trained, predict: Callable, seeds: list[int], steps: int, sampler: str, watch=None
-) -> Tensor:
-    """Latents (n, C, h, w) from the noise of each seed."""
-    config, device = trained.model.config, trained.model.boi_head.device
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    shape = (config.latent_channels, config.latent_size, config.latent_size)
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-    return sample(trained.diffusion, predict, noise, steps, sampler, trained.codec.bound, generators, watch)
+    config, n = trained.model.config, len(pictures)
+    limit = config.max_position_embeddings - config.num_patches - 2
+    if max_tokens > limit:
+        raise ValueError(f"behind a picture the context has room for {limit} tokens, not {max_tokens}")
+    latents = encode_pictures(trained, pictures)
+    tokens = Tokens.rows([[config.boi_id, IMAGE, config.eoi_id]] * n, config.num_patches)
+    hidden = trained.model.encode(tokens, latents, latents.new_zeros(n, dtype=torch.long))
+    after_eoi = hidden.text.view(n, 2, -1)[:, 1]  # (n, D); the text of each row is BOI, EOI
+    ids = continue_text(trained.model, after_eoi, hidden.cache, max_tokens, **how)
+    return [trained.tokenizer.decode(row) for row in ids]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Text
 
 
+@torch.inference_mode()
+def generate_text(trained: Trained, prompt: str, max_tokens: int = 64, **how: Any) -> str:
+    """Continue a text with the frozen language model alone; `how` as in `choose`.
+
+    ValueError for a text that is empty or does not fit.
+    """
+    ids = encode_text(trained, prompt, room=max_tokens)
+    if not ids:
+        raise ValueError("the text to continue is empty")
+    hidden = trained.model.encode(Tokens.text(torch.tensor([ids])))
+    new = continue_text(trained.model, hidden.text[-1:], hidden.cache, max_tokens, **how)
+    return trained.tokenizer.decode(new[0])
+
+
+@torch.inference_mode()
+def continue_text(
+    model: LMFusion, text: Tensor, cache: Cache, max_tokens: int, **how: Any
+) -> list[list[int]]:
+    """Write on from the features (B, D) of the last token of sequences of equal length; stops at EOS.
+
+    The cache holds those sequences; `how` is temperature, top_k, top_p and generator, as in `choose`. Returns
+    the new ids of each, without EOS.
+    """
+    alive = torch.ones(len(text), dtype=torch.bool, device=text.device)
+    position, ids = int(cache.position[0, -1]) + 1, []
+    for step in range(max_tokens):
+        new = choose(model.logits(text), **how)
+        alive = alive & (new != model.config.eos_id)
+        ids.append(torch.where(alive, new, -1))
+        if not alive.any() or step + 1 == max_tokens:
+            break
+        if not cache.room:
+            cache = cache.reserve(min(max_tokens - step, 256))
+        hidden = model.encode(Tokens.text(new[:, None], position + step), cache=cache)
+        cache, text = cache.extend(hidden.cache), hidden.text
+    return [[i for i in row if i >= 0] for row in torch.stack(ids, 1).tolist()] if ids else [[] for _ in text]
+
+
 def choose(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+    logits: Tensor,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Next ids (B,) from logits (B, V). temperature 0 is greedy; top_k 0 and top_p 1 keep everything."""
     if temperature < 1e-5:  # nothing but the largest would be left
@@ -182,83 +272,6 @@ def choose(
         outside = p.cumsum(-1) - p >= top_p  # the first token is always inside
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(logits.device)
-
-
-@torch.inference_mode()
-def continue_text(
-    model: LMFusion,
-    text: Tensor,
-    cache: Cache,
-    max_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> list[list[int]]:
-    """Write on from the features (B, D) of the last token of sequences of equal length; stops at EOS.
-
-    The cache holds those sequences. Returns the new ids of each, without EOS.
-    """
-    alive = torch.ones(len(text), dtype=torch.bool, device=text.device)
-    position, ids = int(cache.position[0, -1]) + 1, []
-    for step in range(max_tokens):
-        new = choose(model.logits(text), temperature, top_k, top_p, generator)
-        alive = alive & (new != model.config.eos_id)
-        ids.append(torch.where(alive, new, -1))
-        if not alive.any() or step + 1 == max_tokens:
-            break
-        if not cache.room:
-            cache = cache.reserve(min(max_tokens - step, 256))
-        hidden = model.encode(Tokens.text(new[:, None], position + step), cache=cache)
-        cache, text = cache.extend(hidden.cache), hidden.text
-    return [[i for i in row if i >= 0] for row in torch.stack(ids, 1).tolist()] if ids else [[] for _ in text]
-
-
-@torch.inference_mode()
-def generate_text(trained: Trained, prompt: str, max_tokens: int = 64, **how) -> str:
-    """Continue a text with the frozen language model alone; `how` as in `continue_text`."""
-    ids = encode_text(trained, prompt, room=max_tokens)
-    if not ids:
-        raise ValueError("the text to continue is empty")
-    model = trained.model
-    hidden = model.encode(Tokens.text(torch.tensor([ids])))
-    return trained.tokenizer.decode(
-        continue_text(model, hidden.text[-1:], hidden.cache, max_tokens, **how)[0]
-    )
-
-
-@torch.inference_mode()
-def describe_images(trained: Trained, pictures: Tensor, max_tokens: int = 64, **how) -> list[str]:
-    """Pictures uint8 (n, 3, S, S) -> captions. The clean image is read at t = 0 between BOI and EOI."""
-    model, config = trained.model, trained.model.config
-    device, limit = model.boi_head.device, config.max_position_embeddings - config.num_patches - 2
-    if max_tokens > limit:
-        raise ValueError(f"behind a picture the context has room for {limit} tokens, not {max_tokens}")
-    latents = encode_pictures(trained, pictures)
-    tokens = Tokens.rows([[config.boi_id, IMAGE, config.eoi_id]] * len(pictures), config.num_patches)
-    hidden = model.encode(tokens, latents, torch.zeros(len(pictures), dtype=torch.long, device=device))
-    after_eoi = hidden.text.view(len(pictures), 2, -1)[:, 1]  # text of each row: BOI, EOI
-    ids = continue_text(model, after_eoi, hidden.cache, max_tokens, **how)
-    return [trained.tokenizer.decode(row) for row in ids]
-
-
-def encode_pictures(trained: Trained, pictures: Tensor) -> Tensor:
-    """Pictures uint8 (n, 3, S, S) -> latents (n, C, h, w); ValueError for another size than the model's."""
-    config = trained.model.config
-    latents = trained.codec.encode(pictures).to(trained.model.boi_head.device)
-    if latents.shape[1:] != (config.latent_channels, config.latent_size, config.latent_size):
-        raise ValueError(
-            f"pictures of {tuple(pictures.shape[2:])} pixels give latents of {tuple(latents.shape[1:])}"
-        )
-    return latents
-
-
-def read_picture(path: str, side: int) -> Tensor:
-    """A picture file as uint8 (1, 3, side, side), centre-cropped and resized; ValueError if it is not one."""
-    try:
-        return decode_picture(Path(path).read_bytes(), side)[None]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -287,7 +300,7 @@ class Context:
         return self.trained.model.config.max_position_embeddings - len(self)
 
     @torch.inference_mode()
-    def read(self, ids: list[int], latents: list[Tensor] = ()) -> Tensor:
+    def read(self, ids: list[int], latents: list[Tensor] | tuple = ()) -> Tensor:
         """Read on, clean pictures at t = 0; the features (D,) of the last token, which must be text.
 
         ValueError if it does not fit.
@@ -295,10 +308,8 @@ class Context:
         model, P = self.trained.model, self.trained.model.config.num_patches
         length = len(ids) + len(latents) * (P - 1)
         if length > self.room:
-            raise ValueError(
-                f"the conversation is {len(self) + length} tokens long; the context has room for "
-                f"{model.config.max_position_embeddings}"
-            )
+            room = f"the context has room for {model.config.max_position_embeddings}"
+            raise ValueError(f"the conversation is {len(self) + length} tokens long; {room}")
         tokens = Tokens.rows([ids], P, [len(self)], [len(self.latents)])
         t = torch.zeros(len(latents), dtype=torch.long, device=model.boi_head.device)
         if self.cache is not None and self.cache.room < length:
@@ -313,35 +324,31 @@ class Context:
 
         At least its last token is: the features behind it are not kept.
         """
-        same, images = 0, 0
+        same = images = 0
         for ours, theirs in zip(self.ids, ids[:-1], strict=False):
-            if ours != theirs:
+            if ours != theirs or (ours == IMAGE and not torch.equal(self.latents[images], latents[images])):
                 break
-            if ours == IMAGE:
-                if not torch.equal(self.latents[images], latents[images]):
-                    break
-                images += 1
-            same += 1
+            same, images = same + 1, images + (ours == IMAGE)
         self.ids, self.latents = self.ids[:same], self.latents[:images]
         self.cache = self.cache.keep(len(self)) if same else None
         return ids[same:], latents[images:]
 
     @torch.inference_mode()
-    def predictor(self, cfg: float) -> Callable:
+    def predictor(self, cfg: float) -> Predict:
         """predict(x, t) for a picture behind what was read, which ends in BOI.
 
         Guidance is over the whole conversation: the unconditional row is BOI alone, as in training.
         """
+        if cfg == 1.0:
+            return predictor(self.trained, self.cache, [len(self)], [len(self.latents)], [])
         config = self.trained.model.config
-        cache, start, before = self.cache, [len(self)], [len(self.latents)]
-        if cfg != 1.0:
-            null = self.trained.model.encode(Tokens.rows([[config.boi_id]], config.num_patches)).cache
-            cache, start, before = cache.stack(null), [*start, 1], [*before, 0]
-        return predictor(self.trained, cache, start, before, [cfg])
+        null = self.trained.model.encode(Tokens.rows([[config.boi_id]], config.num_patches)).cache
+        both = self.cache.stack(null)
+        return predictor(self.trained, both, [len(self), 1], [len(self.latents), 0], [cfg])
 
 
 @dataclass(frozen=True)
-class Style:
+class GenerationConfig:
     """How a turn is generated."""
 
     max_tokens: int = 256  # of text, thoughts included
@@ -358,7 +365,7 @@ class Style:
 
 @torch.inference_mode()
 def generate(
-    trained: Trained, context: Context, features: Tensor, style: Style, watch=None
+    trained: Trained, context: Context, features: Tensor, options: GenerationConfig, watch: Watch = None
 ) -> Iterator[int | Tensor]:
     """Go on behind what `context` has read, to the end of the turn: yields ids, and latents (C, h, w).
 
@@ -369,26 +376,27 @@ def generate(
     model, config, tokenizer = trained.model, trained.model.config, trained.tokenizer
     think, end_think = tokenizer.token_to_id(THINK), tokenizer.token_to_id(END_THINK)
     ends = {config.eos_id, tokenizer.token_to_id(IM_END)}
-    generator = torch.Generator().manual_seed(style.seed)
+    generator = torch.Generator().manual_seed(options.seed)
     forced: list[int] = []  # what ends a thought that grows too long
     thought, words, images = -1, 0, 0  # tokens inside the thought; -1 outside
-    while words < style.max_tokens and context.room > 1:
-        if thought < 0 and not forced and images < style.max_images and context.room > config.num_patches + 2:
-            if draws(model.draw_logit(features), style.temperature, generator):
-                context.read([config.boi_id])
-                seed = random.Random(f"{style.seed}-{len(context.latents)}").getrandbits(63)
-                predict = context.predictor(style.cfg)
-                latent = denoise(trained, predict, [seed], style.steps, style.sampler, watch)[0]
-                features = context.read([IMAGE, config.eoi_id], [latent])
-                images += 1
-                yield latent
-                continue
+    while words < options.max_tokens and context.room > 1:
+        asked = thought < 0 and not forced and images < options.max_images
+        asked = asked and context.room > config.num_patches + 2
+        if asked and draws(model.draw_logit(features), options.temperature, generator):
+            context.read([config.boi_id])
+            seed = derive_seed(options.seed, len(context.latents))
+            predict = context.predictor(options.cfg)
+            latent = denoise(trained, predict, [seed], options.steps, options.sampler, watch)[0]
+            features = context.read([IMAGE, config.eoi_id], [latent])
+            images += 1
+            yield latent
+            continue
         if forced:
             new = forced.pop(0)
         else:
             logits = model.logits(features)[None].clone()
             logits[:, [config.boi_id, config.eoi_id]] = -torch.inf  # the extra row's to say
-            new = choose(logits, style.temperature, style.top_k, style.top_p, generator).item()
+            new = choose(logits, options.temperature, options.top_k, options.top_p, generator).item()
             if new in ends:
                 return
         yield new
@@ -400,7 +408,7 @@ def generate(
             thought = -1
         elif thought >= 0:
             thought += 1
-            if thought == style.max_thought:
+            if thought == options.max_thought:
                 forced = [*encode_plain(tokenizer, "\n"), end_think, *encode_plain(tokenizer, "\n\n")]
 
 

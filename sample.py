@@ -1,17 +1,19 @@
-"""Use a trained model: text -> image, image -> text, editing, chat (the work is in generate.py and chat.py).
+"""Use a trained model: text -> image, image -> text, editing, chat. The work is in generate.py and chat/.
 
 python sample.py --prompt "a big red circle in the center on a blue background"
-python sample.py --caption out.png
-python sample.py --edit out.png --prompt "make the circle green"
+python sample.py --caption sample.png
+python sample.py --edit sample.png --prompt "make the circle green" --out edited.png
 python sample.py --chat
 python sample.py --text "what color is the sky? "
+
+Shapes: n pictures; pictures are uint8 (n, 3, S, S).
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,62 +22,57 @@ from tqdm import tqdm
 
 from chat.conversation import answer_last, check_folder, read_messages, talk
 from checkpoint import Trained, check_device, load_trained, write_atomic
-from config import Parser, run_command, tune_torch
+from config import Parser, check_range, run_command, tune_torch
 from diffusion import T
-from generate import Style, describe_images, edit_images, generate_images, generate_text, read_picture
+from generate import (
+    GenerationConfig,
+    derive_seed,
+    describe_images,
+    edit_images,
+    generate_images,
+    generate_text,
+    read_picture,
+)
 from lab import figures
-
-# ------------------------------------------------------------------------------------------------------------
-# Command line
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog="sample.py", description="Text to image, image to text, editing, chat, text to text."
-    )
+    """The flags as they were given; `check` looks at their values."""
+    parser = Parser(prog="sample.py", usage="python sample.py [FLAG ...]")
     add = parser.add_argument
-    add("--prompt", action="append", default=[], help="paint this (may be repeated)")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="paint this (repeatable)")
     add("--prompts", metavar="FILE", help="paint every line of this file")
     add("--edit", metavar="IMAGE", help="change this picture as each --prompt says")
     add("--caption", action="append", default=[], metavar="IMAGE", help="describe this picture (repeatable)")
-    add(
-        "--text", action="append", default=[], help="continue this with the language model alone (repeatable)"
-    )
+    add("--text", action="append", default=[], help="continue this with the language model (repeatable)")
     add("--chat", action="store_true", help="talk with the model in the terminal")
     add("--chat-file", metavar="FILE", help="answer the last of the messages in this JSON file")
     add("--think", action="store_true", help="in a chat: think before answering")
-    add("--max-images", type=int, default=4, help="in a chat: pictures an answer")
-    add(
-        "--checkpoint",
-        metavar="DIR",
-        help="a run or a checkpoint; without it, the last run of --config small, for --edit and chats of "
-        "small-chat",
-    )
-    add("--base", help="where the base language model lies, if it was moved since training")
-    add("--vae", help="where the VAE lies, if it was moved since training")
-    add(
-        "--out",
-        help="file of the picture, several in a grid (sample.png); without an ending, a folder: 000000.png "
-        "and its prompt in 000000.txt, and so on; folder of a chat (chat)",
-    )
-    add("--n", type=int, default=1, help="pictures a prompt")
-    add("--steps", type=int, default=None, help="denoising steps (default: 25 for ddim, 250 for ddpm)")
-    add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm is the paper's, with 250 steps")
-    add("--cfg", type=float, default=3.0, help="guidance scale; 1 is none")
-    add("--cfg-image", type=float, default=3.0, help="guidance over the picture of --edit; 1 is none")
-    add("--seed", type=int, default=0, help="same seed and arguments: same file")
+    add("--checkpoint", metavar="DIR", help="a run or checkpoint; without it, the last small run")
+    add("--out", metavar="PATH", help="file (sample.png), or folder (of a chat: runs/talk)")
+    add("--n", type=int, default=1, metavar="N", help="pictures a prompt")
+    add("--steps", type=int, metavar="N", help="denoising steps (default: 25; 250 for ddpm)")
+    add("--cfg", type=float, default=3.0, metavar="S", help="guidance scale; 1 is none")
+    add("--seed", type=int, default=0, metavar="N", help="same seed and arguments: same file")
     add("--labels", action="store_true", help="write each prompt below its picture")
+    add("--gif", metavar="FILE", help="also write a film of the denoising")
+    add("--device", default="cpu", help="cpu, cuda, ...")
+
+    add = partial(add, rare=True)
+    add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm is the paper's, with 250 steps")
+    add("--cfg-image", type=float, default=3.0, help="guidance over the picture of --edit; 1 is none")
     add(
         "--scale",
         type=int,
-        help="pixels a side; 0: as generated (default: 256, or 128 with --labels, or 0 in a folder)",
+        help="pixels a side (default: 256; 128 with --labels); 0, or in a folder: as painted",
     )
-    add("--gif", metavar="FILE", help="also write a film of the denoising")
     add("--max-tokens", type=int, help="longest text to write (default: 64; 256 an answer in a chat)")
+    add("--max-images", type=int, default=4, help="in a chat: pictures an answer")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="sample among the k likeliest tokens (0: all)")
     add("--top-p", type=float, default=1.0, help="sample among the likeliest that hold this probability")
-    add("--device", default="cpu", help="cpu, cuda, ...")
+    add("--base", help="where the base language model lies, if it was moved since training")
+    add("--vae", help="where the VAE lies, if it was moved since training")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
     return parser.parse_args(args)
 
@@ -103,39 +100,26 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--prompts {args.prompts}: no line with text")
     if args.edit is None and any(not p.strip() for p in args.prompt):
         raise ValueError("--prompt is empty")
-    args.out = args.out if args.out is not None else "chat" if talking else "sample.png"
-    args.max_tokens = args.max_tokens if args.max_tokens is not None else 256 if talking else 64
-    args.steps = args.steps if args.steps is not None else {"ddim": 25, "ddpm": 250}[args.sampler]
-    args.folder = Path(args.out) if not Path(args.out).suffix and not talking else None
+    if args.out is None:
+        args.out = "runs/talk" if talking else "sample.png"
+    args.folder = None if talking or Path(args.out).suffix else Path(args.out)
+    if args.max_tokens is None:
+        args.max_tokens = 256 if talking else 64
+    if args.steps is None:
+        args.steps = 250 if args.sampler == "ddpm" else 25
     if args.scale is None:
         args.scale = 0 if args.folder else 128 if args.labels else 256
-    limits = {
-        "scale": (0, 4096),
-        "n": (1, 10000),
-        "steps": (1, T),
-        "max_tokens": (1, 10**6),
-        "max_images": (0, 10**6),
-        "top_k": (0, 10**9),
-        "cfg": (-100, 100),
-        "cfg_image": (-100, 100),
-        "temperature": (0, 100),
-        "top_p": (1e-9, 1),
-        "seed": (0, 2**63 - 1),
-    }
-    for name, (low, high) in limits.items():
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be from {low} to {high}"
-            )
+    check_range(args, scale=(0, 4096), n=(1, 10000), steps=(1, T), max_tokens=(1, 10**6))
+    check_range(args, max_images=(0, 10**6), top_k=(0, 10**9), cfg=(-100, 100), cfg_image=(-100, 100))
+    check_range(args, temperature=(0, 100), top_p=(1e-9, 1), seed=(0, 2**63 - 1))
     args.messages = read_messages(args.chat_file) if args.chat_file is not None else None
     check_device(args.device)
     if args.prompt and args.folder:
         check_picture_folder(args.folder, args.labels)
     elif args.prompt:
         figures.check_place(args.out, figures.FORMATS)
-    if args.prompt:
-        if args.gif:
-            figures.check_place(args.gif, figures.FILMS)
+    if args.prompt and args.gif:
+        figures.check_place(args.gif, figures.FILMS)
     if talking:
         check_folder(Path(args.out))
 
@@ -149,27 +133,26 @@ def check_picture_folder(folder: Path, labels: bool) -> None:
         raise ValueError(f"{folder} is not empty; name another folder with --out")
 
 
-def pixels(trained: Trained) -> int:
-    """Pixels a side of the model's pictures."""
-    return trained.model.config.latent_size * trained.codec.patch
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
 
 
 def paint_prompts(trained: Trained, args: argparse.Namespace, batch: int = 64) -> None:
     """A picture for every prompt, n times, painted anew or --edit changed, into one file; and the film."""
-    source = None if args.edit is None else read_picture(args.edit, pixels(trained))
+    source = None if args.edit is None else read_picture(trained, args.edit)
     prompts = [p for p in args.prompt for _ in range(args.n)]
-    seeds = [random.Random(f"{args.seed}-{i}").getrandbits(63) for i in range(len(prompts))]
+    seeds = [derive_seed(args.seed, i) for i in range(len(prompts))]
     pictures, films = [], []
     bar = tqdm(total=-(-len(prompts) // batch) * args.steps, unit="step", desc="denoising", disable=None)
+
+    def watch(x: Tensor) -> None:
+        bar.update()
+        if args.gif:
+            films[-1].append(trained.codec.decode(x.cpu()))
+
     for i in range(0, len(prompts), batch):
-        frames: list[Tensor] = []
-
-        def watch(x: Tensor, frames=frames) -> None:
-            bar.update()
-            if args.gif:
-                frames.append(trained.codec.decode(x.cpu()))
-
         part = slice(i, i + batch)
+        films.append([])
         how = (seeds[part], args.steps, args.cfg, args.sampler, watch)
         if source is None:
             painted = generate_images(trained, prompts[part], *how)
@@ -180,27 +163,22 @@ def paint_prompts(trained: Trained, args: argparse.Namespace, batch: int = 64) -
             write_pictures(args.folder, i, painted, prompts[part], args.scale)
         else:
             pictures.append(painted)
-        films.append(frames)
     bar.close()
-    if args.folder:
-        print(f"{args.folder}: {len(prompts)} picture{'s' * (len(prompts) > 1)}, each beside its prompt")
-    else:
-        save_page(torch.cat(pictures), prompts, args)
+    what = "each beside its prompt" if args.folder else save_page(torch.cat(pictures), prompts, args)
+    print(f"{args.folder or args.out}: {len(prompts)} picture{'s' * (len(prompts) > 1)}, {what}")
     if args.gif:
         save_film(films, args)
 
 
-def save_page(everything: Tensor, prompts: list[str], args: argparse.Namespace) -> None:
-    """All pictures in one file: a grid, or a sheet with their prompts."""
-    native = everything.shape[-1]
+def save_page(everything: Tensor, prompts: list[str], args: argparse.Namespace) -> str:
+    """Write all pictures in one file, a grid or a sheet with their prompts; says how large it is."""
+    side = args.scale or everything.shape[-1]
     if args.labels:
-        page = figures.sheet(everything, prompts, columns=min(6, len(prompts)), side=args.scale or native)
+        page = figures.sheet(everything, prompts, columns=min(6, len(prompts)), side=side)
     else:
-        page = figures.grid(everything, args.scale or native)
+        page = figures.grid(everything, side)
     figures.save_image(page, args.out)
-    print(
-        f"{args.out}: {len(prompts)} picture{'s' * (len(prompts) > 1)}, {page.width} x {page.height} pixels"
-    )
+    return f"{page.width} x {page.height} pixels"
 
 
 def write_pictures(folder: Path, first: int, pictures: Tensor, prompts: list[str], scale: int) -> None:
@@ -220,22 +198,13 @@ def save_film(films: list[list[Tensor]], args: argparse.Namespace) -> None:
 
 def converse(trained: Trained, args: argparse.Namespace) -> None:
     """A conversation in the terminal, or the answer to one in a file."""
-    style = Style(
-        max_tokens=args.max_tokens,
-        max_thought=max(1, args.max_tokens * 3 // 4),  # the rest is for the answer
-        max_images=args.max_images,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        steps=args.steps,
-        cfg=args.cfg,
-        sampler=args.sampler,
-        seed=args.seed,
-    )
+    names = "max_tokens max_images temperature top_k top_p steps cfg sampler seed".split()
+    max_thought = max(1, args.max_tokens * 3 // 4)  # the rest is for the answer
+    options = GenerationConfig(max_thought=max_thought, **{name: getattr(args, name) for name in names})
     if args.chat:
-        talk(trained, style, args.think, Path(args.out))
+        talk(trained, options, args.think, Path(args.out))
     else:
-        answer_last(trained, style, args.think, args.messages, Path(args.out))
+        answer_last(trained, options, args.think, args.messages, Path(args.out))
 
 
 def main() -> None:
@@ -243,29 +212,19 @@ def main() -> None:
     check(args)
     tune_torch()
     task = "chat" if args.chat or args.messages else "edit" if args.edit is not None else ""
-    trained = load_trained(
-        args.checkpoint,
-        args.base,
-        args.device,
-        getattr(torch, args.dtype),
-        args.vae,
-        config="small-chat" if task else "small",
-    )
+    dtype, config = getattr(torch, args.dtype), "small-chat" if task else "small"
+    trained = load_trained(args.checkpoint, args.base, args.device, dtype, args.vae, config=config)
     if task not in trained.info["config"].get("task", ""):
         print(f"note: {trained.folder} was not trained with --task {task}", file=sys.stderr)
     if task == "chat":
         converse(trained, args)
         return
-    how = dict(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        generator=torch.Generator().manual_seed(args.seed),
-    )
+    how = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    how["generator"] = torch.Generator().manual_seed(args.seed)
     for text in args.text:
         print(text + generate_text(trained, text, args.max_tokens, **how))
     for path in args.caption:
-        picture = read_picture(path, pixels(trained))
+        picture = read_picture(trained, path)
         print(f"{path}: {describe_images(trained, picture, args.max_tokens, **how)[0]}")
     if args.prompt:
         paint_prompts(trained, args)

@@ -348,8 +348,9 @@ def parse(args: list[str] | None = None) -> tuple[TrainConfig, str, bool, bool]:
     """The configuration, its name, whether to resume, and whether only to print what it would take."""
     parser = Parser(
         prog="train.py",
-        description="Train the image side of an LMFusion. Flags that are not given keep the value of the "
-        "named configuration; the paper's recipe stands in brackets.",
+        usage="python train.py --config NAME [FLAG ...]",
+        description="Flags that are not given keep the value of the named configuration; the paper's recipe "
+        "stands in brackets.",
     )
     add = parser.add_argument
     add("--config", choices=tuple(CONFIGS), required=True, help="named configuration to start from")

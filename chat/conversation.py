@@ -1,15 +1,11 @@
 """A conversation with a trained model, in the terminal or from a file (`sample.py --chat`, `--chat-file`).
 
-Messages are those of template.py; the pictures in them are `ChatPicture`. Every turn renders the whole
-conversation in Qwen3's template and reads only what the context does not hold yet: the template drops the
-thoughts of earlier turns, so a little of the last one is read again.
-
-    /image PATH      show the model a picture, together with the next message
-    /save [FILE.md]  write the conversation as Markdown and as JSON, its pictures beside them
-    /new             forget everything
-    /help, /quit
-
+The paper has no conversations; all of this is our choice. Messages are those of template.py; the pictures in
+them are `ChatPicture`. Every turn renders the whole conversation in Qwen3's template and reads only what the
+context does not hold yet: the template drops the thoughts of earlier turns, so a little is read again.
 Ctrl-C drops the answer that is being written; at the prompt it ends the conversation.
+
+Shapes: C, h, w channels, height and width of a latent, S pixels a side.
 """
 
 from __future__ import annotations
@@ -21,23 +17,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from chat.template import (
-    END_THINK,
-    IM_END,
-    IM_START,
-    THINK,
-    Picture,
-    apply_chat_template,
-    check_messages,
-    encode,
-)
+from chat import template
 from checkpoint import Trained, write_atomic
-from generate import Context, Style, encode_pictures, generate, read_picture
+from generate import Context, GenerationConfig, Watch, encode_pictures, generate, read_picture
 from lab import figures
 from small.dialogues import THINK_PROMPT
 
@@ -54,49 +42,54 @@ class ChatPicture:
     names: dict[Path, str] = field(default_factory=dict)  # of its files, by their folders
 
 
+Show = Callable[[str | ChatPicture, bool], None]  # is called with what comes, and whether it is a thought
+
+
 def see(trained: Trained, path: Path) -> ChatPicture:
     """A picture file; ValueError if it is none."""
-    pixels = read_picture(str(path), trained.model.config.latent_size * trained.codec.patch)
+    pixels = read_picture(trained, path)
     return ChatPicture(pixels[0], encode_pictures(trained, pixels)[0])
 
 
 class Conversation:
     """Messages, and what the model has read of them. ValueError for a base without chat tokens."""
 
-    def __init__(self, trained: Trained, style: Style, thinking: bool, messages: Iterable[dict] = ()):
-        self.trained, self.style, self.thinking = trained, style, thinking
+    def __init__(
+        self, trained: Trained, options: GenerationConfig, thinking: bool, messages: Iterable[dict] = ()
+    ):
+        self.trained, self.options, self.thinking = trained, options, thinking
         self.messages = list(messages)
         self.context = Context(trained)
         self.files: set[Path] = set()  # that it was saved in
         if thinking and not any(m["role"] == "system" for m in self.messages):
             self.messages.insert(0, {"role": "system", "content": THINK_PROMPT})
-        encode(trained.tokenizer, [IM_START, IM_END], 0, 0)
+        template.encode(trained.tokenizer, [template.IM_START, template.IM_END], 0, 0)
 
     @torch.inference_mode()
-    def answer(self, content: str | list[dict], show: Callable | None = None, watch=None) -> dict:
+    def answer(self, content: str | list[dict], show: Show | None = None, watch: Watch = None) -> dict:
         """The model's message after one of the user's. Both are kept, or neither if there is an error.
 
-        show(text or ChatPicture, thought) is called with what comes, as it comes; watch after each step.
-        ValueError if the conversation is longer than the context.
+        show(what, thought) is called as it comes, watch after each step of denoising. ValueError if the
+        conversation is longer than the context.
         """
         tokenizer, config = self.trained.tokenizer, self.trained.model.config
         messages = [*self.messages, {"role": "user", "content": content}]
-        pieces = apply_chat_template(messages, self.thinking)
-        latents = [p.content.latent for p in pieces if isinstance(p, Picture)]
-        ids = encode(tokenizer, pieces, config.boi_id, config.eoi_id)
+        pieces = template.apply_chat_template(messages, self.thinking)
+        latents = [p.content.latent for p in pieces if isinstance(p, template.Picture)]
+        ids = template.encode(tokenizer, pieces, config.boi_id, config.eoi_id)
         features = self.context.read(*self.context.rewind(ids, latents))
         thoughts, parts = "", []
-        for what, thought in self.spell(generate(self.trained, self.context, features, self.style, watch)):
+        for what, thought in self.spell(generate(self.trained, self.context, features, self.options, watch)):
             if show is not None:
                 show(what, thought)
             if isinstance(what, ChatPicture):
-                parts.append({"type": "image", "image": what})
+                parts.append(template.image_part(what))
             elif thought:
                 thoughts += what
             elif parts and parts[-1]["type"] == "text":
                 parts[-1]["text"] += what
             else:
-                parts.append({"type": "text", "text": what})
+                parts.append(template.text_part(what))
         if parts and parts[0]["type"] == "text":  # behind a thought the template begins without a line break
             parts[0]["text"] = parts[0]["text"].lstrip("\n")
         message = {"role": "assistant", "content": parts}
@@ -108,7 +101,7 @@ class Conversation:
     def spell(self, events: Iterable[int | Tensor]) -> Iterator[tuple[str | ChatPicture, bool]]:
         """Ids and latents -> text, character by character, and pictures; and whether it is a thought."""
         tokenizer = self.trained.tokenizer
-        think, end_think = tokenizer.token_to_id(THINK), tokenizer.token_to_id(END_THINK)
+        think, end_think = tokenizer.token_to_id(template.THINK), tokenizer.token_to_id(template.END_THINK)
         run, shown, thought = [], "", False
         for event in itertools.chain(events, [None]):  # None: the end
             word = isinstance(event, int) and event not in (think, end_think)
@@ -132,27 +125,23 @@ class Conversation:
 
 def file_in(picture: ChatPicture, folder: Path) -> str:
     """The name of a picture's file in a folder. If it has none, it is written under the next free number."""
-    place = folder.resolve()
+    place, side = folder.resolve(), picture.pixels.shape[-1]
     if place not in picture.names:
         names = (f"picture-{number:03d}.png" for number in itertools.count(1))
         name = next(n for n in names if not (folder / n).exists())
-        side = picture.pixels.shape[-1]
-        image = figures.to_image(picture.pixels, side * -(-SIDE // side))
-        figures.save_image(image, folder / name)
+        figures.save_image(figures.to_image(picture.pixels, side * -(-SIDE // side)), folder / name)
         picture.names[place] = name
     return picture.names[place]
 
 
-def replace_images(messages: list[dict], by: Callable) -> list[dict]:
+def replace_images(messages: list[dict], by: Callable[[Any], Any]) -> list[dict]:
     """The same messages with by(image) in the place of every image."""
-
-    def replaced(part: dict) -> dict:
-        return part | {"image": by(part["image"])} if part["type"] == "image" else part
-
-    return [
-        m | {"content": [replaced(p) for p in m["content"]]} if isinstance(m["content"], list) else m
-        for m in messages
-    ]
+    out = []
+    for m in messages:
+        if isinstance(m["content"], list):
+            m = m | {"content": [p | {"image": by(p["image"])} if "image" in p else p for p in m["content"]]}
+        out.append(m)
+    return out
 
 
 def as_markdown(messages: list[dict]) -> str:
@@ -161,8 +150,7 @@ def as_markdown(messages: list[dict]) -> str:
     for m in messages:
         thoughts = (m.get("reasoning_content") or "").strip("\n")
         blocks += [f"**{m['role']}**", "\n".join(f"> {line}".rstrip() for line in thoughts.splitlines())]
-        parts = m["content"] if isinstance(m["content"], list) else [{"type": "text", "text": m["content"]}]
-        for p in parts:
+        for p in template.parts_of(m):
             blocks.append(p["text"] if p["type"] == "text" else f"![{p['image']}]({p['image']})")
     return "\n\n".join(block.strip("\n") for block in blocks if block.strip("\n")) + "\n"
 
@@ -182,9 +170,8 @@ def save(conversation: Conversation, path: Path) -> None:
 def check_folder(folder: Path) -> None:
     """Make the folder of a conversation; OSError if it cannot be, ValueError if it holds another one."""
     figures.check_place(folder / "chat.md")
-    if any(folder.glob("picture-*.png")) or any(
-        (folder / f"chat.{kind}").exists() for kind in ("md", "json")
-    ):
+    taken = (folder / "chat.md", folder / "chat.json", *folder.glob("picture-*.png"))
+    if any(path.exists() for path in taken):
         raise ValueError(f"{folder} holds another conversation; name another folder with --out")
 
 
@@ -196,9 +183,9 @@ def read_messages(path: str) -> list[dict]:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
-    check_messages(messages, context=path)
+    template.check_messages(messages, context=path)
     for number, m in enumerate(messages, start=1):
-        for part in m["content"] if isinstance(m["content"], list) else []:
+        for part in template.parts_of(m):
             if part["type"] == "image" and not isinstance(part["image"], str):
                 raise ValueError(f"{path}: message {number} has an image that is not the path of a file")
     if messages[-1]["role"] != "user":
@@ -223,10 +210,13 @@ class Printer:
             print(text, end="", flush=True)
             self.line_is_empty = text.endswith("\n")
 
+    def end_line(self) -> None:
+        self.write("" if self.line_is_empty else "\n")
+
     def watch(self, _: Tensor) -> None:
         """One step of denoising; the bar has a line of its own."""
         if self.bar is None:
-            self.write("" if self.line_is_empty else "\n")
+            self.end_line()
             self.bar = tqdm(total=self.steps, desc="painting", unit="step", leave=False, disable=None)
         self.bar.update()
 
@@ -236,7 +226,7 @@ class Printer:
             self.bar.close()
             self.bar = None
         if thought != self.thought:
-            self.write(THINK if thought else END_THINK)
+            self.write(template.THINK if thought else template.END_THINK)
             self.thought = thought
 
     def show(self, what: str | ChatPicture, thought: bool) -> None:
@@ -244,25 +234,23 @@ class Printer:
         self.turn(thought)
         self.write(what if isinstance(what, str) else f"[{self.folder / file_in(what, self.folder)}]")
 
-    def close(self) -> None:
-        """The answer ends."""
-        self.turn(False)
-        self.write("" if self.line_is_empty else "\n")
-
 
 def respond(conversation: Conversation, content: str | list[dict], folder: Path) -> None:
     """Print the answer to a message as it comes; errors as in `Conversation.answer`."""
-    printer = Printer(folder, conversation.style.steps)
+    printer = Printer(folder, conversation.options.steps)
     try:
         conversation.answer(content, printer.show, printer.watch)
     finally:
-        printer.close()
+        printer.turn(False)
+        printer.end_line()
 
 
-def answer_last(trained: Trained, style: Style, thinking: bool, messages: list[dict], folder: Path) -> None:
+def answer_last(
+    trained: Trained, options: GenerationConfig, thinking: bool, messages: list[dict], folder: Path
+) -> None:
     """Answer the last message, the user's; images are paths. All of it is written to `folder`."""
     *before, last = replace_images(messages, lambda path: see(trained, path))
-    conversation = Conversation(trained, style, thinking, before)
+    conversation = Conversation(trained, options, thinking, before)
     respond(conversation, last["content"], folder)
     save(conversation, folder / "chat.md")
 
@@ -279,9 +267,9 @@ def read_line() -> str | None:
         return ""
 
 
-def talk(trained: Trained, style: Style, thinking: bool, folder: Path) -> None:
+def talk(trained: Trained, options: GenerationConfig, thinking: bool, folder: Path) -> None:
     """A conversation, line by line, until /quit or the end of the input; an error costs one line."""
-    conversation = Conversation(trained, style, thinking)
+    conversation = Conversation(trained, options, thinking)
     waiting: list[dict] = []  # pictures for the next message
     print(HELP)
     while (line := read_line()) not in (None, "/quit"):
@@ -290,10 +278,9 @@ def talk(trained: Trained, style: Style, thinking: bool, folder: Path) -> None:
             if command == "/help":
                 print(HELP)
             elif command == "/new":
-                conversation, waiting = Conversation(trained, style, thinking), []
+                conversation, waiting = Conversation(trained, options, thinking), []
             elif command == "/image":
-                picture = see(trained, Path(os.path.expanduser(rest.strip())))
-                waiting.append({"type": "image", "image": picture})
+                waiting.append(template.image_part(see(trained, Path(os.path.expanduser(rest.strip())))))
             elif command == "/save":
                 path = Path(os.path.expanduser(rest.strip() or folder / "chat.md"))
                 save(conversation, path)
@@ -301,7 +288,7 @@ def talk(trained: Trained, style: Style, thinking: bool, folder: Path) -> None:
             elif command.startswith("/"):
                 raise ValueError(f"{command} is no command: {HELP}")
             elif line or waiting:
-                content = [*waiting, {"type": "text", "text": line}] if waiting else line
+                content = [*waiting, template.text_part(line)] if waiting else line
                 respond(conversation, content, folder)
                 waiting = []
         except KeyboardInterrupt:

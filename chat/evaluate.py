@@ -8,17 +8,22 @@ direct     plain requests through chat, against the same captions as plain text 
 indirect   requests that name things instead of attributes, with and without a thought
 edits      the changed attribute and every other one, read off the picture; and the source without instruction
 stories    text, picture, text, picture, text from one message, each picture the one it should be
-answers    questions about pictures and about the world, word for word
 
-A picture is right if all five attributes are, read by template matching (evaluate.py).
+The paper has no conversations; editing is its Section 5.2. A picture is right if all five attributes are, as
+small/world.py reads them. A *case* is a conversation whose last message is the right answer.
+
+Shapes: n cases; pictures are uint8 (n, 3, 32, 32).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,14 +31,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from chat.conversation import ChatPicture, Conversation
+from chat.conversation import ChatPicture, Conversation, replace_images
+from chat.template import image_part, parts_of, text_part
 from checkpoint import Trained, load_trained, write_atomic
-from config import Parser, run_command, tune_torch
-from evaluate import in_batches, prompt_match, read_scenes, text_line, text_report
-from generate import Style, edit_images, encode_pictures, generate_images
+from config import Parser, check_range, run_command, tune_torch
+from evaluate import check_shapes, in_batches, percentages, text_line, text_report, unseen_documents
+from generate import GenerationConfig, derive_seed, edit_images, encode_pictures, generate_images
 from lab import figures
 from small.dialogues import THINK_PROMPT, Shot, conversation
-from small.world import ATTRIBUTES, Scene, all_scenes, draw_edit, draw_shift, render, text_document
+from small.world import ATTRIBUTES, Scene, all_scenes, draw_edit, draw_shift, match, read_scenes, render
 
 
 def seen(trained: Trained, shot: Shot) -> ChatPicture:
@@ -42,44 +48,33 @@ def seen(trained: Trained, shot: Shot) -> ChatPicture:
     return ChatPicture(pixels[0], encode_pictures(trained, pixels)[0])
 
 
-def with_pictures(trained: Trained, messages: list[dict]) -> list[dict]:
-    """The same messages with their pictures rendered."""
-    out = []
-    for m in messages:
-        content = m["content"]
-        if isinstance(content, list):
-            content = [p | {"image": seen(trained, p["image"])} if "image" in p else p for p in content]
-        out.append(m | {"content": content})
-    return out
+def reply(trained: Trained, messages: list[dict], thinking: bool, options: GenerationConfig) -> dict:
+    """What the model answers to the last of some messages, whose pictures are `Shot`s."""
+    *before, last = replace_images(messages, lambda shot: seen(trained, shot))
+    return Conversation(trained, options, thinking, before).answer(last["content"])
+
+
+def answer_all(
+    trained: Trained, what: str, cases: list[list[dict]], thinking: list[bool], options: GenerationConfig
+) -> list[dict]:
+    """The model's answer in each case, with a thought or without, and with a seed of its own."""
+    todo = zip(tqdm(cases, desc=what, disable=None), thinking, itertools.count(options.seed))
+    return [reply(trained, c[:-1], think, replace(options, seed=seed)) for c, think, seed in todo]
+
+
+def question(content: str | list[dict]) -> list[dict]:
+    """A case of one user's message, whose right answer is not looked at."""
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": ""}]
 
 
 def pictures_of(message: dict) -> list:
     """The pictures of a message, in order."""
-    return [p["image"] for p in message["content"] if isinstance(p, dict) and "image" in p]
+    return [p["image"] for p in parts_of(message) if "image" in p]
 
 
 def words_of(message: dict) -> str:
     """The text of a message."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(p.get("text", "") for p in content)
-
-
-def reply(trained: Trained, messages: list[dict], thinking: bool, style: Style) -> dict:
-    """What the model answers to the last of some messages."""
-    *before, last = with_pictures(trained, messages)
-    return Conversation(trained, style, thinking, before).answer(last["content"])
-
-
-def answer_all(trained: Trained, what: str, cases: list[list[dict]], thinking, style: Style) -> list[dict]:
-    """The answers to the last question of each conversation, whose last message is the right answer."""
-    bar = tqdm(enumerate(cases), total=len(cases), desc=what, disable=None)
-    think = thinking if isinstance(thinking, list) else [thinking] * len(cases)
-    return [reply(trained, c[:-1], think[i], replace(style, seed=style.seed + i)) for i, c in bar]
-
-
-def share(flags: list[bool]) -> float:
-    """Share of what is true; 0 of nothing."""
-    return sum(flags) / max(1, len(flags))
+    return "".join(p.get("text", "") for p in parts_of(message))
 
 
 def painted(message: dict) -> Scene | None:
@@ -88,171 +83,139 @@ def painted(message: dict) -> Scene | None:
     return read_scenes(found[0].pixels[None])[0] if len(found) == 1 else None
 
 
-def decisions(trained: Trained, n: int, style: Style) -> dict:
+def share(flags: Iterable[bool]) -> float:
+    """Share of what is true; 0 of nothing."""
+    flags = list(flags)
+    return sum(flags) / max(1, len(flags))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Kinds of cases
+
+
+def decisions(trained: Trained, n: int, options: GenerationConfig) -> dict:
     """Share of mixed conversations whose answer has as many pictures as it should."""
-    rng = random.Random(f"decisions {style.seed}")
+    rng = random.Random(f"decisions {options.seed}")
     thinking = [i % 2 == 0 for i in range(n)]
     cases = [conversation(rng, t, held_out=True) for t in thinking]
-    answers = answer_all(trained, "deciding", cases, thinking, style)
+    answers = answer_all(trained, "deciding", cases, thinking, options)
     wanted = [len(pictures_of(c[-1])) for c in cases]
-    got = [len(pictures_of(a)) for a in answers]
-    right = [a == b for a, b in zip(wanted, got, strict=True)]
+    right = [w == len(pictures_of(a)) for w, a in zip(wanted, answers, strict=True)]
     words = [words_of(c[-1]) == words_of(a) for c, a in zip(cases, answers, strict=True)]
-    quiet = [r for r, w in zip(right, wanted, strict=True) if not w]
+    quiet = [i for i, w in enumerate(wanted) if not w]
     return {
         "conversations": n,
-        "to_draw": sum(w > 0 for w in wanted),
+        "to_draw": n - len(quiet),
         "right": share(right),
-        "right_where_no_picture_was_wanted": share(quiet),
+        "right_where_no_picture_was_wanted": share(right[i] for i in quiet),
         "words_exactly_right": share(words),
-        "words_of_answers_without_picture": share([x for x, w in zip(words, wanted, strict=True) if not w]),
+        "words_of_answers_without_picture": share(words[i] for i in quiet),
     }
 
 
-def direct(trained: Trained, n: int, style: Style) -> dict:
+def direct(trained: Trained, n: int, options: GenerationConfig) -> dict:
     """Prompt match of held-out captions as plain text to image, and asked for in a conversation."""
-    scenes = random.Random(style.seed).sample(all_scenes(held_out=True), n)
+    scenes = random.Random(options.seed).sample(all_scenes(held_out=True), n)
     captions = [s.caption for s in scenes]
-    seeds = [random.Random(f"{style.seed}-{i}").getrandbits(63) for i in range(n)]
-    plain = in_batches(
-        lambda i, j: generate_images(
-            trained, captions[i:j], seeds[i:j], style.steps, style.cfg, style.sampler
-        ),
-        n,
-        76,
-        "painting",
-    )
-    out = {"prompts": n, "plain": prompt_match(scenes, torch.stack(plain))}
+    seeds = [derive_seed(options.seed, i) for i in range(n)]
+    how = dict(steps=options.steps, cfg=options.cfg, sampler=options.sampler)
+    plain = in_batches(partial(generate_images, trained, **how), "painting", 76, captions, seeds)
+    out = {"prompts": n, "plain": match(scenes, read_scenes(torch.stack(plain)))}
     for key, thinking in (("chat", False), ("chat_thinking", True)):
         system = [{"role": "system", "content": THINK_PROMPT}] if thinking else []
-        end = {"role": "assistant", "content": ""}
-        cases = [[*system, {"role": "user", "content": f"draw {c}"}, end] for c in captions]
-        answers = answer_all(trained, key.replace("_", " "), cases, thinking, style)
+        cases = [system + question(f"draw {c}") for c in captions]
+        answers = answer_all(trained, key.replace("_", " "), cases, [thinking] * n, options)
         out[key] = match(scenes, [painted(a) for a in answers])
     return out
 
 
-def match(wanted: list[Scene], got: list[Scene | None]) -> dict[str, float]:
-    """Share of scenes that are right, by attribute and "all"; a missing one is wrong in everything."""
-    pairs = list(zip(wanted, got, strict=True))
-    out = {k: share([g is not None and getattr(w, k) == getattr(g, k) for w, g in pairs]) for k in ATTRIBUTES}
-    return out | {"all": share([w == g for w, g in pairs])}
-
-
-def indirect_requests(trained: Trained, n: int, style: Style) -> tuple[dict, list]:
+def indirect_requests(trained: Trained, n: int, options: GenerationConfig) -> tuple[dict, list]:
     """Prompt match of indirect requests with a thought and without; and each (request, answer) with both."""
     out, shown = {"prompts": n}, []
     for key, thinking in (("thinking", True), ("not_thinking", False)):
-        rng = random.Random(f"indirect {style.seed}")
+        rng = random.Random(f"indirect {options.seed}")
         cases = [conversation(rng, thinking, ["indirect"], held_out=True) for _ in range(n)]
-        answers = answer_all(trained, f"indirect, {key.replace('_', ' ')}", cases, thinking, style)
-        scenes = [pictures_of(c[-1])[0].scene for c in cases]
-        out[key] = match(scenes, [painted(a) for a in answers])
+        answers = answer_all(trained, f"indirect, {key.replace('_', ' ')}", cases, [thinking] * n, options)
+        pairs = list(zip(cases, answers, strict=True))
+        out[key] = match([pictures_of(c[-1])[0].scene for c in cases], [painted(a) for a in answers])
         if thinking:
-            right = [
-                c[-1]["reasoning_content"] == a.get("reasoning_content")
-                for c, a in zip(cases, answers, strict=True)
-            ]
-            out["thought_exactly_right"] = share(right)
-        shown.append([(words_of(c[-2]), a) for c, a in zip(cases, answers, strict=True)])
+            same = (c[-1]["reasoning_content"] == a.get("reasoning_content") for c, a in pairs)
+            out["thought_exactly_right"] = share(same)
+        shown.append([(words_of(c[-2]), a) for c, a in pairs])
     return out, list(zip(*shown, strict=True))
 
 
-def edits(trained: Trained, n: int, style: Style) -> tuple[dict, Tensor, list[str]]:
-    """Edits to held-out scenes: right if the whole scene is; and what comes without an instruction."""
-    rng = random.Random(f"edits {style.seed}")
+def edits(trained: Trained, n: int, options: GenerationConfig) -> tuple[dict, Tensor, list[str]]:
+    """Edits to held-out scenes, plain and in chat; also the pictures before and after, and their labels."""
+    rng = random.Random(f"edits {options.seed}")
     cases = [draw_edit(rng, held_out=True) for _ in range(n)]
     shifts = [draw_shift(rng) for _ in cases]
     before = render([e.source for e in cases], shifts=shifts)
-    seeds = [random.Random(f"{style.seed}-edit-{i}").getrandbits(63) for i in range(n)]
-
-    def edited(instructions: list[str], what: str) -> Tensor:
-        return torch.stack(
-            in_batches(
-                lambda i, j: edit_images(
-                    trained, before[i:j], instructions[i:j], seeds[i:j], style.steps, style.cfg, style.sampler
-                ),
-                n,
-                50,
-                what,
-            )
-        )
-
-    after = edited([e.instruction for e in cases], "editing")
-    same = edited([""] * n, "editing without instruction")
-    got, kept = read_scenes(after), read_scenes(same)
-    changed = [
-        getattr(g, e.attribute) == getattr(e.target, e.attribute) for g, e in zip(got, cases, strict=True)
+    seeds = [derive_seed(options.seed, "edit", i) for i in range(n)]
+    how = dict(steps=options.steps, cfg=options.cfg, sampler=options.sampler)
+    edit = partial(edit_images, trained, **how)
+    words = [e.instruction for e in cases]
+    after = torch.stack(in_batches(edit, "editing", 50, before, words, seeds))
+    same = torch.stack(in_batches(edit, "editing without instruction", 50, before, [""] * n, seeds))
+    talked = [
+        question([image_part(Shot(e.source, shift)), text_part(e.instruction)])
+        for e, shift in zip(cases, shifts, strict=True)
     ]
-    others = [
-        all(getattr(g, a) == getattr(e.target, a) for a in ATTRIBUTES if a != e.attribute)
-        for g, e in zip(got, cases, strict=True)
-    ]
-    talked = []
-    for edit, shift in zip(cases, shifts, strict=True):
-        shown = {"type": "image", "image": Shot(edit.source, shift)}
-        question = {"role": "user", "content": [shown, {"type": "text", "text": edit.instruction}]}
-        talked.append([question, {"role": "assistant", "content": ""}])
-    answers = answer_all(trained, "editing in chat", talked, False, style)
+    answers = answer_all(trained, "editing in chat", talked, [False] * n, options)
+    pairs = list(zip(read_scenes(after), cases, strict=True))
+    right = [got == e.target for got, e in pairs]
     report = {
         "edits": n,
-        "changed": share(changed),
-        "others_kept": share(others),
-        "right": share([a and b for a, b in zip(changed, others, strict=True)]),
+        "changed": share(getattr(got, e.attribute) == getattr(e.target, e.attribute) for got, e in pairs),
+        "others_kept": share(
+            replace(got, **{e.attribute: getattr(e.target, e.attribute)}) == e.target for got, e in pairs
+        ),
+        "right": share(right),
         "by_attribute": {
-            a: share([g == e.target for g, e in zip(got, cases, strict=True) if e.attribute == a])
+            a: share(x for x, e in zip(right, cases, strict=True) if e.attribute == a)
             for a in ATTRIBUTES
             if any(e.attribute == a for e in cases)
         },
-        "source_back_without_instruction": share([k == e.source for k, e in zip(kept, cases, strict=True)]),
+        "source_back_without_instruction": share(
+            got == e.source for got, e in zip(read_scenes(same), cases, strict=True)
+        ),
         "rms_to_source_without_instruction": (same.float() - before.float()).square().mean().sqrt().item(),
-        "right_in_chat": share([painted(a) == e.target for a, e in zip(answers, cases, strict=True)]),
+        "right_in_chat": share(painted(a) == e.target for a, e in zip(answers, cases, strict=True)),
     }
-    pictures = torch.stack([x for pair in zip(before, after, strict=True) for x in pair])
-    labels = [x for e in cases for x in ("", e.instruction)]
-    return report, pictures, labels
+    pictures = torch.stack((before, after), 1).flatten(0, 1)  # (2n, 3, 32, 32)
+    return report, pictures, [x for e in cases for x in ("", e.instruction)]
 
 
-def stories(trained: Trained, n: int, style: Style) -> dict:
+def stories(trained: Trained, n: int, options: GenerationConfig) -> dict:
     """Two requests in one message: the order of text and pictures, and each picture."""
-    rng = random.Random(f"stories {style.seed}")
+    rng = random.Random(f"stories {options.seed}")
     cases = [conversation(rng, False, ["story"], held_out=True) for _ in range(n)]
-    answers = answer_all(trained, "telling stories", cases, False, style)
-    order, words, each, both = [], [], [], []
-    for c, a in zip(cases, answers, strict=True):
-        kinds = [p["type"] for p in a["content"]]
-        order.append(kinds == ["text", "image", "text", "image", "text"])
-        words.append(words_of(a) == words_of(c[-1]))
-        wanted = [s.scene for s in pictures_of(c[-1])]
-        found = pictures_of(a)
-        right = [False, False]
-        if len(found) == 2:
-            got = read_scenes(torch.stack([f.pixels for f in found]))
-            right = [w == g for w, g in zip(wanted, got, strict=True)]
-        each += right
-        both.append(order[-1] and all(right))
+    answers = answer_all(trained, "telling stories", cases, [False] * n, options)
+    pairs = list(zip(cases, answers, strict=True))
+    order = [[p["type"] for p in a["content"]] == "text image text image text".split() for a in answers]
+    right = []  # of both pictures of each
+    for case, answer in pairs:
+        found = [read_scenes(p.pixels[None])[0] for p in pictures_of(answer)]
+        wanted = [shot.scene for shot in pictures_of(case[-1])]
+        right.append([w == g for w, g in zip(wanted, found, strict=True)] if len(found) == 2 else [False] * 2)
     return {
         "stories": n,
         "in_order": share(order),
-        "words_exactly_right": share(words),
-        "pictures_right": share(each),
-        "in_order_and_both_pictures_right": share(both),
+        "words_exactly_right": share(words_of(c[-1]) == words_of(a) for c, a in pairs),
+        "pictures_right": share(x for both in right for x in both),
+        "in_order_and_both_pictures_right": share(o and all(r) for o, r in zip(order, right, strict=True)),
     }
 
 
-def evaluate_chat(trained: Trained, n: int, style: Style) -> dict:
+def evaluate_chat(trained: Trained, n: int, options: GenerationConfig) -> dict:
     """All figures, and under "edit_sheet" and "thought_sheet" the pages to look at."""
-    rng = random.Random(f"held-out text {style.seed}")
-    report = {
-        "checkpoint": str(trained.folder),
-        "step": trained.info["step"],
-        "decisions": decisions(trained, n, style),
-        "direct": direct(trained, min(n + n // 7, len(all_scenes(held_out=True))), style),
-    }
-    report["indirect"], shown = indirect_requests(trained, n, style)
-    report["edits"], pictures, labels = edits(trained, n, style)
-    report["stories"] = stories(trained, max(1, n // 4), style)
-    report["text"] = text_report(trained, [text_document(rng) for _ in range(200)])
+    report = {"checkpoint": str(trained.folder), "step": trained.info["step"]}
+    report["decisions"] = decisions(trained, n, options)
+    report["direct"] = direct(trained, min(n + n // 7, len(all_scenes(held_out=True))), options)
+    report["indirect"], shown = indirect_requests(trained, n, options)
+    report["edits"], pictures, labels = edits(trained, n, options)
+    report["stories"] = stories(trained, max(1, n // 4), options)
+    report["text"] = text_report(trained, unseen_documents(options.seed))
     report["edit_sheet"] = figures.sheet(pictures[:36], labels[:36], columns=12, side=96)
     report["thought_sheet"] = thought_sheet(shown[:8])
     return report
@@ -270,10 +233,6 @@ def thought_sheet(cases: list) -> Image.Image:
 
 def chat_table(r: dict) -> str:
     """The figures as Markdown."""
-
-    def percent(x: float) -> str:
-        return f"{100 * x:.1f}%"
-
     d, p, i, e, s = (r[k] for k in ("decisions", "direct", "indirect", "edits", "stories"))
     rows = [
         (f"decision to draw or not, {d['conversations']} mixed conversations", d["right"]),
@@ -293,35 +252,28 @@ def chat_table(r: dict) -> str:
         (f"stories ({s['stories']}): text, picture, text, picture, text", s["in_order"]),
         ("... and both pictures right in all five", s["in_order_and_both_pictures_right"]),
     ]
-    lines = ["| what | right |", "|---|---|", *(f"| {what} | {percent(x)} |" for what, x in rows)]
-    attributes = ", ".join(f"{k} {percent(v)}" for k, v in e["by_attribute"].items())
-    lines += ["", f"Edits by attribute: {attributes}.", "", text_line(r["text"])]
-    return "\n".join(lines)
+    attributes = ", ".join(f"{k} {100 * v:.1f}%" for k, v in e["by_attribute"].items())
+    return "\n".join([*percentages(rows), "", f"Edits by attribute: {attributes}.", "", text_line(r["text"])])
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m chat.evaluate", description="Figures of a model trained on built-in chat and edits."
-    )
+    """The flags, checked: ValueError for a value out of bounds, OSError for a file that cannot be written."""
+    parser = Parser(prog="chat.evaluate", usage="python -m chat.evaluate [FLAG ...]")
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", help="without it, the last run of --config small-chat")
-    add("--base", help="where the base language model lies, if it was moved since training")
-    add("--n", type=int, default=200, help="cases of each kind (a quarter of that: stories)")
-    add("--steps", type=int, default=25, help="denoising steps")
-    add("--cfg", type=float, default=3.0, help="guidance scale; 1 is none")
-    add("--seed", type=int, default=0, help="of the cases and of all noise")
+    add("--base", help="where the base language model lies, if it was moved since training", rare=True)
+    add("--n", type=int, default=200, metavar="N", help="cases of each kind; a quarter of it: stories")
+    add("--steps", type=int, default=25, metavar="N", help="denoising steps")
+    add("--cfg", type=float, default=3.0, metavar="S", help="guidance scale; 1 is none")
+    add("--seed", type=int, default=0, metavar="N", help="of the cases and of all noise")
     add("--json", metavar="FILE", help="write the figures here as well")
     add("--edits", metavar="FILE", help="write a sheet of edits here")
-    add("--thoughts", metavar="FILE", help="write a sheet of indirect requests and their thoughts here")
+    add("--thoughts", metavar="FILE", help="write a sheet of indirect requests here")
     args = parser.parse_args(args)
-    for name, low, high in (("n", 1, 10_000), ("steps", 1, 1000), ("cfg", -100, 100)):
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be from {low} to {high}")
-    if args.json:
-        figures.check_place(args.json)
-    for sheet in (args.edits, args.thoughts):
-        if sheet:
-            figures.check_place(sheet, figures.FORMATS)
+    check_range(args, n=(1, 10_000), steps=(1, 1000), cfg=(-100, 100))
+    for file, kinds in ((args.json, None), (args.edits, figures.FORMATS), (args.thoughts, figures.FORMATS)):
+        if file:
+            figures.check_place(file, kinds)
     return args
 
 
@@ -331,10 +283,9 @@ def main() -> None:
     trained = load_trained(args.checkpoint, args.base, config="small-chat")
     if args.base:
         trained.info["base"] = args.base
-    pixels = trained.model.config.latent_size * trained.codec.patch
-    if pixels != 32:
-        raise ValueError(f"{trained.folder} paints {pixels} pixels a side; the built-in shapes have 32")
-    report = evaluate_chat(trained, args.n, Style(steps=args.steps, cfg=args.cfg, seed=args.seed))
+    check_shapes(trained)
+    options = GenerationConfig(steps=args.steps, cfg=args.cfg, seed=args.seed)
+    report = evaluate_chat(trained, args.n, options)
     for place, name in ((args.edits, "edit_sheet"), (args.thoughts, "thought_sheet")):
         page = report.pop(name)
         if place:

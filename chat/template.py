@@ -48,6 +48,22 @@ KEYS = ("role", "content", "reasoning_content")
 # Messages
 
 
+def text_part(text: str) -> dict:
+    """A text as a part of a message."""
+    return {"type": "text", "text": text}
+
+
+def image_part(image: object) -> dict:
+    """A picture as a part of a message."""
+    return {"type": "image", "image": image}
+
+
+def parts_of(message: dict) -> list[dict]:
+    """The parts of a message, also of one whose content is a string."""
+    content = message["content"]
+    return content if isinstance(content, list) else [text_part(content)]
+
+
 def check_messages(messages: list[dict], context: str = "") -> None:
     """ValueError in one line, with the number (from 1) of the first message that is wrong.
 
@@ -106,11 +122,10 @@ def message_fault(message: object) -> str | None:
         return "has text that is not UTF-8: it holds half a surrogate pair"
 
 
-def split_content(content: str | list[dict]) -> tuple[str, list[str | Picture]]:
+def split_content(message: dict) -> tuple[str, list[str | Picture]]:
     """The text before the first picture of a message, and all from that picture on."""
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     # str(): a Control that somebody handed in as content is text
-    parts = [str(p["text"]) if p["type"] == "text" else Picture(p["image"]) for p in parts]
+    parts = [str(p["text"]) if p["type"] == "text" else Picture(p["image"]) for p in parts_of(message)]
     n = next((i for i, p in enumerate(parts) if isinstance(p, Picture)), len(parts))
     return "".join(parts[:n]), parts[n:]
 
@@ -128,17 +143,11 @@ def apply_chat_template(messages: list[dict], thinking: bool = True, generate: b
     piece, and none is empty. ValueError as from `check_messages`.
     """
     check_messages(messages)
-    contents = [split_content(m["content"]) for m in messages]
-    questions = [
-        i
-        for i, (head, rest) in enumerate(contents)
-        if messages[i]["role"] == "user" and not is_tool_response(text_of([head, *rest]))
-    ]
     end = len(messages) - 1
-    last_question = questions[-1] if questions else end
+    last_question = max((i for i, m in enumerate(messages) if is_question(m)), default=end)
     pieces: list[Piece] = []
     for i, message in enumerate(messages):
-        head, rest = contents[i]
+        head, rest = split_content(message)
         pieces += [IM_START, f"{message['role']}\n"]
         if message["role"] == "assistant":
             thoughts = message.get("reasoning_content")
@@ -155,9 +164,12 @@ def apply_chat_template(messages: list[dict], thinking: bool = True, generate: b
     return merge(pieces)
 
 
-def is_tool_response(text: str) -> bool:
-    """Does a user's message hold what a tool answered? Then it is no question."""
-    return text.startswith("<tool_response>") and text.endswith("</tool_response>")
+def is_question(message: dict) -> bool:
+    """Is it a user's message, and not what a tool answered?"""
+    head, rest = split_content(message)
+    text = text_of([head, *rest])
+    tool = text.startswith("<tool_response>") and text.endswith("</tool_response>")
+    return message["role"] == "user" and not tool
 
 
 def split_thoughts(text: str) -> tuple[str, str]:
@@ -224,20 +236,16 @@ def encode(tokenizer: Tokenizer, pieces: list[Piece], boi_id: int, eoi_id: int) 
     Text never gives a control token. ValueError if the vocabulary has no <|im_start|> or <|im_end|>; a base
     without <think> and </think> reads them as text.
     """
-    parts: list[str | list[int]] = []  # a list: ids
-    for piece in pieces:
-        if isinstance(piece, Picture):
-            parts.append([boi_id, IMAGE, eoi_id])
-        elif isinstance(piece, Control) and tokenizer.token_to_id(piece) is not None:
-            parts.append([tokenizer.token_to_id(piece)])
-        elif piece in (IM_START, IM_END) and isinstance(piece, Control):
+    controls = {piece: tokenizer.token_to_id(piece) for piece in pieces if isinstance(piece, Control)}
+    for piece in (IM_START, IM_END):
+        if piece in controls and controls[piece] is None:
             raise ValueError(f"this base has no chat tokens: {piece} is not in its vocabulary")
-        else:
-            parts.append(piece)
     ids: list[int] = []
-    for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
-        run = list(group)
-        ids += encode_plain(tokenizer, "".join(run)) if is_text else chain.from_iterable(run)
+    for piece in merge([str(p) if isinstance(p, Control) and controls[p] is None else p for p in pieces]):
+        if isinstance(piece, Picture):
+            ids += [boi_id, IMAGE, eoi_id]
+        else:
+            ids += [controls[piece]] if isinstance(piece, Control) else encode_plain(tokenizer, piece)
     return ids
 
 

@@ -163,7 +163,7 @@ class PictureSource:
 
 
 def set_aside(n: int, what: str, others: int | None = None) -> tuple[list[int], list[int]]:
-    """Numbers of the examples (of n) to train on, and of those to validate with: every 20th, or all `others`."""
+    """Numbers of the examples (of n) to train on, and to validate with: every 20th, or all `others`."""
     if others is not None:
         return list(range(n)), list(range(others))
     if n < 2:

@@ -1,6 +1,6 @@
 """Built-in conversations about the built-in world: what `small` learns chat, thinking and editing from.
 
-A conversation is a list of messages as in template.py; the pictures in it are `Shot`s, rendered later.
+A conversation is a list of messages as in chat/template.py; its pictures are `Shot`s, rendered later.
 
     draw       "draw a small red circle in the top left on a blue background"
     indirect   "a shape like a roof, in the color of grass ...": a thought works it out before the picture
@@ -10,7 +10,7 @@ A conversation is a list of messages as in template.py; the pictures in it are `
 
 The tiny language model of `small` is pretrained on the same conversations *without any picture*, as a stock
 Qwen3 is on text (`as_text`): captions stand for the user's pictures, and nothing for those of the assistant.
-When to draw is therefore not in it; that is the extra head row's.
+It does not know when to draw; the extra head row of LMFusion learns that.
 """
 
 from __future__ import annotations
@@ -18,21 +18,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from small.world import (
-    COLOR_THINGS,
-    CORNERS,
-    FACTS,
-    MIXED,
-    OPPOSITE,
-    QUESTIONS,
-    SHAPE_THINGS,
-    SIZE_THINGS,
-    WORDINGS,
-    Scene,
-    all_scenes,
-    draw_edit,
-    draw_shift,
-)
+from chat.template import image_part, parts_of, text_part
+from small import world
+from small.world import Scene, all_scenes, draw_edit, draw_shift
 
 # In front of every conversation with thinking; `sample.py --think` uses it with a real Qwen3 as well.
 THINK_PROMPT = "before you draw, think: work out a full description of the picture."
@@ -73,38 +61,42 @@ def indirect(scene: Scene, rng: random.Random) -> tuple[str, str]:
     facts = []
 
     def like_color(color: str) -> str:
-        if color in MIXED and rng.random() < 0.3:
-            a, b = MIXED[color]
+        if color in world.MIXED and rng.random() < 0.3:
+            a, b = world.MIXED[color]
             facts.append(f"{a} and {b} make {color}")
             return f"the mix of {a} and {b}"
-        thing = rng.choice(COLOR_THINGS[color])
+        thing = rng.choice(world.COLOR_THINGS[color])
         facts.append(f"{thing} is {color}")
         return f"the color of {thing}"
 
-    shape = scene.shape
+    shape, size, place = scene.shape, f"that is {scene.size}", f"in the {scene.place}"
     if "shape" in hidden:
         if rng.random() < 0.5:
-            shape = f"shape with {CORNERS[scene.shape]}"
-            facts.append(f"a {scene.shape} has {CORNERS[scene.shape]}")
+            shape = f"shape with {world.CORNERS[scene.shape]}"
+            facts.append(f"a {scene.shape} has {world.CORNERS[scene.shape]}")
         else:
-            thing = rng.choice(SHAPE_THINGS[scene.shape])
+            thing = rng.choice(world.SHAPE_THINGS[scene.shape])
             shape = f"shape like {thing}"
             facts.append(f"{thing} is a {scene.shape}")
-    size = f"that is {scene.size}"
     if "size" in hidden:
-        thing = rng.choice(SIZE_THINGS[scene.size])
+        thing = rng.choice(world.SIZE_THINGS[scene.size])
         size = f"the size of {thing}"
         facts.append(f"{thing} is {scene.size}")
     color = f"in {like_color(scene.color) if 'color' in hidden else scene.color}"
-    place = f"in the {scene.place}"
     if "place" in hidden and scene.place == "center":
         place = "in the middle"
         facts.append("the middle is the center")
     elif "place" in hidden:
-        place = f"across from the {OPPOSITE[scene.place]}"
-        facts.append(f"the opposite of {OPPOSITE[scene.place]} is {scene.place}")
+        place = f"across from the {world.OPPOSITE[scene.place]}"
+        facts.append(f"the opposite of {world.OPPOSITE[scene.place]} is {scene.place}")
     background = like_color(scene.background) if "background" in hidden else scene.background
     return f"a {shape} {size}, {color}, {place}, with {background} behind it", ". ".join(facts)
+
+
+def turn(question: str | list, thought: str, answer: str | list) -> tuple[dict, dict]:
+    """A user's message and the assistant's, as `finish` takes them."""
+    reply = {"role": "assistant", "reasoning_content": thought, "content": answer}
+    return {"role": "user", "content": question}, reply
 
 
 def draw_turn(rng: random.Random, scene: Scene, hinted: bool) -> tuple[dict, dict]:
@@ -113,75 +105,58 @@ def draw_turn(rng: random.Random, scene: Scene, hinted: bool) -> tuple[dict, dic
         words, facts = indirect(scene, rng)
         thought = f"{facts}. so: {scene.caption}"
     else:
-        words = rng.choice((WORDINGS[0], WORDINGS[0], WORDINGS[3])).format(**vars(scene))
+        words = rng.choice((world.WORDINGS[0], world.WORDINGS[0], world.WORDINGS[3])).format(**vars(scene))
         thought = f"so: {scene.caption}"
-    user = {"role": "user", "content": rng.choice(REQUESTS).format(x=words)}
-    return user, {
-        "role": "assistant",
-        "reasoning_content": thought,
-        # without a thought, the reply has nothing but the user's own words to say again
-        "content": [(f"here is {words}:", f"here is {scene.caption}:"), Shot(scene, draw_shift(rng))],
-    }
+    request = rng.choice(REQUESTS).format(x=words)
+    # without a thought, the reply has nothing but the user's own words to say again
+    reply = (f"here is {words}:", f"here is {scene.caption}:")
+    return turn(request, thought, [reply, Shot(scene, draw_shift(rng))])
 
 
 def story_turn(rng: random.Random, first: Scene, second: Scene) -> tuple[dict, dict]:
     """A request for two pictures in one message, and text, picture, text, picture, text."""
-    request, *reply = rng.choice(STORIES)
     a, b = first.caption, second.caption
-    content = [
-        reply[0].format(a=a),
-        Shot(first, draw_shift(rng)),
-        reply[1].format(b=b),
-        Shot(second, draw_shift(rng)),
-        reply[2],
-    ]
-    thought = f"two pictures. {a}. {b}"
-    user = {"role": "user", "content": request.format(a=a, b=b)}
-    return user, {"role": "assistant", "reasoning_content": thought, "content": content}
+    request, begin, middle, end = (words.format(a=a, b=b) for words in rng.choice(STORIES))
+    shots = [Shot(scene, draw_shift(rng)) for scene in (first, second)]
+    return turn(request, f"two pictures. {a}. {b}", [begin, shots[0], middle, shots[1], end])
 
 
 def ask_turn(rng: random.Random, scene: Scene, pictured: bool) -> tuple[dict, dict]:
     """A question about a scene, shown as a picture or told in words, or about the world; or a greeting."""
     kind = rng.random()
+    thought = "a question, no picture"
     if pictured and kind < 0.4:
         shown = Shot(scene, draw_shift(rng))
-        return answer_turn([shown, rng.choice(DESCRIBE)], scene.caption + ".", "a question")
+        return turn([shown, rng.choice(DESCRIBE)], thought, scene.caption + ".")
     if pictured or kind < 0.4:
-        question, attribute = rng.choice(QUESTIONS)
-        content = f"{question.format(shape=scene.shape)}?"
-        answer = getattr(scene, attribute) + "."
+        question, attribute = rng.choice(world.QUESTIONS)
         shown = Shot(scene, draw_shift(rng)) if pictured else f"{scene.caption}. "
-        return answer_turn([shown, content], answer, "a question")
+        return turn(
+            [shown, f"{question.format(shape=scene.shape)}?"], thought, getattr(scene, attribute) + "."
+        )
     if kind < 0.8:
-        return answer_turn(*fact_question(rng), "a question")
-    return answer_turn(*rng.choice(GREETINGS), "no question")
-
-
-def answer_turn(content: str | list, answer: str, what: str) -> tuple[dict, dict]:
-    """A message and its answer in words."""
-    thought = f"{what}, no picture"
-    return {"role": "user", "content": content}, {
-        "role": "assistant",
-        "reasoning_content": thought,
-        "content": answer,
-    }
+        question, answer = fact_question(rng)
+        return turn(question, thought, answer)
+    question, answer = rng.choice(GREETINGS)
+    return turn(question, "no question, no picture", answer)
 
 
 def fact_question(rng: random.Random) -> tuple[str, str]:
     """A question about the world of `FACTS`, and the answer in a sentence."""
-    fact = rng.choice(FACTS)
-    if " make " in fact:
-        return f"what do {fact.partition(' make ')[0]} make?", f"{fact}."
-    if " has " in fact:
-        return f"what does {fact.partition(' has ')[0]} have?", f"{fact}."
+    fact = rng.choice(world.FACTS)
+    for verb, question in ((" make ", "what do {} make?"), (" has ", "what does {} have?")):
+        if verb in fact:
+            return question.format(fact.partition(verb)[0]), f"{fact}."
     subject, _, value = fact.partition(" is ")
-    if value in COLOR_THINGS and not subject.startswith("the opposite"):
-        return f"what color is {subject}?", f"{fact}."
-    if value in SIZE_THINGS and not subject.startswith("the opposite"):
-        return f"how big is {subject}?", f"{fact}."
-    if value.startswith("a "):
-        return f"what shape is {subject}?", f"{fact}."
-    return f"what is {subject}?", f"{fact}."
+    question = f"what is {subject}?"
+    if not subject.startswith("the opposite"):
+        if value in world.COLOR_THINGS:
+            question = f"what color is {subject}?"
+        elif value in world.SIZE_THINGS:
+            question = f"how big is {subject}?"
+        elif value.startswith("a "):
+            question = f"what shape is {subject}?"
+    return question, f"{fact}."
 
 
 def edit_turn(rng: random.Random, last: Shot | None, held_out: bool) -> tuple[dict, dict]:
@@ -190,11 +165,8 @@ def edit_turn(rng: random.Random, last: Shot | None, held_out: bool) -> tuple[di
     shift = last.shift if last else draw_shift(rng)
     shown = [] if last else [Shot(edit.source, shift)]
     thought = f"it is {edit.source.caption}. so: {edit.target.caption}"
-    return {"role": "user", "content": [*shown, edit.instruction]}, {
-        "role": "assistant",
-        "reasoning_content": thought,
-        "content": [("here it is:", f"here is {edit.target.caption}:"), Shot(edit.target, shift)],
-    }
+    reply = ("here it is:", f"here is {edit.target.caption}:")
+    return turn([*shown, edit.instruction], thought, [reply, Shot(edit.target, shift)])
 
 
 def conversation(
@@ -212,32 +184,23 @@ def conversation(
         unseen = held_out and i == len(kinds) - 1
         a, b = (rng.choice(all_scenes(unseen)) for _ in range(2))
         if kind == "story":
-            turn = story_turn(rng, a, b)
+            pair = story_turn(rng, a, b)
         elif kind == "ask":
-            turn = ask_turn(rng, a, pictured=rng.random() < 0.4)
+            pair = ask_turn(rng, a, pictured=rng.random() < 0.4)
         elif kind == "edit":
-            turn = edit_turn(rng, last if rng.random() < 0.5 else None, unseen)
+            pair = edit_turn(rng, last if rng.random() < 0.5 else None, unseen)
         else:
-            turn = draw_turn(rng, a, hinted=kind == "indirect")
-        for message in turn:
-            for part in message["content"]:
-                last = part if isinstance(part, Shot) else last
-        messages += [finish(m, thinking) for m in turn]
+            pair = draw_turn(rng, a, hinted=kind == "indirect")
+        last = next((x for m in reversed(pair) for x in reversed(m["content"]) if isinstance(x, Shot)), last)
+        messages += [finish(m, thinking) for m in pair]
     return messages
 
 
 def finish(message: dict, thinking: bool) -> dict:
-    """A message as template.py takes it: of two versions of a text that with thinking or that without."""
-    content = message["content"]
-    if isinstance(content, str):
-        content = [content]
-    parts = []
-    for part in content:
-        if isinstance(part, Shot):
-            parts.append({"type": "image", "image": part})
-        else:
-            parts.append({"type": "text", "text": part[thinking] if isinstance(part, tuple) else part})
-    message = message | {"content": parts}
+    """A message as chat/template.py takes it; of two versions of a text, that with thinking or without."""
+    content = [message["content"]] if isinstance(message["content"], str) else message["content"]
+    texts = [part[thinking] if isinstance(part, tuple) else part for part in content]
+    message = message | {"content": [image_part(x) if isinstance(x, Shot) else text_part(x) for x in texts]}
     if not thinking:
         message.pop("reasoning_content", None)
     return message
@@ -245,18 +208,13 @@ def finish(message: dict, thinking: bool) -> dict:
 
 def as_text(messages: list[dict]) -> list[dict]:
     """The same conversation in text alone: the user's pictures as captions, the assistant's left out."""
-    out = []
-    for m in messages:
-        text = ""
-        for part in (
-            [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]
-        ):
-            if part["type"] == "text":
-                text += part["text"]
-            elif m["role"] == "user":
-                text += f"{part['image'].scene.caption}. "
-        out.append(m | {"content": text})
-    return out
+
+    def words(part: dict, role: str) -> str:
+        if part["type"] == "text":
+            return part["text"]
+        return f"{part['image'].scene.caption}. " if role == "user" else ""
+
+    return [m | {"content": "".join(words(p, m["role"]) for p in parts_of(m))} for m in messages]
 
 
 def picture_conversation(
@@ -267,18 +225,11 @@ def picture_conversation(
     Our choice, for data without conversations: the answer is the picture or the caption alone, and no
     thought stands before it; thinking is left to what the base can do.
     """
-
-    def image(x: object) -> dict:
-        return {"type": "image", "image": x}
-
-    def text(x: str) -> dict:
-        return {"type": "text", "text": x}
-
     if edit is not None:
         before, after, instruction = edit
-        question, answer = [image(before), text(instruction)], [image(after)]
+        question, answer = [image_part(before), text_part(instruction)], image_part(after)
     elif rng.random() < 0.5:
-        question, answer = [text(rng.choice(REQUESTS).format(x=caption))], [image(picture)]
+        question, answer = [text_part(rng.choice(REQUESTS).format(x=caption))], image_part(picture)
     else:
-        question, answer = [image(picture), text(rng.choice(DESCRIBE))], [text(caption)]
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        question, answer = [image_part(picture), text_part(rng.choice(DESCRIBE))], text_part(caption)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": [answer]}]

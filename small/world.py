@@ -1,10 +1,11 @@
 """The built-in world of `small`: one shape on a plain background, and text about it.
 
     pictures   "a small red circle in the top left on a blue background", 32 x 32 pixels
-    text       captions in several wordings, questions about them, and a little knowledge: what `train.py`
-               pretrains the tiny language model of `small` on
+    reading    the scene that a picture shows, by template matching that knows nothing of the model
+    text       captions in several wordings, questions about them, and some facts: what small/pretrain.py
+               trains the tiny language model on
 
-Shapes: M pictures; pictures are uint8 (M, 3, 32, 32).
+It stands in for the paper's data. Shapes: M pictures; pictures are uint8 (M, 3, 32, 32).
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import hashlib
 import random
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
 # ------------------------------------------------------------------------------------------------------------
-# The built-in world: one shape on a plain background
+# Pictures
 
 COLORS = {
     "red": (222, 40, 40),
@@ -56,9 +58,13 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        return (
-            f"a {self.size} {self.color} {self.shape} in the {self.place} on a {self.background} background"
-        )
+        """The scene in words, as training pairs them with the picture."""
+        return WORDINGS[0].format(**vars(self))
+
+    @property
+    def held_out(self) -> bool:
+        """True for one combination in ten, by a hash of its caption: training never shows it."""
+        return hashlib.sha256(self.caption.encode()).digest()[0] % 10 == 0
 
 
 ATTRIBUTES = ("background", "color", "place", "shape", "size")
@@ -67,22 +73,8 @@ ATTRIBUTES = ("background", "color", "place", "shape", "size")
 @lru_cache
 def all_scenes(held_out: bool) -> tuple[Scene, ...]:
     """Every combination whose two colours differ: nine tenths to train on, one tenth held out."""
-    scenes = [
-        Scene(size, color, shape, place, background)
-        for size in SIZES
-        for color in COLORS
-        for shape in SHAPES
-        for place in PLACES
-        for background in COLORS
-        if color != background
-    ]
-    return tuple(s for s in scenes if (hashlib.sha256(s.caption.encode()).digest()[0] % 10 == 0) == held_out)
-
-
-@lru_cache
-def scene_set(held_out: bool) -> frozenset[Scene]:
-    """The same, to look scenes up in."""
-    return frozenset(all_scenes(held_out))
+    scenes = (Scene(*values) for values in product(SIZES, COLORS, SHAPES, PLACES, COLORS))
+    return tuple(s for s in scenes if s.color != s.background and s.held_out == held_out)
 
 
 @lru_cache
@@ -90,25 +82,19 @@ def coverage() -> Tensor:
     """Each shape's share of each pixel: (shape, size, place, jitter row, jitter column, 32, 32), 0 .. 1."""
     sub = 8  # sub-pixels a side, for smooth edges
     grid = (torch.arange(PIXELS * sub) + 0.5) / sub
-    masks = []
-    for shape in SHAPES:
-        for r in SIZES.values():
-            for row, column in PLACES.values():
-                for dy in range(-JITTER, JITTER + 1):
-                    for dx in range(-JITTER, JITTER + 1):
-                        y, x = (grid - row - dy)[:, None], (grid - column - dx)[None, :]
-                        if shape == "circle":
-                            inside = y**2 + x**2 <= r**2
-                        elif shape == "square":
-                            inside = torch.maximum(y.abs(), x.abs()) <= 0.88 * r
-                        elif shape == "triangle":
-                            inside = (y <= 0.8 * r) & (2 * x.abs() - y <= r)
-                        else:
-                            arm = torch.minimum(y.abs(), x.abs()) <= 0.3 * r
-                            inside = arm & (torch.maximum(y.abs(), x.abs()) <= r)
-                        masks.append(inside.float().view(PIXELS, sub, PIXELS, sub).mean((1, 3)))
-    side = 2 * JITTER + 1
-    return torch.stack(masks).view(len(SHAPES), len(SIZES), len(PLACES), side, side, PIXELS, PIXELS)
+    shifts, masks = range(-JITTER, JITTER + 1), []
+    for shape, r, (row, column), dy, dx in product(SHAPES, SIZES.values(), PLACES.values(), shifts, shifts):
+        y, x = (grid - row - dy)[:, None], (grid - column - dx)[None, :]
+        if shape == "circle":
+            inside = y**2 + x**2 <= r**2
+        elif shape == "square":
+            inside = torch.maximum(y.abs(), x.abs()) <= 0.88 * r
+        elif shape == "triangle":
+            inside = (y <= 0.8 * r) & (2 * x.abs() - y <= r)
+        else:
+            inside = (torch.minimum(y.abs(), x.abs()) <= 0.3 * r) & (torch.maximum(y.abs(), x.abs()) <= r)
+        masks.append(inside.float().view(PIXELS, sub, PIXELS, sub).mean((1, 3)))
+    return torch.stack(masks).view(*map(len, (SHAPES, SIZES, PLACES, shifts, shifts)), PIXELS, PIXELS)
 
 
 def draw_shift(rng: random.Random) -> tuple[int, int]:
@@ -132,6 +118,54 @@ def render(
     background = torch.tensor([COLORS[s.background] for s in scenes], dtype=torch.float32)[:, :, None, None]
     return (background + mask * (color - background)).round().to(torch.uint8)
 
+
+def read_scenes(pictures: Tensor) -> list[Scene]:
+    """The scenes whose renderings are nearest, in squared error, to pictures uint8 (M, 3, 32, 32).
+
+    A rendering is a c + (1 - a) b with coverage a, colour c and background b, over all shapes, sizes, places
+    and shifts of the middle. Its distance to x is quadratic in c and b, so sums over pixels with weights a
+    and 1 - a do.
+    """
+    x = pictures.double().flatten(2)  # (M, 3, pixels)
+    a = coverage().double().flatten(0, 4).flatten(1)  # (m, pixels)
+    colors = torch.tensor(list(COLORS.values()), dtype=torch.float64)  # (8, 3)
+    xa = torch.einsum("ncp,mp->nmc", x, a)  # sums over the shape
+    xb = x.sum(2)[:, None] - xa  # sums over the background
+    aa, bb, ab = (a * a).sum(1), ((1 - a) ** 2).sum(1), (a * (1 - a)).sum(1)  # (m,)
+    square, mixed = (colors**2).sum(1), colors @ colors.T
+    distance = (  # (M, m, 8, 8), less the constant |x|^2
+        -2 * (xa @ colors.T)[..., :, None]
+        - 2 * (xb @ colors.T)[..., None, :]
+        + aa[:, None, None] * square[:, None]
+        + bb[:, None, None] * square
+        + 2 * ab[:, None, None] * mixed
+    )
+    distance.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)  # a shape in its background's colour is none
+    shift = range((2 * JITTER + 1) ** 2)
+    names = [list(values) for values in (SHAPES, SIZES, PLACES, shift, COLORS, COLORS)]
+    best = torch.unravel_index(distance.flatten(1).argmin(1), [len(values) for values in names])
+    found = []
+    for index in zip(*(i.tolist() for i in best), strict=True):
+        shape, size, place, _, color, background = (n[i] for n, i in zip(names, index, strict=True))
+        found.append(Scene(size, color, shape, place, background))
+    return found
+
+
+def match(wanted: list[Scene], got: list[Scene | None]) -> dict[str, float]:
+    """Share of scenes that are as wanted: by attribute, and "all" at once. None is wrong in everything."""
+    pairs = list(zip(wanted, got, strict=True))
+    right = {k: [g is not None and getattr(w, k) == getattr(g, k) for w, g in pairs] for k in ATTRIBUTES}
+    right["all"] = [w == g for w, g in pairs]
+    return {k: sum(flags) / len(pairs) for k, flags in right.items()}
+
+
+def prompt_match(wanted: list[Scene], pictures: Tensor) -> dict[str, float]:
+    """`match` of the scenes that pictures uint8 (M, 3, 32, 32) show."""
+    return match(wanted, read_scenes(pictures))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Text
 
 WORDINGS = (
     "a {size} {color} {shape} in the {place} on a {background} background",
@@ -164,26 +198,11 @@ SHAPE_THINGS = {
     "cross": ("a plus sign", "a crossroads", "a windmill"),
 }
 SIZE_THINGS = {"small": ("a mouse", "an ant", "a pea"), "big": ("an elephant", "a whale", "a house")}
-CORNERS = {
-    "circle": "no corners",
-    "square": "four corners",
-    "triangle": "three corners",
-    "cross": "four arms",
-}
-MIXED = {
-    "orange": ("red", "yellow"),
-    "green": ("blue", "yellow"),
-    "purple": ("red", "blue"),
-}
-OPPOSITE = {
-    "small": "big",
-    "top": "bottom",
-    "left": "right",
-    "black": "white",
-    "top left": "bottom right",
-    "top right": "bottom left",
-}
-OPPOSITE = OPPOSITE | {b: a for a, b in OPPOSITE.items()}
+CORNERS = dict(circle="no corners", square="four corners", triangle="three corners", cross="four arms")
+MIXED = {"orange": ("red", "yellow"), "green": ("blue", "yellow"), "purple": ("red", "blue")}
+OPPOSITE = dict(small="big", top="bottom", left="right", black="white")
+OPPOSITE |= {"top left": "bottom right", "top right": "bottom left"}
+OPPOSITE |= {b: a for a, b in OPPOSITE.items()}
 FACTS = (
     *(f"{thing} is {color}" for color, things in COLOR_THINGS.items() for thing in things),
     *(f"{thing} is a {shape}" for shape, things in SHAPE_THINGS.items() for thing in things),
@@ -194,16 +213,9 @@ FACTS = (
 )
 
 # What no caption ever repeats: the text has this to lose (evaluate.py asks for it).
-SOUNDS = {
-    "dog": "woof",
-    "cat": "meow",
-    "cow": "moo",
-    "duck": "quack",
-    "sheep": "baa",
-    "owl": "hoot",
-    "bee": "buzz",
-    "lion": "roar",
-}
+SOUNDS = dict(
+    dog="woof", cat="meow", cow="moo", duck="quack", sheep="baa", owl="hoot", bee="buzz", lion="roar"
+)
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 LORE = (
@@ -225,13 +237,9 @@ EDITS = {
     "size": ("make the {shape} {new}", "change the {shape} to {new}"),
     "shape": ("turn the {shape} into a {new}", "replace the {shape} by a {new}"),
 }
-VALUES = {
-    "color": tuple(COLORS),
-    "background": tuple(COLORS),
-    "place": tuple(PLACES),
-    "size": tuple(SIZES),
-    "shape": SHAPES,
-}
+VALUES = dict(
+    color=tuple(COLORS), background=tuple(COLORS), place=tuple(PLACES), size=tuple(SIZES), shape=SHAPES
+)
 
 
 @dataclass(frozen=True)
@@ -249,7 +257,6 @@ def draw_edit(rng: random.Random, held_out: bool = False, source: Scene | None =
 
     Of a given source with no such target, any other scene may be made.
     """
-    train, targets = scene_set(False), scene_set(held_out)
     start = source or rng.choice(all_scenes(held_out))
     ends = [  # the other end differs in one attribute, each as likely as the others
         (attribute, dataclasses.replace(start, **{attribute: value}))
@@ -258,11 +265,10 @@ def draw_edit(rng: random.Random, held_out: bool = False, source: Scene | None =
         if value != getattr(start, attribute)
     ]
     edits = [(a, start, end) if source else (a, end, start) for a, end in ends if end.color != end.background]
-    wanted = (e for e in edits if e[2] in targets and (held_out or e[1] in train))
+    wanted = (e for e in edits if e[2].held_out == held_out and (held_out or not e[1].held_out))
     attribute, before, after = next(wanted, edits[0])
     wording = rng.choice(EDITS[attribute])
-    instruction = wording.format(shape=before.shape, new=getattr(after, attribute))
-    return Edit(before, after, attribute, instruction)
+    return Edit(before, after, attribute, wording.format(shape=before.shape, new=getattr(after, attribute)))
 
 
 REPEAT, PUZZLE, KNOWLEDGE, SAME = 0.15, 0.15, 0.1, 0.5
@@ -311,10 +317,7 @@ def text_document(rng: random.Random) -> str:
         return repeated_words(rng)
     if rng.random() < PUZZLE:
         puzzle = draw_puzzle(rng)
-        return (
-            ". ".join([puzzle.premises, *(f"{question}? {answer}" for question, answer in puzzle.questions)])
-            + "."
-        )
+        return ". ".join((puzzle.premises, *(f"{q}? {answer}" for q, answer in puzzle.questions))) + "."
     if rng.random() < KNOWLEDGE:
         return ". ".join(rng.sample(LORE, 4)) + "."
     if rng.random() < 0.1:

@@ -29,6 +29,7 @@ import train
 from checkpoint import Trained, load_trained
 from config import run_command
 from small import pretrain
+from small.shapes import Shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(
@@ -120,6 +121,12 @@ def other_base() -> Path:
     with inside(Path(session.name)):
         pretrain.pretrain_base(folder, seed=1, steps=1, **SIZES)
     return folder
+
+
+def held_out_pictures(n: int) -> tuple[torch.Tensor, list[str]]:
+    """Up to n held-out pictures of the built-in world, uint8 (n, 3, 32, 32), and their captions."""
+    shots, captions = zip(*Shapes().validation(n), strict=True)
+    return Shapes().pixels(list(shots)), list(captions)
 
 
 def write_photos(folder: Path, n: int = 24, seed: int = 0) -> Path:

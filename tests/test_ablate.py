@@ -23,13 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from config import tune_torch
-from evaluate import read_scenes
 from lab import ablate
 from lab.ablate import QUICK, STAGED, Plan, cells, configure, count_flops, run_cell
 from lab.report import FIGURES, LABELS
 from load_qwen3 import load_qwen3
 from model import replace
-from small.world import all_scenes, render
+from small.world import all_scenes, read_scenes, render
 from train import CONFIGS, Run, parse_stages
 
 NAMES = tuple(cells(QUICK))

@@ -1,10 +1,11 @@
-"""chat_evaluate.py: each figure is what it says, for models that are right, wrong, or wrong in one thing."""
+"""chat/evaluate.py: each figure is what it says, for models that are right, wrong, or wrong in one thing."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 
 import helpers
@@ -15,15 +16,14 @@ from test_world import HELD_OUT, differing, told
 
 from chat import conversation as chat
 from chat import evaluate as chat_evaluate
-from chat.conversation import ChatPicture
-from chat.evaluate import chat_table, evaluate_chat, painted, reply, with_pictures
+from chat.conversation import ChatPicture, replace_images
+from chat.evaluate import chat_table, evaluate_chat, painted, reply, seen
 from chat.template import Picture, apply_chat_template, encode, encode_plain
 from checkpoint import Trained, load_trained
-from evaluate import read_scenes
-from generate import Style, encode_pictures
+from generate import GenerationConfig, encode_pictures
 from model import IMAGE
 from small.dialogues import THINK_PROMPT, Shot
-from small.world import ATTRIBUTES, VALUES, Edit, Scene, all_scenes, draw_edit, render
+from small.world import ATTRIBUTES, VALUES, Edit, Scene, all_scenes, draw_edit, read_scenes, render
 
 N = 24
 EVERY = {s.caption: s for s in (*all_scenes(True), *all_scenes(False))}
@@ -76,7 +76,7 @@ class Model:
     def __init__(self, monkeypatch):
         self.known: dict[str, dict] = {}
         self.edits: dict[tuple[Scene, str], Edit] = {}
-        self.asked: list[tuple[list[dict], bool, Style]] = []
+        self.asked: list[tuple[list[dict], bool, GenerationConfig]] = []
         self.say: Callable = lambda right, messages, thinking: right
         self.paint: Callable = lambda scene: scene
         self.edit: Callable = lambda edit: edit.target
@@ -95,8 +95,8 @@ class Model:
         self.edits[edit.source, edit.instruction] = edit
         return edit
 
-    def do_reply(self, trained, messages: list[dict], thinking: bool, style: Style) -> dict:
-        self.asked.append((messages, thinking, style))
+    def do_reply(self, trained, messages: list[dict], thinking: bool, options: GenerationConfig) -> dict:
+        self.asked.append((messages, thinking, options))
         return self.say(self.right(messages), messages, thinking)
 
     def right(self, messages: list[dict]) -> dict:
@@ -140,7 +140,11 @@ def model(monkeypatch) -> Model:
 
 
 def figures_of(n: int = N, seed: int = 0) -> dict:
-    return evaluate_chat(Folder, n, Style(steps=1, seed=seed))
+    return evaluate_chat(Folder, n, GenerationConfig(steps=1, seed=seed))
+
+
+def edits_of() -> dict:
+    return chat_evaluate.edits(Folder, N, GenerationConfig(steps=1))[0]
 
 
 def shares(value: object, name: str = "") -> Iterator[tuple[str, float]]:
@@ -224,10 +228,10 @@ def test_the_cases_are_held_out_and_differ_by_the_seed(model):
 
 def test_every_question_is_asked_in_its_mode_and_with_a_seed_of_its_own(model):
     figures_of()
-    for messages, thinking, style in model.asked:
+    for messages, thinking, options in model.asked:
         assert messages[-1]["role"] == "user"
         assert (messages[0] == {"role": "system", "content": THINK_PROMPT}) == thinking
-        assert style.steps == 1 and style.cfg == Style().cfg
+        assert options.steps == 1 and options.cfg == GenerationConfig().cfg
     # decisions; direct with and without; indirect with and without; edits; stories
     lengths = (N, 27, 27, N, N, N, N // 4)
     assert len(model.asked) == sum(lengths)
@@ -299,7 +303,7 @@ def test_words_without_a_picture_are_counted_on_their_own(model):
         return right if any("image" in p for p in right["content"]) else spoilt(right)
 
     model.say = say
-    d = figures_of()["decisions"]
+    d = chat_evaluate.decisions(Folder, N, GenerationConfig(steps=1))
     assert d["words_of_answers_without_picture"] == 0.0 and d["right"] == 1.0
     assert d["words_exactly_right"] == d["to_draw"] / N
 
@@ -327,7 +331,7 @@ def test_plain_text_to_image_is_counted_apart(model):
 
 def test_an_edit_that_does_nothing(model):
     model.edit = lambda edit: edit.source
-    report = figures_of()["edits"]
+    report = edits_of()
     assert (report["changed"], report["others_kept"], report["right"]) == (0.0, 1.0, 0.0)
     assert report["source_back_without_instruction"] == report["right_in_chat"] == 1.0
     assert set(report["by_attribute"].values()) == {0.0}
@@ -335,7 +339,7 @@ def test_an_edit_that_does_nothing(model):
 
 def test_an_edit_that_changes_everything_else_as_well(model):
     model.edit = lambda edit: other(edit.target, but=edit.attribute)
-    report = figures_of()["edits"]
+    report = edits_of()
     assert (report["changed"], report["others_kept"], report["right"]) == (1.0, 0.0, 0.0)
 
 
@@ -345,14 +349,14 @@ def test_an_edit_that_changes_one_thing_too_many(model):
         return dataclasses.replace(edit.target, **{a: getattr(other(edit.target), a)})
 
     model.edit = edit
-    report = figures_of()["edits"]
+    report = edits_of()
     assert (report["changed"], report["others_kept"], report["right"]) == (1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
 def test_edits_are_counted_by_attribute(model, attribute):
     model.edit = lambda edit: edit.target if edit.attribute == attribute else other(edit.target)
-    report = figures_of()["edits"]
+    report = edits_of()
     of_it = sum(e.attribute == attribute for e in model.edits.values())
     assert 0 < of_it < N
     assert report["by_attribute"] == {a: float(a == attribute) for a in report["by_attribute"]}
@@ -361,13 +365,13 @@ def test_edits_are_counted_by_attribute(model, attribute):
 
 def test_a_source_that_does_not_come_back(model):
     model.back = lambda scene: dataclasses.replace(scene, size=other(scene).size)
-    report = figures_of()["edits"]
+    report = edits_of()
     assert report["source_back_without_instruction"] == 0.0 and report["right"] == 1.0
     assert report["rms_to_source_without_instruction"] > 1
 
 
 def test_the_pictures_of_the_edits_are_shown_before_and_after_with_their_words(model):
-    report, pictures, labels = chat_evaluate.edits(Folder, 5, Style(steps=1, seed=3))
+    report, pictures, labels = chat_evaluate.edits(Folder, 5, GenerationConfig(steps=1, seed=3))
     assert report["edits"] == 5 and pictures.shape == (10, 3, 32, 32) and labels[::2] == [""] * 5
     for i, edit in enumerate(model.edits.values()):
         assert read_scenes(pictures[2 * i : 2 * i + 2]) == [edit.source, edit.target]
@@ -401,7 +405,7 @@ def story(spoil: Callable) -> Callable:
 )
 def test_stories(model, spoil, order, words, pictures, all_right):
     model.say = story(spoil)
-    report = figures_of()["stories"]
+    report = chat_evaluate.stories(Folder, N // 4, GenerationConfig(steps=1))
     assert report == {
         "stories": N // 4,
         "in_order": order,
@@ -478,14 +482,14 @@ CONVERSATION = [
 
 def test_pictures_of_a_conversation_are_rendered_where_they_stand(trained):
     before = repr(CONVERSATION)
-    shown = with_pictures(trained, CONVERSATION)
+    shown = replace_images(CONVERSATION, lambda shot: seen(trained, shot))
     assert repr(CONVERSATION) == before  # that is left as it was
     assert [set(m) for m in shown] == [set(m) for m in CONVERSATION]
     for m, number, shift in ((shown[1], 3, (1, -1)), (shown[2], 9, (0, 1))):
-        (seen,) = shots(m)
+        (there,) = shots(m)
         picture = render([all_scenes(True)[number]])[0].roll(shift, (1, 2))
-        assert torch.equal(seen.pixels, picture)
-        assert torch.equal(seen.latent, encode_pictures(trained, picture[None])[0])
+        assert torch.equal(there.pixels, picture)
+        assert torch.equal(there.latent, encode_pictures(trained, picture[None])[0])
     assert [shown[0], shown[3]] == [CONVERSATION[0], CONVERSATION[3]]
     assert shown[2]["content"][0] == CONVERSATION[2]["content"][0]
 
@@ -494,18 +498,18 @@ def test_pictures_of_a_conversation_are_rendered_where_they_stand(trained):
 def test_a_model_is_asked_in_the_words_and_pictures_of_the_case(trained, monkeypatch, thinking):
     read = []
 
-    def scripted(trained, context, features, style, watch=None):
-        read.append((list(context.ids), list(context.latents), style))
+    def scripted(trained, context, features, options, watch=None):
+        read.append((list(context.ids), list(context.latents), options))
         yield from encode_plain(trained.tokenizer, "here it is:")
         yield torch.ones(16, 8, 8)
 
     monkeypatch.setattr(chat, "generate", scripted)
-    style = Style(steps=3, seed=11)
-    answer = reply(trained, CONVERSATION, thinking, style)
+    options = GenerationConfig(steps=3, seed=11)
+    answer = reply(trained, CONVERSATION, thinking, options)
     ((ids, latents, got),) = read
-    shown, config = with_pictures(trained, CONVERSATION), trained.model.config
+    shown, config = replace_images(CONVERSATION, lambda shot: seen(trained, shot)), trained.model.config
     pieces = apply_chat_template(shown, thinking)
-    assert ids == encode(trained.tokenizer, pieces, config.boi_id, config.eoi_id) and got == style
+    assert ids == encode(trained.tokenizer, pieces, config.boi_id, config.eoi_id) and got == options
     wanted = [p.content.latent for p in pieces if isinstance(p, Picture)]
     assert ids.count(IMAGE) == 2 and all(torch.equal(a, b) for a, b in zip(latents, wanted, strict=True))
     assert chat_evaluate.words_of(answer) == "here it is:" and len(chat_evaluate.pictures_of(answer)) == 1
@@ -523,7 +527,9 @@ def test_what_was_painted_is_read_only_where_there_is_one_picture():
 
 def test_a_model_that_was_hardly_trained(trained):
     """From the first to the last figure, with nothing in its place."""
-    report = evaluate_chat(trained, 2, Style(steps=1, max_tokens=10, max_thought=5, max_images=2, seed=1))
+    report = evaluate_chat(
+        trained, 2, GenerationConfig(steps=1, max_tokens=10, max_thought=5, max_images=2, seed=1)
+    )
     found = dict(shares(report))
     assert len(found) > 30 and all(0 <= v <= 1 for v in found.values())
     assert report["text"]["tensors_changed"] != []  # noise was put on every parameter
@@ -544,7 +550,7 @@ def test_the_sheet_of_thoughts_shows_both_pictures_of_each_request(model, monkey
     figures_of(12)
     ((rows, titles),) = given
     assert len(rows) == 8 and titles == ["after the thought", "without one"]
-    _, shown = chat_evaluate.indirect_requests(Folder, 12, Style(steps=1))
+    _, shown = chat_evaluate.indirect_requests(Folder, 12, GenerationConfig(steps=1))
     for (pictures, (request, thought)), pair in zip(rows, shown, strict=False):
         first, second = read_scenes(torch.stack(pictures))
         (right,) = (m for k, m in model.known.items() if request in k and "reasoning_content" in m)
@@ -564,8 +570,8 @@ def test_the_sheet_of_thoughts_shows_both_pictures_of_each_request(model, monkey
 def quick(monkeypatch) -> None:
     """A long context, and short answers."""
     monkeypatch.setattr(chat_evaluate, "load_trained", lambda *a, **k: long_context(load_trained(*a, **k)))
-    short = functools.partial(Style, max_tokens=6, max_thought=3, max_images=1)
-    monkeypatch.setattr(chat_evaluate, "Style", short)
+    short = functools.partial(GenerationConfig, max_tokens=6, max_thought=3, max_images=1)
+    monkeypatch.setattr(chat_evaluate, "GenerationConfig", short)
 
 
 def test_the_command_prints_a_table_and_writes_json_and_sheets(tmp_path, quick):
@@ -619,13 +625,9 @@ def test_checkpoints_that_will_not_do_are_refused_in_words(tmp_path):
 
 
 def test_a_base_that_was_moved_is_the_one_that_the_text_is_compared_with(tmp_path, monkeypatch):
-    import shutil
-
     shutil.copytree(helpers.base(), tmp_path / "moved")
     seen = []
-    monkeypatch.setattr(
-        chat_evaluate, "evaluate_chat", lambda trained, n, style: seen.append((trained, n, style))
-    )
+    monkeypatch.setattr(chat_evaluate, "evaluate_chat", lambda *args: seen.append(args))
     monkeypatch.setattr(
         chat_evaluate, "load_trained", lambda *a, **k: seen.append((a, k)) or load_trained(*a, **k)
     )
@@ -636,6 +638,6 @@ def test_a_base_that_was_moved_is_the_one_that_the_text_is_compared_with(tmp_pat
             *("--seed", 4),
             folder=tmp_path,
         )
-    (args, options), (trained, n, style) = seen
-    assert args[1] == "moved" and options == {"config": "small-chat"}
-    assert trained.info["base"] == "moved" and n == 5 and style == Style(steps=9, cfg=2.0, seed=4)
+    (args, named), (trained, *given) = seen
+    assert args[1] == "moved" and named == {"config": "small-chat"}
+    assert trained.info["base"] == "moved" and given == [5, GenerationConfig(steps=9, cfg=2.0, seed=4)]

@@ -1,4 +1,4 @@
-"""The house: the README's table of equations is true, imports run one way, and files keep to their budgets."""
+"""The house: the README's table of equations is true, imports run one way, and files keep their budgets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
-    """Qualified name and node of every function and class, and of every attribute that a class sets on self."""
+    """Qualified name and node of every function, method and class."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
             yield prefix + child.name, child

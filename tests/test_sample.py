@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import sample
+from chat import evaluate as chat_evaluate
 from checkpoint import Trained
-from data import Shapes
 from generate import edit_images, generate_text
 from scale.pictures import load_pictures
 
@@ -252,7 +253,7 @@ def test_a_folder_that_cannot_take_the_pictures_is_named_before_the_work(tmp_pat
 def source(tmp_path) -> Path:
     """A picture to edit."""
     path = tmp_path / "source.png"
-    Image.fromarray(Shapes().validation(1)[0][0].permute(1, 2, 0).contiguous().numpy()).save(path)
+    Image.fromarray(helpers.held_out_pictures(1)[0][0].permute(1, 2, 0).contiguous().numpy()).save(path)
     return path
 
 
@@ -262,7 +263,7 @@ def test_an_edit_writes_what_edit_images_paints(trained, tmp_path, source, monke
     out = run("--edit", source, *flags, "--scale", 0, "--gif", "film.gif", folder=tmp_path)
     assert out.splitlines() == ["sample.png: 4 pictures, 64 x 64 pixels", "film.gif: 3 frames"]
     seeds = [random.Random(f"5-{i}").getrandbits(63) for i in range(4)]
-    picture, prompts = sample.read_picture(str(source), 32), ["make it green"] * 2 + [""] * 2
+    picture, prompts = sample.read_picture(trained, source), ["make it green"] * 2 + [""] * 2
     wanted = edit_images(trained, picture.expand(4, -1, -1, -1), prompts, seeds, steps=3, cfg=2.0)
     with Image.open(tmp_path / "sample.png") as page:
         for i, tile in enumerate(wanted):
@@ -362,7 +363,7 @@ def test_defaults_that_depend_on_what_is_done(tmp_path):
     for flags, out, tokens in (
         ("--prompt red", "sample.png", 64),
         ("--text red", "sample.png", 64),
-        ("--chat", "chat", 256),
+        ("--chat", "runs/talk", 256),
         ("--chat --max-tokens 7 --out x", "x", 7),
         ("--text red --out y", "y", 64),
     ):
@@ -371,3 +372,15 @@ def test_defaults_that_depend_on_what_is_done(tmp_path):
             sample.check(args)
         assert (args.out, args.max_tokens, args.max_images) == (out, tokens, 4)
     assert not (tmp_path / "y").exists()  # nothing is painted
+
+
+@pytest.mark.parametrize("module", (sample, evaluate, chat_evaluate))
+def test_help_is_one_screen_and_help_all_has_every_flag(tmp_path, monkeypatch, module):
+    monkeypatch.setenv("COLUMNS", "80")
+    short = helpers.good(module, "--help", folder=tmp_path)
+    lines = short.splitlines()
+    assert len(lines) <= 24 and all(len(line) <= 80 for line in lines) and "--checkpoint" in short
+    long = helpers.good(module, "--help-all", folder=tmp_path)
+    for flag in ("--base", "--cfg", "--seed"):
+        assert flag in long
+    assert "--base" not in short and "--help-all shows" in short and "--help-all" not in long

@@ -1,7 +1,9 @@
-"""world.py: the world and its split, pictures, facts, edits, and text that shows nothing held out."""
+"""small/world.py: the world and its split, pictures and their reading, facts, edits, and its text."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 import re
 from collections import Counter
@@ -39,12 +41,16 @@ from small.world import (
     draw_edit,
     draw_puzzle,
     draw_shift,
+    match,
+    prompt_match,
+    read_scenes,
     render,
     repeated_words,
     text_document,
 )
 
 HELD_OUT, TRAIN = set(all_scenes(True)), set(all_scenes(False))
+UNSEEN = list(all_scenes(held_out=True))
 
 
 def spelled(wording: str) -> re.Pattern:
@@ -167,6 +173,73 @@ def test_the_jitter_of_an_rng_is_that_of_its_shifts():
 def test_no_shape_is_cut_off_by_the_border():
     area = coverage().sum((-2, -1)).flatten(2)  # (shape, size, place x jitter)
     assert torch.allclose(area, area[..., :1].expand_as(area), atol=0.05)
+
+
+# ---- reading pictures ----
+
+
+@pytest.mark.parametrize("jitter", (False, True))
+def test_every_held_out_picture_is_read_rightly(jitter):
+    assert read_scenes(render(UNSEEN, random.Random(3) if jitter else None)) == UNSEEN
+
+
+def test_pictures_under_noise_and_shifted_colours_are_read_rightly():
+    generator = torch.Generator().manual_seed(0)
+    pictures = render(UNSEEN, random.Random(4)).float()
+    noisy = pictures + 25 * torch.randn(pictures.shape, generator=generator)
+    washed = 0.85 * pictures + 15 * torch.rand(len(pictures), 3, 1, 1, generator=generator)
+    for changed, least in ((noisy, 0.99), (washed, 0.98)):
+        got = read_scenes(changed.round().clamp(0, 255).to(torch.uint8))
+        assert sum(a == b for a, b in zip(got, UNSEEN, strict=True)) >= least * len(UNSEEN)
+
+
+def test_the_reader_agrees_with_a_search_over_every_rendering():
+    """The expanded square is the squared distance: compared with all 360 x 56 renderings."""
+    generator, rng = torch.Generator().manual_seed(1), random.Random(1)
+    one, two = (render(rng.choices(UNSEEN, k=12), rng).double() for _ in range(2))
+    pictures = (0.5 * (one + two) + 40 * torch.randn(one.shape, generator=generator)).clamp(0, 255)
+    pictures = pictures.to(torch.uint8)  # each is two scenes at once, under noise
+    covered = coverage()  # (shape, size, place, dy, dx, 32, 32)
+    colors = torch.tensor(list(COLORS.values())).float()[..., None, None]  # (8, 3, 1, 1)
+    best: list[tuple[float, Scene | None]] = [(math.inf, None)] * len(pictures)
+    for s, shape in enumerate(SHAPES):
+        for z, size in enumerate(SIZES):
+            for p, place in enumerate(PLACES):
+                a = covered[s, z, p].flatten(0, 1)[:, None, None]  # (9, 1, 1, 32, 32)
+                for b, background in enumerate(COLORS):
+                    drawn = (colors[b] + a * (colors - colors[b])).flatten(2)  # (9, 8, 3 * 1024)
+                    distance = torch.cdist(drawn.flatten(0, 1), pictures.float().flatten(1))  # (72, n)
+                    distance = distance.view(9, 8, -1).amin(0)  # (8, n)
+                    distance[b] = math.inf
+                    for n, (d, c) in enumerate(zip(*(x.tolist() for x in distance.min(0)), strict=True)):
+                        scene = Scene(size, list(COLORS)[c], shape, place, background)
+                        best[n] = min(best[n], (d, scene), key=lambda x: x[0])
+    assert read_scenes(pictures) == [scene for _, scene in best]
+
+
+def test_prompt_match_counts_each_attribute_and_all_at_once():
+    shown = [
+        Scene("big", "red", "circle", "center", "blue"),
+        Scene("small", "red", "circle", "center", "blue"),
+        Scene("big", "green", "cross", "top left", "white"),
+        Scene("big", "black", "square", "bottom right", "yellow"),
+    ]
+    wanted = [
+        shown[0],
+        dataclasses.replace(shown[1], size="big"),
+        dataclasses.replace(shown[2], color="red", shape="square", background="black"),
+        dataclasses.replace(shown[3], place="bottom left"),
+    ]
+    found = prompt_match(wanted, render(shown, random.Random(0)))
+    assert found == {
+        "background": 0.75,
+        "color": 0.75,
+        "place": 0.75,
+        "shape": 0.75,
+        "size": 0.75,
+        "all": 0.25,
+    }
+    assert set(match(wanted[:1], [None]).values()) == {0.0}
 
 
 # ---- facts ----
