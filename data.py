@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from attention import IMAGE, PAD, Tokens
 from chat.template import IM_START, Picture, apply_chat_template, assistant_mask, encode
 from diffusion import Diffusion, T
-from model import IMAGE, PAD, ModelConfig, Tokens
+from model import ModelConfig
 from scale.pictures import Edits, Pictures
 from small.dialogues import KINDS, Shot, conversation, picture_conversation
 from small.world import PIXELS, all_scenes, draw_edit, draw_shift, render

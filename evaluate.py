@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from chat.template import encode_plain
+from attention import Tokens
 from checkpoint import Trained, check_device, load_trained, write_atomic
 from data import Batch, Recipe, make_batch
 from diffusion import Diffusion, T
@@ -39,8 +39,8 @@ from generate import continue_text, describe_images, encode_text, generate_image
 from lab import figures
 from lab.language import knowledge, multiple_choice, perplexity, puzzles, read_questions, reasoning
 from lab.metrics import caption_tokens, cider, exact_match, frechet
-from load_qwen3 import load_qwen3
-from model import LMFusion, Tokens
+from load_qwen3 import encode_plain, load_qwen3
+from model import LMFusion
 from scale.pictures import Pictures, load_pictures
 from small.world import (
     ATTRIBUTES,

@@ -23,10 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chat.template import END_THINK, IM_END, THINK, encode_plain
+from attention import IMAGE, Cache, Tokens
+from chat.template import END_THINK, IM_END, THINK
 from checkpoint import Trained
 from diffusion import guide, sample
-from model import IMAGE, Cache, LMFusion, Tokens
+from load_qwen3 import encode_plain
+from model import LMFusion
 from scale.pictures import decode_picture
 
 

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cli
-from chat.template import IM_END, IM_START, encode_plain
+from attention import Tokens
+from chat.template import IM_END, IM_START
 from checkpoint import (
     LAST_RUNS,
     Trained,
@@ -69,8 +70,17 @@ from diffusion import Diffusion
 from evaluate import TIMESTEPS, errors_by_timestep, read_paragraphs
 from generate import edit_images, generate_images
 from lab import figures
-from load_qwen3 import fingerprint, known_config, load_qwen3, load_tokenizer, read_json, resolve
-from model import SEPARATIONS, Hidden, LMFusion, Tokens, replace
+from load_qwen3 import (
+    encode_plain,
+    fingerprint,
+    init_image,
+    known_config,
+    load_qwen3,
+    load_tokenizer,
+    read_json,
+    resolve,
+)
+from model import SEPARATIONS, Hidden, LMFusion, replace
 from scale.latents import INDEX, LatentShards, LatentSource
 from scale.muon import Muon
 from scale.parallel import (
@@ -550,7 +560,7 @@ class Run:
         self.overrides, self.base, self.fingerprint = overrides, str(base), fingerprint(self.model)
         if config.from_scratch:
             pretrain.init_text(self.model)
-            self.model.init_image_from_text()
+            init_image(self.model)
         self.model.freeze_text(config.lr_text_ratio == 0, norm=not config.from_scratch)
         self.tokenizer: Tokenizer = load_tokenizer(base)
         context, P = self.model.config.max_position_embeddings, self.model.config.num_patches

@@ -38,14 +38,13 @@ from tqdm import tqdm
 
 import cli
 import train
-from chat.template import encode_plain
 from checkpoint import Trained, list_checkpoints, write_atomic
 from evaluate import caption_report, prompt_match, text_parameters_changed
 from generate import describe_images, encode_text, generate_images
 from lab.language import knowledge, multiple_choice, perplexity, reasoning
 from lab.metrics import frechet
 from lab.report import FIGURES, write_report
-from load_qwen3 import load_qwen3
+from load_qwen3 import encode_plain, load_qwen3
 from model import LMFusion
 from small import pretrain
 from small.world import all_scenes, render, text_document

@@ -13,15 +13,16 @@ import torch
 from PIL import Image
 from test_world import HELD_OUT, differing, told
 
+from attention import IMAGE
 from chat import conversation as chat
 from chat import evaluate as chat_evaluate
 from chat.conversation import ChatPicture
 from chat.evaluate import chat_table, evaluate_chat, painted, reply, with_pictures
-from chat.template import Picture, apply_chat_template, encode, encode_plain
+from chat.template import Picture, apply_chat_template, encode
 from checkpoint import Trained, load_trained
 from evaluate import read_scenes
 from generate import Style, encode_pictures
-from model import IMAGE
+from load_qwen3 import encode_plain
 from small.dialogues import THINK_PROMPT, Shot
 from small.world import ATTRIBUTES, VALUES, Edit, Scene, all_scenes, draw_edit, render
 
@@ -623,7 +624,9 @@ def test_a_base_that_was_moved_is_the_one_that_the_text_is_compared_with(tmp_pat
 
     shutil.copytree(helpers.base(), tmp_path / "moved")
     seen = []
-    monkeypatch.setattr(chat_evaluate, "evaluate_chat", lambda trained, n, style: seen.append((trained, n, style)))
+    monkeypatch.setattr(
+        chat_evaluate, "evaluate_chat", lambda trained, n, style: seen.append((trained, n, style))
+    )
     monkeypatch.setattr(
         chat_evaluate, "load_trained", lambda *a, **k: seen.append((a, k)) or load_trained(*a, **k)
     )

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from attention import Tokens
 from data import Recipe, make_batch
 from diffusion import Diffusion
 from load_qwen3 import BOI, EOI, PAIRS, fingerprint, load_qwen3, load_tokenizer
-from model import LMFusion, Tokens, rope_frequencies
+from model import LMFusion, rope_frequencies
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 FOLDERS = ("qwen3_tied", "qwen3_untied_sharded")

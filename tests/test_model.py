@@ -21,23 +21,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_atten
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import attention as attention_file
 import model as model_file
+from attention import IMAGE, PAD, Cache, Layout, Tokens, attention, hybrid_mask, make_block_mask
 from data import split_phases
-from model import (
-    IMAGE,
-    PAD,
-    Cache,
-    Hidden,
-    Layout,
-    LMFusion,
-    ModelConfig,
-    RMSNorm,
-    Tokens,
-    attention,
-    hybrid_mask,
-    make_block_mask,
-    replace,
-)
+from model import Hidden, LMFusion, ModelConfig, RMSNorm, replace, rope_angles
 from unet import UNetDown, UNetUp
 
 BOI, EOI = 1, 2  # conftest.TINY
@@ -76,6 +64,10 @@ def features(
     """Features (B, N, D) of sequences in one encode."""
     tokens = Tokens.rows(rows, model.config.num_patches)
     return to_slots(model.encode(tokens, latents, t), tokens)
+
+
+def make_layout(tokens: Tokens, cache: Cache | None, config: ModelConfig) -> Layout:
+    return Layout(tokens, cache, rope_angles(tokens.position.flatten(), config), torch.device("cpu"))
 
 
 class PatchesAsGiven(nn.Module):
@@ -900,7 +892,7 @@ def test_both_ways_of_computing_attention_are_taken(monkeypatch):
     calls = []
     fused = F.scaled_dot_product_attention
     monkeypatch.setattr(
-        model_file.F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or fused(*a, **k)
+        attention_file.F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or fused(*a, **k)
     )
     for n, expected in ((362, 0), (363, 1)):  # 362² <= 2^17 < 363²
         x = torch.randn(1, 1, n, 4)
@@ -1152,10 +1144,10 @@ def layouts(seed: int, n: int, P: int, text: int):
 @pytest.mark.parametrize(("P", "text"), ((1, 2), (4, 4), (16, 30)))
 def test_segments_stand_for_the_hybrid_mask_whatever_the_layout(make_config, monkeypatch, P, text):
     config, seen = make_config(), Counter()
-    monkeypatch.setattr(model_file, "DENSE", 0)
+    monkeypatch.setattr(attention_file, "DENSE", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(model_file, "hybrid_mask", None)  # not called
-        found = [(x, Layout(x[0], x[2], config, torch.device("cpu"))) for x in layouts(P, 100, P, text)]
+        patch.setattr(attention_file, "hybrid_mask", None)  # not called
+        found = [(x, make_layout(x[0], x[2], config)) for x in layouts(P, 100, P, text)]
     for (tokens, key, cache), layout in found:
         (B, N), S = tokens.ids.shape, key.document.shape[1]
         assert layout.mask is None and layout.block_mask is None
@@ -1178,7 +1170,7 @@ def test_segments_stand_for_the_hybrid_mask_whatever_the_layout(make_config, mon
 def test_short_sequences_take_the_hybrid_mask_or_a_cheaper_form_of_it(make_config, P, text):
     config, seen = make_config(), Counter()
     for tokens, key, cache in layouts(10 + P, 100, P, text):
-        layout = Layout(tokens, cache, config, torch.device("cpu"))
+        layout = make_layout(tokens, cache, config)
         assert layout.segments is None and layout.block_mask is None
         wanted = hybrid_mask(tokens, key)
         if layout.mask is not None:
@@ -1219,7 +1211,7 @@ def force(patch: pytest.MonkeyPatch, form: str) -> None:
     with the kernel it uses there; "segments, short": wherever the code would write out a mask.
     """
     if form == "segments":
-        patch.setattr(model_file, "DENSE", 0)
+        patch.setattr(attention_file, "DENSE", 0)
     if form in ("full", "flex", "segments, short"):
 
         def choose_mask(self, tokens, cache, device):
@@ -1233,7 +1225,7 @@ def force(patch: pytest.MonkeyPatch, form: str) -> None:
                 self.make_segments(tokens, key)
 
         patch.setattr(Layout, "choose_mask", choose_mask)
-        patch.setattr(model_file, "compiled_flex", lambda: flex_attention)
+        patch.setattr(attention_file, "compiled_flex", lambda: flex_attention)
         # its eager form, not traced first: many times faster on tensors as small as these
         patch.setattr(flex_file, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
 
@@ -1422,7 +1414,7 @@ LONG = {
 def test_a_long_row_makes_no_tensor_of_queries_times_keys(make_model, monkeypatch, name):
     """4,096 tokens, forward and backward: 16.8 million booleans, or scores of each head, are never there."""
     model = make_model(latent_size=32, unet_channels=(4, 4), unet_attention=False, num_hidden_layers=2)
-    monkeypatch.setattr(model_file, "hybrid_mask", None)  # not called
+    monkeypatch.setattr(attention_file, "hybrid_mask", None)  # not called
     documents = LONG[name]
     tokens = Tokens.packed([documents], model.config.num_patches)
     N = tokens.ids.shape[1]
@@ -1432,7 +1424,7 @@ def test_a_long_row_makes_no_tensor_of_queries_times_keys(make_model, monkeypatc
         hidden = model.encode(tokens, *draw(model, sum(map(count_images, documents))))
         loss = sum(x.square().mean() for x in (hidden.text, hidden.image) if x is not None)
         loss.backward()
-    layout = Layout(tokens, None, model.config, torch.device("cpu"))
+    layout = make_layout(tokens, None, model.config)
     assert layout.causal == (name == "text") and layout.mask is None and layout.block_mask is None
     if name == "packed":
         assert [s.mask is None for s in layout.segments[0][2]] == [
@@ -1454,7 +1446,7 @@ def test_the_switch_to_segments_is_by_the_number_of_scores(make_config):
     for n, cached, dense in ((724, 0, True), (725, 0, False), (8, 2**16 - 8, True), (8, 2**16 - 7, False)):
         tokens = Tokens.packed([[[5] * (n - 1), [6]]], 1)
         cache = cache_of([Tokens.text(torch.ones(1, cached, dtype=torch.long))]) if cached else None
-        layout = Layout(tokens, cache, config, torch.device("cpu"))
+        layout = make_layout(tokens, cache, config)
         assert ((layout.mask is None), (layout.segments is None)) == (
             (False, True) if dense else (True, False)
         )
@@ -1466,7 +1458,7 @@ def test_causal_attention_is_attention_under_a_triangle(monkeypatch, heads, fuse
     generator = torch.Generator().manual_seed(0)
     H, K = heads
     q, k, v = (torch.randn(2, h, 37, 8, generator=generator) for h in (H, K, K))
-    monkeypatch.setattr(model_file, "WRITTEN_OUT", (0, 0) if fused else (2**20, 2**20))
+    monkeypatch.setattr(attention_file, "WRITTEN_OUT", (0, 0) if fused else (2**20, 2**20))
     triangle = torch.ones(1, 1, 37, 37, dtype=torch.bool).tril()
     torch.testing.assert_close(attention(q, k, v, causal=True), attention(q, k, v, triangle), **TOLERANCE)
     assert not torch.allclose(attention(q, k, v), attention(q, k, v, triangle), atol=1e-2)
