@@ -1,8 +1,8 @@
 """Who sees whom, and the one softmax in which text and images meet (Eq. 9, 10 of the paper).
 
 `hybrid_mask` is the paper's M: text looks back, the patches of one image see one another. `attention` is the
-softmax. The rest is what a batch needs: `Tokens` says what stands in each slot, `Cache` holds keys and values
-already read, `Layout` gathers each modality for its expert and gives the mask its cheapest form.
+softmax. `Tokens` says what stands in each slot, `Cache` holds keys and values already read, and `Layout`
+gathers each modality for its expert and gives the mask its cheapest form.
 
 Shapes: B batch, N slots of a sequence, S slots that can be seen, T tokens of one modality in the whole batch,
 H query heads, K key/value heads, d head_dim, P patches of an image; A heads of whatever kind.
@@ -57,10 +57,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     if mask is not None:
         scores = scores.view(B, H, N, S).masked_fill(~mask, -torch.inf).view(B * K, H // K * N, S)
     return torch.bmm(scores.softmax(-1), v.reshape(B * K, S, d)).view(B, H, N, d)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What is read, and what has been read
 
 
 @dataclass
@@ -195,13 +191,10 @@ class Cache:
             out[len(a) :].narrow(dim, 0, other.length).copy_(b.narrow(dim, 0, other.length))
             return out
 
-        return Cache(
-            [both(a, b) for a, b in zip(self.k, other.k, strict=True)],
-            [both(a, b) for a, b in zip(self.v, other.v, strict=True)],
-            both(self.image, other.image),
-            both(self.position, other.position),
-            both(self.document, other.document, -1),
-        )
+        k = [both(a, b) for a, b in zip(self.k, other.k, strict=True)]
+        v = [both(a, b) for a, b in zip(self.v, other.v, strict=True)]
+        image, position = both(self.image, other.image), both(self.position, other.position)
+        return Cache(k, v, image, position, both(self.document, other.document, -1))
 
     def rows(self, index: Tensor) -> Cache:
         """The sequences `index`, in that order; one may come up several times."""
@@ -225,8 +218,8 @@ def append_slots(past: Tensor, length: int, new: Tensor) -> tuple[Tensor, Tensor
 
 def seen_slots(past: Cache, new: Tokens | Cache) -> tuple[Tensor, Tensor, Tensor]:
     """What the mask asks of a cache and the slots behind it: image, position, document (B, S + N)."""
-    image = torch.cat((past.image, new.image), dim=1)
-    return image, torch.cat((past.position, new.position), 1), torch.cat((past.document, new.document), 1)
+    fields = ("image", "position", "document")
+    return tuple(torch.cat((getattr(past, f), getattr(new, f)), dim=1) for f in fields)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -260,10 +253,8 @@ class Layout:
     none        Every query sees every slot: one token behind its past, or one image behind its text.
     """
 
-    def __init__(
-        self, tokens: Tokens, cache: Cache | None, rope: tuple[Tensor, Tensor], device: torch.device
-    ):
-        """rope: cosines and sines (B * N, 1, d/2) of all slots, in main memory like `tokens`."""
+    def __init__(self, tokens: Tokens, cache: Cache | None, device: torch.device, cos: Tensor, sin: Tensor):
+        """cos and sin (B * N, 1, d/2): RoPE of all slots, in main memory like `tokens`."""
         ids = tokens.ids.flatten()
         self.shape = tokens.ids.shape
         text, image = (ids >= 0).nonzero().squeeze(1), (ids == IMAGE).nonzero().squeeze(1)
@@ -277,7 +268,6 @@ class Layout:
             source[text] = torch.arange(n_text)
             source[image] = torch.arange(n_text, n_text + n_image)
             self.source = source.to(device)
-        cos, sin = rope
         self.rope_text = cos[text].to(device), sin[text].to(device)  # (T_text, 1, d/2) each
         self.rope_image = cos[image].to(device), sin[image].to(device)  # (T_image, 1, d/2) each
         self.choose_mask(tokens, cache, device)

@@ -50,16 +50,9 @@ STOCK = {
     "Qwen/Qwen3-4B": (2560, 9728, 36, 32, True),
     "Qwen/Qwen3-8B": (4096, 12288, 36, 32, False),
 }
-OPTIONAL = "num_key_value_heads head_dim rms_norm_eps tie_word_embeddings max_position_embeddings".split()
+COUNTS = (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-UNBUILT = {  # fields of config.json that must be absent, false or empty
-    "mlp_bias": "only false is",
-    "attention_bias": "only false is",  # Qwen2's own is on Q, K and V; here it means O as well
-    "use_sliding_window": "only false is",
-    "quantization_config": "only unquantised weights are",
-    "num_experts": "mixtures of experts are not built",
-    "num_local_experts": "mixtures of experts are not built",
-}
+MUST_BE_FALSE = ("mlp_bias", "attention_bias", "use_sliding_window")  # Qwen2's own bias is on Q, K, V alone
 
 # ------------------------------------------------------------------------------------------------------------
 # Folders and files
@@ -126,9 +119,14 @@ def read_config(folder: Path) -> dict:
         refuse("model_type", f"only dense {', '.join(map(json.dumps, MODEL_TYPES))} are")
     if raw.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", 'only "silu" is')
-    for field, wanted in UNBUILT.items():
+    for field in MUST_BE_FALSE:
         if raw.get(field) and not kind.get(field):
-            refuse(field, wanted)
+            refuse(field, "only false is")
+    if raw.get("quantization_config"):
+        refuse("quantization_config", "only unquantised weights are")
+    for field in ("num_experts", "num_local_experts"):
+        if raw.get(field):
+            refuse(field, "mixtures of experts are not built")
     layer_types = raw.get("layer_types")
     if layer_types and (not isinstance(layer_types, list) or any(x != "full_attention" for x in layer_types)):
         refuse("layer_types", 'only "full_attention" is')
@@ -137,13 +135,13 @@ def read_config(folder: Path) -> dict:
     missing = [f for f in SIZES if raw.get(f) is None]
     if missing:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
-    fields = {**kind, **{f: raw[f] for f in (*SIZES, *OPTIONAL) if raw.get(f) is not None}}
+    taken = (*COUNTS, "rms_norm_eps", "tie_word_embeddings")
+    fields = {**kind, **{f: raw[f] for f in taken if raw.get(f) is not None}}
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("tie_word_embeddings", False)
     fields |= {"rope_theta": theta, "rope_scaling": scaling}
     for name, value in fields.items():
-        whole = name in (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
-        if whole and (type(value) is not int or value < 1):
+        if name in COUNTS and (type(value) is not int or value < 1):
             raise ValueError(f"{path}: {name} = {json.dumps(value)} is not a positive whole number")
         if name in ("rms_norm_eps", "rope_theta") and not (type(value) in (int, float) and value > 0):
             raise ValueError(f"{path}: {name} = {json.dumps(value)} is not a positive number")
@@ -151,6 +149,8 @@ def read_config(folder: Path) -> dict:
             raise ValueError(f"{path}: {name} = {json.dumps(value)} is neither true nor false")
     fields["rope_theta"] = float(theta)
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])  # Qwen2, Llama
+    if fields["head_dim"] % 2:
+        raise ValueError(f"{path}: head_dim = {fields['head_dim']} is odd; RoPE turns pairs")
     eos = raw.get("eos_token_id")
     eos = next(iter(eos), None) if isinstance(eos, list) else eos
     if eos is not None and (type(eos) is not int or eos < 0):
@@ -161,10 +161,7 @@ def read_config(folder: Path) -> dict:
 def read_rope(raw: dict, refuse: Callable[[str, str], None]) -> tuple[object, tuple | None]:
     """rope_theta, and what ModelConfig.rope_scaling takes, from the fields of `config.json`."""
     theta, scaling = raw.get("rope_theta"), None
-    for field in (
-        "rope_scaling",
-        "rope_parameters",
-    ):  # the second is transformers 5's place for theta as well
+    for field in ("rope_scaling", "rope_parameters"):  # transformers 5 writes theta in the second
         rope = raw.get(field)
         if not rope:
             continue
@@ -192,9 +189,9 @@ def model_config(folder: Path, **overrides) -> ModelConfig:
     if fields["eos_id"] is None:
         raise ValueError(f"{folder / 'config.json'}: no eos_token_id, and the tokenizer has no <|endoftext|>")
     config = replace(ModelConfig(**fields), **overrides)
-    if max(config.boi_id, config.eoi_id, config.eos_id) >= config.vocab_size:
-        vocabulary = f"vocab_size = {config.vocab_size}"
-        raise ValueError(f"{folder}: the tokenizer's special tokens lie beyond {vocabulary}")
+    size = config.vocab_size
+    if max(config.boi_id, config.eoi_id, config.eos_id) >= size:
+        raise ValueError(f"{folder}: the tokenizer's special tokens lie beyond vocab_size = {size}")
     return config
 
 
@@ -249,8 +246,7 @@ def encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
 
     `tokenizer.encode_special_tokens` holds back only the special ones. So the text is cut behind the first
     character of every added token in it, also of those that overlap, and the parts are encoded apart: no part
-    holds a whole one, and a byte-level tokenizer decodes the ids to the (normalised) text. The added tokens
-    of a tokenizer are read once.
+    holds a whole one, and a byte-level tokenizer decodes the ids to the (normalised) text.
 
     An added token of one character cannot be cut (Qwen's, Llama 3's and SmolLM2's are all longer), nor one
     that only the tokenizer's normaliser brings about: ValueError, so that no id of one ever comes back.
@@ -269,13 +265,13 @@ def encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
 # Weights
 
 
-def shard_files(folder: Path) -> dict[str, Path]:
-    """Which file of the folder holds each tensor. ValueError for missing, corrupt or disagreeing files."""
+def open_weights(folder: Path) -> dict[str, tuple[Path, safe_open]]:
+    """Where each tensor of the folder is; ValueError for missing, corrupt or disagreeing files."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not single.is_file() and not index.is_file():
-        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
-    files = [single]
+    files, weight_map = [single], None
     if not single.is_file():
+        if not index.is_file():
+            raise ValueError(f"{folder}: neither {single.name} nor {index.name} is there")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: has no weight_map")
@@ -283,18 +279,15 @@ def shard_files(folder: Path) -> dict[str, Path]:
         if bad:
             raise ValueError(f"{index}: {bad[0]!r} is not the name of a file beside it")
         files = [folder / name for name in sorted(set(weight_map.values()))]
-    where = {}
-    for file in files:
-        with open_safetensors(file) as f:
-            for name in f.keys():
-                if name in where:
-                    raise ValueError(f"{file}: tensor {name} is also in {where[name].name}")
-                where[name] = file
-    if not single.is_file() and set(where) != set(weight_map):
-        name = sorted(set(where) ^ set(weight_map))[0]
-        raise ValueError(
-            f"{index}: tensor {name} is {'not in its file' if name in weight_map else 'not in the index'}"
-        )
+    where: dict[str, tuple[Path, safe_open]] = {}
+    for path in files:
+        file = open_safetensors(path)
+        for name in file.keys():
+            if name in where:
+                raise ValueError(f"{path}: tensor {name} is also in {where[name][0].name}")
+            where[name] = path, file
+    for name in sorted(set(where) ^ set(where if weight_map is None else weight_map)):
+        raise ValueError(f"{index}: tensor {name} is not in {'the index' if name in where else 'its file'}")
     return where
 
 
@@ -310,44 +303,37 @@ def text_names(config: ModelConfig) -> dict[str, str]:
     return names
 
 
-class TextTensors:
-    """The text tensors of a folder by our names, mapped from their files and read one at a time.
+def text_tensors(folder: Path, model: LMFusion) -> Callable[[str], Tensor]:
+    """A function that maps a text tensor, by our name, from the folder's files.
 
     All names, shapes and types are checked here; ValueError names the file and the tensor.
     """
+    names, where, tied = text_names(model.config), open_weights(folder), model.config.tie_word_embeddings
+    # derived, in old exports
+    where = {n: place for n, place in where.items() if not n.endswith("rotary_emb.inv_freq")}
+    if tied and "lm_head.weight" in where:  # some exports keep the tied copy
+        names["lm_head.weight"] = "embed_tokens.weight"
+    for name in sorted(set(names) ^ set(where)):
+        what = "missing" if name in names else "not one that this model has"
+        raise ValueError(f"{folder}: tensor {name} is {what}")
+    expected = {n: tuple(p.shape) for n, p in model.state_dict(keep_vars=True).items()}
+    found: dict[str, tuple[safe_open, str]] = {}
+    for name, ours in names.items():
+        path, file = where[name]
+        shape, kind = tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
+        if shape != expected[ours]:
+            raise ValueError(f"{path}: tensor {name} is {shape}, not {expected[ours]}")
+        if kind not in ("F16", "BF16", "F32", "F64"):
+            raise ValueError(f"{path}: tensor {name} is {kind}, not a floating-point type")
+        first, its_name = found.setdefault(ours, (file, name))
+        if its_name != name and not torch.equal(file.get_tensor(name), first.get_tensor(its_name)):
+            raise ValueError(f"{path}: {name} differs from {its_name}, but tie_word_embeddings is true")
 
-    def __init__(self, folder: Path, model: LMFusion):
-        config = model.config
-        names, where = text_names(config), shard_files(folder)
-        # derived, in old exports
-        where = {n: f for n, f in where.items() if not n.endswith("rotary_emb.inv_freq")}
-        if config.tie_word_embeddings and "lm_head.weight" in where:  # some exports keep the tied copy
-            names["lm_head.weight"] = "embed_tokens.weight"
-        for name in sorted(set(names) ^ set(where)):
-            raise ValueError(
-                f"{folder}: tensor {name} is {'missing' if name in names else 'not one that this model has'}"
-            )
-        expected = {n: tuple(p.shape) for n, p in model.state_dict(keep_vars=True).items()}
-        self.files = {file: open_safetensors(file) for file in sorted(set(where.values()))}
-        self.where: dict[str, tuple[Path, str]] = {}
-        for name, ours in names.items():
-            part = self.files[where[name]].get_slice(name)
-            shape, kind = tuple(part.get_shape()), part.get_dtype()
-            if shape != expected[ours]:
-                raise ValueError(f"{where[name]}: tensor {name} is {shape}, not {expected[ours]}")
-            if kind not in ("F16", "BF16", "F32", "F64"):
-                raise ValueError(f"{where[name]}: tensor {name} is {kind}, not a floating-point type")
-            if ours in self.where and not torch.equal(self.files[where[name]].get_tensor(name), self(ours)):
-                raise ValueError(
-                    f"{where[name]}: lm_head.weight differs from model.embed_tokens.weight, but "
-                    "tie_word_embeddings is true"
-                )
-            self.where.setdefault(ours, (where[name], name))
+    def read(ours: str) -> Tensor:
+        file, name = found[ours]
+        return file.get_tensor(name)
 
-    def __call__(self, ours: str) -> Tensor:
-        """A tensor as the file has it."""
-        file, name = self.where[ours]
-        return self.files[file].get_tensor(name)
+    return read
 
 
 def load_qwen3(
@@ -367,12 +353,12 @@ def load_qwen3(
     """
     folder = resolve(folder_or_hub_id)
     config = model_config(folder, **overrides)
-    with torch.device("meta"):  # shapes only; text weights are then read in, the image side is made in place
+    with torch.device("meta"):  # shapes only
         model = LMFusion(config)
-    tensors = TextTensors(folder, model)
+    read = text_tensors(folder, model)
     if prepare is not None:
         prepare(model)
-    materialise(model, tensors, dtype, device)
+    materialise(model, read, dtype, device)
     return model
 
 
@@ -389,11 +375,11 @@ def materialise(
     def text(name: str) -> Tensor:
         return read(name).to(dtype)
 
-    names, made = dict(model.named_parameters()), {}
-    for name in model.text_parameters():
-        made[names[name]] = nn.Parameter(alike(names[name], text(name), device))
-    for name, value in model.image_at_start(text):
-        made[names[name]] = nn.Parameter(alike(names[name], value.to(dtype, copy=True), device))
+    image, made = model.image_parameters(), {}
+    for name, p in model.text_parameters().items():
+        made[p] = nn.Parameter(alike(p, text(name), device))
+    for name, value in model.image_at_start(text):  # copied: of their own memory, even where text is mapped
+        made[image[name]] = nn.Parameter(alike(image[name], value.to(dtype, copy=True), device))
     shared = model.named_parameters(remove_duplicate=False)  # shared parameters stay shared
     model.load_state_dict({name: made[p] for name, p in shared}, assign=True)
     model.freeze_text()

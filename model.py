@@ -189,8 +189,8 @@ class Expert(nn.Module):
 
     def output(self, x: Tensor, attended: Tensor) -> Tensor:
         """x (T, D), attended (T, H * d) -> (T, D)."""
-        x = x + self.self_attn.o_proj(attended)  # h_O, the O of Eq. (9, 10)
-        return x + self.mlp(self.post_attention_layernorm(x))  # h_FFN, Eq. (11, 12)
+        x = x + self.self_attn.o_proj(attended)  # O of Eq. (9) for text, Eq. (10) for images
+        return x + self.mlp(self.post_attention_layernorm(x))  # Eq. (11), Eq. (12)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -234,11 +234,11 @@ class Block(nn.Module):
         if past is not None:  # the concatenation of Eq. (9, 10): (B, K, S + N, d)
             k, k_new = append_slots(past[0], past[2], k_new)
             v, v_new = append_slots(past[1], past[2], v_new)
-        to_text, to_image = layout.split(layout.attend(q, k, v))  # softmax of Eq. (9, 10): (T, H * d) each
+        to_text, to_image = layout.split(layout.attend(q, k, v))  # Eq. (9, 10): (T, H * d) each
         if text is not None:
-            text = self.text.output(text, to_text)  # O of Eq. (9), Eq. (11)
+            text = self.text.output(text, to_text)  # Eq. (9, 11)
         if image is not None:
-            image = self.image.output(image, to_image)  # O of Eq. (10), Eq. (12)
+            image = self.image.output(image, to_image)  # Eq. (10, 12)
         return text, image, k_new, v_new
 
 
@@ -264,8 +264,7 @@ class LMFusion(nn.Module):
         # Our choice: the final norm belongs to the last layer's output: separate wherever anything is.
         shared = config.separation == "none"
         self.norm_image = self.norm_text if shared else RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # LM-Head_text of Eq. (13)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # of Eq. (13)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         # Our choice: *when to draw* is one more row of the head, on frozen features; see `draw_logit`.
@@ -348,8 +347,7 @@ class LMFusion(nn.Module):
         latents (M, C, h, w) and timesteps t (M,): the images of `tokens`, row by row, in order. A clean image
         has t = 0. keep: return keys and values, for a cache.
         """
-        rope = rope_angles(tokens.position.flatten(), self.config)  # (B * N, 1, d/2) each
-        layout = Layout(tokens, cache, rope, self.device)
+        layout = Layout(tokens, cache, self.device, *rope_angles(tokens.position.flatten(), self.config))
         text = image = unet = None
         if len(layout.text):
             text = self.embed_tokens(layout.ids)  # Eq. (5): (T_text, D)

@@ -15,14 +15,13 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-if TYPE_CHECKING:  # FSDP and its tensors take half a second to import: only in the functions that need them
-    from torch.distributed.device_mesh import DeviceMesh
+# FSDP and its tensors take half a second to import: in the functions that need them
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,6 @@ def init_processes(device: str, dtype: str) -> Team:
         dist.init_process_group(backend, timeout=timedelta(hours=3))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    from torch.distributed.device_mesh import init_device_mesh
-
     size = dist.get_world_size()
     return Team(dist.get_rank(), size, device, init_device_mesh(kind, (size,)))
 

@@ -67,7 +67,7 @@ def features(
 
 
 def make_layout(tokens: Tokens, cache: Cache | None, config: ModelConfig) -> Layout:
-    return Layout(tokens, cache, rope_angles(tokens.position.flatten(), config), torch.device("cpu"))
+    return Layout(tokens, cache, torch.device("cpu"), *rope_angles(tokens.position.flatten(), config))
 
 
 class PatchesAsGiven(nn.Module):
