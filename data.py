@@ -22,18 +22,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from chat.template import (
-    IM_END,
-    IM_START,
-    Picture,
-    apply_chat_template,
-    assistant_mask,
-    encode,
-    encode_plain,
-)
+from attention import IMAGE, PAD, Tokens
+from chat.template import IM_END, IM_START, Picture, apply_chat_template, assistant_mask, encode
 from config import TrainConfig, run_command
 from diffusion import Diffusion, T
-from model import IMAGE, PAD, ModelConfig, Tokens
+from load_qwen3 import encode_plain
+from model import ModelConfig
 
 CAPTION_FIRST, CAPTION_DROPPED, IMAGE_FIRST = "caption first", "caption dropped", "image first"
 

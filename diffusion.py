@@ -13,6 +13,7 @@ Shapes: M images; x, eps, F are (M, C, h, w); t is (M,).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -127,13 +128,13 @@ def guide(eps_cond: Tensor, eps_uncond: Tensor, scale: float) -> Tensor:
 
 def sample(
     diffusion: Diffusion,
-    predict,
+    predict: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
     steps: int,
     sampler: str = "ddim",
     bound: Tensor | float | None = None,
     generators: list[torch.Generator] | None = None,
-    watch=None,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Denoise `noise` (M, C, h, w) in `steps` steps with predict(x_t, t) -> eps; returns x_0.
 

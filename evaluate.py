@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from chat.template import encode_plain
 from checkpoint import Trained, check_device, load_trained, write_atomic
 from config import Parser, check_range, run_command, tune_torch
 from data import CAPTION_FIRST, Batch, caption_document, collate
@@ -43,7 +42,7 @@ from generate import derive_seed, describe_images, encode_text, generate_images,
 from lab import figures
 from lab.language import knowledge, multiple_choice, perplexity, puzzles, read_questions, reasoning
 from lab.metrics import caption_tokens, cider, exact_match, frechet
-from load_qwen3 import load_qwen3
+from load_qwen3 import encode_plain, load_qwen3
 from model import LMFusion
 from scale.pictures import Pictures, load_pictures
 from small.world import PIXELS, all_scenes, prompt_match, render, text_document

@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chat.template import END_THINK, IM_END, THINK, encode_plain
+from attention import IMAGE, Cache, Tokens
+from chat.template import END_THINK, IM_END, THINK
 from checkpoint import Trained
 from diffusion import guide, sample
-from model import IMAGE, Cache, LMFusion, Tokens
+from load_qwen3 import encode_plain
+from model import LMFusion
 from scale.pictures import decode_picture
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x_t (n, C, h, w), t (n,) -> eps (n, C, h, w)

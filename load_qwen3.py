@@ -7,8 +7,7 @@ Llama (the paper's base) and Qwen2 folders load as well: three switches of the s
 
 A folder holds `config.json`, `tokenizer.json`, and the weights as `model.safetensors` or as shards listed in
 `model.safetensors.index.json`. Every tensor is accounted for by name and shape; anything else is a ValueError
-that names it. Names map by a prefix: `model.layers.3.mlp.up_proj.weight` is
-`layers.3.text.mlp.up_proj.weight` here.
+that names it. `model.layers.3.mlp.up_proj.weight` is `layers.3.text.mlp.up_proj.weight` here.
 """
 
 from __future__ import annotations
@@ -16,16 +15,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Callable
+from functools import lru_cache
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import LMFusion, ModelConfig, replace
-from scale.parallel import full_tensor
+from model import Expert, LMFusion, ModelConfig, replace
+from scale.parallel import alike, fill, full_tensor
 
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"  # Qwen3's own; their frozen embedding rows serve as they are
 # Our choice, for other bases: special tokens that their text does not use. The first pair that is there.
@@ -41,22 +43,19 @@ MODEL_TYPES = {
     "llama": dict(qk_norm=False, attention_bias=False),
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# Shapes of the stock checkpoints, for a dry run without a download: hidden and intermediate size, layers,
-# heads, tied.
+# The stock checkpoints, for a dry run without a download: hidden, intermediate size, layers, heads, tied.
 STOCK = {
     "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, True),
     "Qwen/Qwen3-1.7B": (2048, 6144, 28, 16, True),
     "Qwen/Qwen3-4B": (2560, 9728, 36, 32, True),
     "Qwen/Qwen3-8B": (4096, 12288, 36, 32, False),
 }
+COUNTS = (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-OPTIONAL = (
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-)
+MUST_BE_FALSE = ("mlp_bias", "attention_bias", "use_sliding_window")  # Qwen2's own bias is on Q, K, V alone
+
+# ------------------------------------------------------------------------------------------------------------
+# Folders and files
 
 
 def resolve(folder_or_hub_id: str | Path, weights: bool = True) -> Path:
@@ -93,6 +92,20 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def open_safetensors(path: Path) -> safe_open:
+    """`safe_open` with errors a user can read."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# config.json
+
+
 def read_config(folder: Path) -> dict:
     """ModelConfig's language-model fields from `config.json`; ValueError names what is not built."""
     path = folder / "config.json"
@@ -101,28 +114,54 @@ def read_config(folder: Path) -> dict:
     def refuse(field: str, wanted: str) -> None:
         raise ValueError(f"{path}: {field} = {json.dumps(raw.get(field))} is not supported; {wanted}")
 
-    kind = MODEL_TYPES.get(raw.get("model_type"))
+    kind = MODEL_TYPES.get(str(raw.get("model_type")))
     if kind is None:
         refuse("model_type", f"only dense {', '.join(map(json.dumps, MODEL_TYPES))} are")
     if raw.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", 'only "silu" is')
-    # Qwen2 has its biases whatever the file says; the others would have one on O as well, which is not built
-    for field in ("mlp_bias",) if kind["attention_bias"] else ("mlp_bias", "attention_bias"):
-        if raw.get(field):
+    for field in MUST_BE_FALSE:
+        if raw.get(field) and not kind.get(field):
             refuse(field, "only false is")
-    if raw.get("use_sliding_window"):
-        refuse("use_sliding_window", "only false is")
     if raw.get("quantization_config"):
         refuse("quantization_config", "only unquantised weights are")
-    layer_types = raw.get("layer_types")
-    if layer_types and (not isinstance(layer_types, list) or any(x != "full_attention" for x in layer_types)):
-        refuse("layer_types", 'only "full_attention" is')
     for field in ("num_experts", "num_local_experts"):
         if raw.get(field):
             refuse(field, "mixtures of experts are not built")
+    layer_types = raw.get("layer_types")
+    if layer_types and (not isinstance(layer_types, list) or any(x != "full_attention" for x in layer_types)):
+        refuse("layer_types", 'only "full_attention" is')
+    theta, scaling = read_rope(raw, refuse)
+
+    missing = [f for f in SIZES if raw.get(f) is None]
+    if missing:
+        raise ValueError(f"{path}: missing {', '.join(missing)}")
+    taken = (*COUNTS, "rms_norm_eps", "tie_word_embeddings")
+    fields = {**kind, **{f: raw[f] for f in taken if raw.get(f) is not None}}
+    fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+    fields.setdefault("tie_word_embeddings", False)
+    fields |= {"rope_theta": theta, "rope_scaling": scaling}
+    for name, value in fields.items():
+        if name in COUNTS and (type(value) is not int or value < 1):
+            raise ValueError(f"{path}: {name} = {json.dumps(value)} is not a positive whole number")
+        if name in ("rms_norm_eps", "rope_theta") and not (type(value) in (int, float) and value > 0):
+            raise ValueError(f"{path}: {name} = {json.dumps(value)} is not a positive number")
+        if name == "tie_word_embeddings" and not isinstance(value, bool):
+            raise ValueError(f"{path}: {name} = {json.dumps(value)} is neither true nor false")
+    fields["rope_theta"] = float(theta)
+    fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])  # Qwen2, Llama
+    if fields["head_dim"] % 2:
+        raise ValueError(f"{path}: head_dim = {fields['head_dim']} is odd; RoPE turns pairs")
+    eos = raw.get("eos_token_id")
+    eos = next(iter(eos), None) if isinstance(eos, list) else eos
+    if eos is not None and (type(eos) is not int or eos < 0):
+        raise ValueError(f"{path}: eos_token_id = {json.dumps(eos)} is not a token's id")
+    return fields | {"eos_id": eos}
+
+
+def read_rope(raw: dict, refuse: Callable[[str, str], None]) -> tuple[object, tuple | None]:
+    """rope_theta, and what ModelConfig.rope_scaling takes, from the fields of `config.json`."""
     theta, scaling = raw.get("rope_theta"), None
-    # the second is transformers 5's place for theta as well
-    for field in ("rope_scaling", "rope_parameters"):
+    for field in ("rope_scaling", "rope_parameters"):  # transformers 5 writes theta in the second
         rope = raw.get(field)
         if not rope:
             continue
@@ -135,38 +174,38 @@ def read_config(folder: Path) -> dict:
         if form == "llama3":
             scaling = tuple(rope.get(name) for name in LLAMA3_ROPE)
             if any(type(x) not in (int, float) or not x > 0 for x in scaling) or scaling[1] >= scaling[2]:
-                refuse(
-                    field, f"llama3's takes positive numbers {', '.join(LLAMA3_ROPE)}, the second the smaller"
-                )
+                names = ", ".join(LLAMA3_ROPE)
+                refuse(field, f"llama3's takes positive numbers {names}, the second the smaller")
+    return 10000.0 if theta is None else theta, scaling
 
-    missing = [f for f in SIZES if raw.get(f) is None]
-    if missing:
-        raise ValueError(f"{path}: missing {', '.join(missing)}")
-    fields = {f: raw[f] for f in SIZES + OPTIONAL if raw.get(f) is not None}
-    fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
-    fields |= {"qk_norm": kind["qk_norm"], "attention_bias": kind["attention_bias"], "rope_scaling": scaling}
-    if "head_dim" not in fields and "head_dim" in kind:
-        fields["head_dim"] = kind["head_dim"]
-    fields["rope_theta"] = 10000.0 if theta is None else theta
-    for name in SIZES + ("num_key_value_heads", "head_dim", "max_position_embeddings"):
-        if name in fields and (type(fields[name]) is not int or fields[name] < 1):
-            raise ValueError(f"{path}: {name} = {json.dumps(fields[name])} is not a positive whole number")
-    fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])  # Qwen2, Llama
-    for name in ("rms_norm_eps", "rope_theta"):
-        if name in fields and (type(fields[name]) not in (int, float) or not fields[name] > 0):
-            raise ValueError(f"{path}: {name} = {json.dumps(fields[name])} is not a positive number")
-    if fields["head_dim"] % 2:
-        raise ValueError(f"{path}: head_dim = {fields['head_dim']} is odd; RoPE turns pairs")
-    fields["rope_theta"] = float(fields["rope_theta"])
-    tied = fields.setdefault("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise ValueError(f"{path}: tie_word_embeddings = {json.dumps(tied)} is neither true nor false")
-    eos = raw.get("eos_token_id")
-    eos = next(iter(eos), None) if isinstance(eos, list) else eos
-    if eos is not None and (type(eos) is not int or eos < 0):
-        raise ValueError(f"{path}: eos_token_id = {json.dumps(eos)} is not a token's id")
-    fields["eos_id"] = eos
-    return fields
+
+def model_config(folder: Path, **overrides) -> ModelConfig:
+    """The model that `config.json` and `tokenizer.json` describe; ValueError names what is wrong."""
+    fields = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    fields["boi_id"], fields["eoi_id"] = image_tokens(tokenizer)
+    if fields["eos_id"] is None:
+        fields["eos_id"] = tokenizer.token_to_id("<|endoftext|>")
+    if fields["eos_id"] is None:
+        raise ValueError(f"{folder / 'config.json'}: no eos_token_id, and the tokenizer has no <|endoftext|>")
+    config = replace(ModelConfig(**fields), **overrides)
+    size = config.vocab_size
+    if max(config.boi_id, config.eoi_id, config.eos_id) >= size:
+        raise ValueError(f"{folder}: the tokenizer's special tokens lie beyond vocab_size = {size}")
+    return config
+
+
+def known_config(folder_or_hub_id: str) -> ModelConfig:
+    """The model of a folder, or of a stock Qwen3 without asking the hub, with a default image side."""
+    if folder_or_hub_id not in STOCK:
+        return model_config(resolve(folder_or_hub_id, weights=False))
+    *sizes, tied = STOCK[folder_or_hub_id]
+    ids = dict(boi_id=151652, eoi_id=151653, eos_id=151645)
+    return ModelConfig(151936, *sizes, 8, 128, tie_word_embeddings=tied, **ids)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The tokenizer
 
 
 def load_tokenizer(folder_or_hub_id: str | Path) -> Tokenizer:
@@ -178,38 +217,61 @@ def load_tokenizer(folder_or_hub_id: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: not a tokenizer file: {error}") from None
-    try:
-        image_tokens(tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    image_tokens(tokenizer, path)
     return tokenizer
 
 
-def image_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
+def image_tokens(tokenizer: Tokenizer, path: Path | str = "tokenizer.json") -> tuple[int, int]:
     """Ids of BOI and EOI: the first of PAIRS that the tokenizer knows as special tokens, or ValueError."""
     special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
     for boi, eoi in PAIRS:
         if boi in special and eoi in special:
             return special[boi], special[eoi]
-    half = next((t for t in (BOI, EOI) if t in special), None)
     missing = next(t for t in (BOI, EOI) if t not in special)
-    raise ValueError(
-        f"has no special token {missing}"
-        + (
-            f" beside {half}"
-            if half
-            else f" (nor one of the pairs {', '.join(' '.join(p) for p in PAIRS[1:])})"
-        )
-    )
+    others = f"(nor one of the pairs {', '.join(' '.join(p) for p in PAIRS[1:])})"
+    beside = next((f"beside {t}" for t in (BOI, EOI) if t in special), others)
+    raise ValueError(f"{path}: has no special token {missing} {beside}")
 
 
-def shard_files(folder: Path) -> dict[str, Path]:
-    """Which file of the folder holds each tensor. ValueError for missing, corrupt or disagreeing files."""
+@lru_cache(maxsize=4)  # a Tokenizer is hashed and compared by identity
+def added_tokens(tokenizer: Tokenizer) -> tuple[re.Pattern, dict[int, str]]:
+    """The first character of an added token where all of it stands; and the added tokens by id."""
+    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+    first = [f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in added.values()]
+    return re.compile("|".join(first) or "(?!)"), added
+
+
+def encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text in which no added token is recognised, be it special (<|im_end|>) or not (<think>).
+
+    `tokenizer.encode_special_tokens` holds back only the special ones. So the text is cut behind the first
+    character of every added token in it, also of those that overlap, and the parts are encoded apart: no part
+    holds a whole one, and a byte-level tokenizer decodes the ids to the (normalised) text.
+
+    An added token of one character cannot be cut (Qwen's, Llama 3's and SmolLM2's are all longer), nor one
+    that only the tokenizer's normaliser brings about: ValueError, so that no id of one ever comes back.
+    """
+    first, added = added_tokens(tokenizer)
+    cuts = [0, *(match.end() for match in first.finditer(text)), len(text)]
+    parts = (tokenizer.encode(text[a:b], add_special_tokens=False).ids for a, b in pairwise(cuts))
+    ids = list(chain.from_iterable(parts))
+    if not added.keys().isdisjoint(ids):
+        token = next(added[i] for i in ids if i in added)
+        raise ValueError(f"the text {reprlib.repr(text)} cannot be encoded without the added token {token!r}")
+    return ids
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def open_weights(folder: Path) -> dict[str, tuple[Path, safe_open]]:
+    """Where each tensor of the folder is; ValueError for missing, corrupt or disagreeing files."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not single.is_file() and not index.is_file():
-        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
-    files = [single]
+    files, weight_map = [single], None
     if not single.is_file():
+        if not index.is_file():
+            raise ValueError(f"{folder}: neither {single.name} nor {index.name} is there")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: has no weight_map")
@@ -217,34 +279,22 @@ def shard_files(folder: Path) -> dict[str, Path]:
         if bad:
             raise ValueError(f"{index}: {bad[0]!r} is not the name of a file beside it")
         files = [folder / name for name in sorted(set(weight_map.values()))]
-    where = {}
-    for file in files:
-        with open_safetensors(file) as f:
-            for name in f.keys():
-                if name in where:
-                    raise ValueError(f"{file}: tensor {name} is also in {where[name].name}")
-                where[name] = file
-    if not single.is_file() and set(where) != set(weight_map):
-        name = sorted(set(where) ^ set(weight_map))[0]
-        raise ValueError(
-            f"{index}: tensor {name} is {'not in its file' if name in weight_map else 'not in the index'}"
-        )
+    where: dict[str, tuple[Path, safe_open]] = {}
+    for path in files:
+        file = open_safetensors(path)
+        for name in file.keys():
+            if name in where:
+                raise ValueError(f"{path}: tensor {name} is also in {where[name][0].name}")
+            where[name] = path, file
+    for name in sorted(set(where) ^ set(where if weight_map is None else weight_map)):
+        raise ValueError(f"{index}: tensor {name} is not in {'the index' if name in where else 'its file'}")
     return where
-
-
-def open_safetensors(path: Path):
-    """`safe_open` with errors a user can read."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
 
 
 def text_names(config: ModelConfig) -> dict[str, str]:
     """Hugging Face's name -> ours, of every text tensor."""
-    experts = LMFusion.text_expert_names(config)
+    with torch.device("meta"):
+        experts = list(Expert(config).state_dict())
     names = {"model.embed_tokens.weight": "embed_tokens.weight", "model.norm.weight": "norm_text.weight"}
     for i in range(config.num_hidden_layers):
         names |= {f"model.layers.{i}.{n}": f"layers.{i}.text.{n}" for n in experts}
@@ -253,82 +303,37 @@ def text_names(config: ModelConfig) -> dict[str, str]:
     return names
 
 
-def model_config(folder: Path, **overrides) -> ModelConfig:
-    """The model that `config.json` and `tokenizer.json` describe; ValueError names what is wrong."""
-    fields = read_config(folder)
-    tokenizer = load_tokenizer(folder)
-    special = dict(zip(("boi_id", "eoi_id"), image_tokens(tokenizer), strict=True))
-    if fields["eos_id"] is None:
-        fields["eos_id"] = tokenizer.token_to_id("<|endoftext|>")
-    if fields["eos_id"] is None:
-        raise ValueError(f"{folder / 'config.json'}: no eos_token_id, and the tokenizer has no <|endoftext|>")
-    config = replace(ModelConfig(**fields, **special), **overrides)
-    if max(config.boi_id, config.eoi_id, config.eos_id) >= config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer's special tokens lie beyond vocab_size = {config.vocab_size}"
-        )
-    return config
-
-
-def known_config(folder_or_hub_id: str) -> ModelConfig:
-    """The model of a folder, or of a stock Qwen3 without asking the hub, with a default image side."""
-    if folder_or_hub_id not in STOCK:
-        return model_config(resolve(folder_or_hub_id, weights=False))
-    D, intermediate, layers, heads, tied = STOCK[folder_or_hub_id]
-    return ModelConfig(
-        vocab_size=151936,
-        hidden_size=D,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=tied,
-        boi_id=151652,
-        eoi_id=151653,
-        eos_id=151645,
-    )
-
-
-class TextTensors:
-    """The text tensors of a folder by our names, mapped from their files and read one at a time.
+def text_tensors(folder: Path, model: LMFusion) -> Callable[[str], Tensor]:
+    """A function that maps a text tensor, by our name, from the folder's files.
 
     All names, shapes and types are checked here; ValueError names the file and the tensor.
     """
+    names, where, tied = text_names(model.config), open_weights(folder), model.config.tie_word_embeddings
+    # derived, in old exports
+    where = {n: place for n, place in where.items() if not n.endswith("rotary_emb.inv_freq")}
+    if tied and "lm_head.weight" in where:  # some exports keep the tied copy
+        names["lm_head.weight"] = "embed_tokens.weight"
+    for name in sorted(set(names) ^ set(where)):
+        what = "missing" if name in names else "not one that this model has"
+        raise ValueError(f"{folder}: tensor {name} is {what}")
+    expected = {n: tuple(p.shape) for n, p in model.state_dict(keep_vars=True).items()}
+    found: dict[str, tuple[safe_open, str]] = {}
+    for name, ours in names.items():
+        path, file = where[name]
+        shape, kind = tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
+        if shape != expected[ours]:
+            raise ValueError(f"{path}: tensor {name} is {shape}, not {expected[ours]}")
+        if kind not in ("F16", "BF16", "F32", "F64"):
+            raise ValueError(f"{path}: tensor {name} is {kind}, not a floating-point type")
+        first, its_name = found.setdefault(ours, (file, name))
+        if its_name != name and not torch.equal(file.get_tensor(name), first.get_tensor(its_name)):
+            raise ValueError(f"{path}: {name} differs from {its_name}, but tie_word_embeddings is true")
 
-    def __init__(self, folder: Path, model: LMFusion):
-        config = model.config
-        names, where = text_names(config), shard_files(folder)
-        where = {  # derived, in old exports
-            n: f for n, f in where.items() if not n.endswith("rotary_emb.inv_freq")
-        }
-        if config.tie_word_embeddings and "lm_head.weight" in where:  # some exports keep the tied copy
-            names["lm_head.weight"] = "embed_tokens.weight"
-        for name in sorted(set(names) ^ set(where)):
-            raise ValueError(
-                f"{folder}: tensor {name} is {'missing' if name in names else 'not one that this model has'}"
-            )
-        expected = {n: tuple(p.shape) for n, p in model.state_dict(keep_vars=True).items()}
-        self.files = {file: open_safetensors(file) for file in sorted(set(where.values()))}
-        self.where: dict[str, tuple[Path, str]] = {}
-        for name, ours in names.items():
-            part = self.files[where[name]].get_slice(name)
-            shape, kind = tuple(part.get_shape()), part.get_dtype()
-            if shape != expected[ours]:
-                raise ValueError(f"{where[name]}: tensor {name} is {shape}, not {expected[ours]}")
-            if kind not in ("F16", "BF16", "F32", "F64"):
-                raise ValueError(f"{where[name]}: tensor {name} is {kind}, not a floating-point type")
-            if ours in self.where and not torch.equal(self.files[where[name]].get_tensor(name), self(ours)):
-                raise ValueError(
-                    f"{where[name]}: lm_head.weight differs from model.embed_tokens.weight, but "
-                    "tie_word_embeddings is true"
-                )
-            self.where.setdefault(ours, (where[name], name))
+    def read(ours: str) -> Tensor:
+        file, name = found[ours]
+        return file.get_tensor(name)
 
-    def __call__(self, ours: str) -> Tensor:
-        """A tensor as the file has it."""
-        file, name = self.where[ours]
-        return self.files[file].get_tensor(name)
+    return read
 
 
 def load_qwen3(
@@ -348,13 +353,44 @@ def load_qwen3(
     """
     folder = resolve(folder_or_hub_id)
     config = model_config(folder, **overrides)
-    with torch.device("meta"):  # shapes only; text weights are then read in, the image side is made in place
+    with torch.device("meta"):  # shapes only
         model = LMFusion(config)
-    tensors = TextTensors(folder, model)
+    read = text_tensors(folder, model)
     if prepare is not None:
         prepare(model)
-    model.materialise(tensors, dtype, device)
+    materialise(model, read, dtype, device)
     return model
+
+
+@torch.no_grad()
+def materialise(
+    model: LMFusion, read: Callable[[str], Tensor], dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> None:
+    """Make a model of the meta device real: `read(name)` gives a text tensor, frozen; a fresh image side.
+
+    Text tensors that have the dtype already are taken as they come, mapped from their file. Of a model that
+    `parallel.shard` has cut, each process keeps its slices.
+    """
+
+    def text(name: str) -> Tensor:
+        return read(name).to(dtype)
+
+    image, made = model.image_parameters(), {}
+    for name, p in model.text_parameters().items():
+        made[p] = nn.Parameter(alike(p, text(name), device))
+    for name, value in model.image_at_start(text):  # copied: of their own memory, even where text is mapped
+        made[image[name]] = nn.Parameter(alike(image[name], value.to(dtype, copy=True), device))
+    shared = model.named_parameters(remove_duplicate=False)  # shared parameters stay shared
+    model.load_state_dict({name: made[p] for name, p in shared}, assign=True)
+    model.freeze_text()
+
+
+@torch.no_grad()
+def init_image(model: LMFusion) -> None:
+    """`LMFusion.init_image_from_text`, of a model that may be cut among processes; all must call it."""
+    text, image = model.text_parameters(), model.image_parameters()
+    for name, value in model.image_at_start(lambda name: full_tensor(text[name])):
+        fill(image[name], value)
 
 
 def fingerprint(model: LMFusion) -> str:

@@ -7,8 +7,8 @@ through the image expert, and the two meet only in one softmax attention under a
                                +--> one attention, hybrid mask --+
     image --norm--> QKV_img  --+                                +--> O_img  --> FFN_img  --> image
 
-Names inside an expert are those of Hugging Face's Qwen3, so that loading a checkpoint is a prefix swap and
-initialising an image expert is one `load_state_dict`.
+Names inside an expert are those of Hugging Face's Qwen3, so that loading a checkpoint, and copying a text
+expert into an image expert, is a prefix swap. The mask and the attention are in attention.py.
 
 Shapes: B batch, N tokens of a sequence, S slots of the key/value cache, T tokens of one modality in the whole
 batch (the gathered form in which the experts work), D hidden, H query heads, K key/value heads, d head_dim,
@@ -19,25 +19,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from scale.parallel import fill, full_tensor
+from attention import Cache, Layout, Tokens, append_slots
 from unet import UNetDown, UNetUp
 
-IMAGE, PAD = -1, -2  # what stands in `Tokens.ids` where there is no text token
 SEPARATIONS = ("deep", "shallow", "none")
-DENSE = 2**19  # up to this many scores a head and row, the mask is made in full
-WRITTEN_OUT = (2**20, 2**17)  # likewise, attention is written out on a CPU: in bfloat16 and in float32
 
 
 @dataclass(frozen=True)
@@ -157,33 +152,12 @@ class Attention(nn.Module):
         self.head_dim = d
 
     def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """x (T, D) -> queries and keys (T, H + K, d), values (T, K, d): Eq. (7) for text, (8) for images."""
+        """Eq. (7) for text, Eq. (8) for images: x (T, D) -> queries, keys (T, H + K, d), values (T, K, d)."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, d)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
         qk = apply_rope(torch.cat((self.q_norm(q), self.k_norm(k)), dim=1), rope)  # (T, H + K, d)
         return qk, v
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Eq. (9, 10): q (B, H, N, d), k and v (B, K, S, d) -> (B, H, N, d), one softmax for both modalities.
-
-    mask (B, 1, N, S) is True where M is 0 and False where it is -infinity; None if nothing is masked, and
-    `causal` if the N = S tokens only look back. Query head i shares key/value head i // (H/K). The paper
-    writes M inside the division by sqrt(d), which makes no difference to 0 and -infinity.
-    """
-    (B, H, N, d), (K, S) = q.shape, k.shape[1:3]
-    if q.device.type == "cuda" or N * S > WRITTEN_OUT[q.dtype == torch.float32]:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != K)
-    # Short sequences on a CPU: two batched products, up to several times faster than torch's fused kernel.
-    if causal:
-        mask = torch.ones(N, S, dtype=torch.bool, device=q.device).tril()
-    # the query heads of a group one below the other: (B * K, H/K * N, d)
-    q = (q * d**-0.5).unflatten(1, (K, H // K)).reshape(B * K, H // K * N, d)
-    scores = torch.bmm(q, k.reshape(B * K, S, d).transpose(1, 2))  # (B * K, H/K * N, S)
-    if mask is not None:
-        scores = scores.view(B, H, N, S).masked_fill(~mask, -torch.inf).view(B * K, H // K * N, S)
-    return torch.bmm(scores.softmax(-1), v.reshape(B * K, S, d)).view(B, H, N, d)
 
 
 class MLP(nn.Module):
@@ -210,345 +184,13 @@ class Expert(nn.Module):
         self.mlp = MLP(config)
 
     def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """x (T, D) -> queries and keys (T, H + K, d), values (T, K, d)."""
+        """Eq. (7, 8): x (T, D) -> queries and keys (T, H + K, d), values (T, K, d)."""
         return self.self_attn.qkv(self.input_layernorm(x), rope)
 
     def output(self, x: Tensor, attended: Tensor) -> Tensor:
-        """x (T, D), attended (T, H * d) -> (T, D): O of Eq. (9, 10), then the FFN of Eq. (11, 12)."""
-        x = x + self.self_attn.o_proj(attended)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Sequences, the hybrid mask and the key/value cache
-
-
-@dataclass
-class Tokens:
-    """A rectangle of slots for the transformer to process: B sequences, N slots each, padded on the right.
-
-    It is a plan, and stays in main memory whatever the device of the model.
-
-    ids       (B, N)  id of a text token, IMAGE where a patch stands, PAD where nothing does
-    image     (B, N)  number of the image within its sequence, from 1, in order; 0 at text and padding
-    position  (B, N)  RoPE position within the document; one a token, image patches in row-major order
-    document  (B, N)  tokens see only their own document; -1 at padding
-    loss_mask    (B, N)  of a conversation: whether the model is to say this token; None: all of them
-    """
-
-    ids: Tensor
-    image: Tensor
-    position: Tensor
-    document: Tensor
-    loss_mask: Tensor | None = None
-
-    @staticmethod
-    def text(ids: Tensor, start: int = 0) -> Tokens:
-        """Plain text (B, N) without padding, from position `start` on."""
-        ids = ids.cpu()
-        position = torch.arange(start, start + ids.shape[1]).expand_as(ids)
-        return Tokens(ids, torch.zeros_like(ids), position, torch.zeros_like(ids))
-
-    @staticmethod
-    def rows(
-        rows: list[list[int]],
-        num_patches: int,
-        start: list[int] | None = None,
-        images_before: list[int] | None = None,
-    ) -> Tokens:
-        """Sequences of ids in which each IMAGE stands for all P patches of one image; ragged, of any mixture.
-
-        `start` and `images_before` say for each row how many positions and images an earlier part already
-        took.
-        """
-        wrap = [[x] for x in start] if start else None
-        return Tokens.packed([[r] for r in rows], num_patches, wrap, images_before)
-
-    @staticmethod
-    def packed(
-        rows: list[list[list[int]]],
-        num_patches: int,
-        start: list[list[int]] | None = None,
-        images_before: list[int] | None = None,
-        loss_mask: list[list[list[bool]]] | None = None,
-    ) -> Tokens:
-        """Like `rows`, with several documents behind one another in a row; each has positions of its own.
-
-        `loss_mask` says of each id, and of each IMAGE, whether it is the model's to say.
-        """
-        P, columns = num_patches, []
-        for r, documents in enumerate(rows):
-            ids, image, position, document, own = ([] for _ in range(5))
-            for number, row in enumerate(documents):
-                count = images_before[r] if images_before else 0
-                before = len(ids)
-                for i, mine in zip(
-                    row, loss_mask[r][number] if loss_mask else [True] * len(row), strict=True
-                ):
-                    count += i == IMAGE
-                    ids += [IMAGE] * P if i == IMAGE else [i]
-                    image += [count] * P if i == IMAGE else [0]
-                    own += [mine] * (P if i == IMAGE else 1)
-                first = start[r][number] if start else 0
-                position += range(first, first + len(ids) - before)
-                document += [number] * (len(ids) - before)
-            columns.append((ids, image, position, document, own))
-        width = max(len(ids) for ids, *_ in columns)
-        for ids, image, position, document, own in columns:  # padding, on the right
-            n = width - len(ids)
-            position += range(position[-1] + 1 if position else 0, (position[-1] + 1 if position else 0) + n)
-            ids += [PAD] * n
-            image += [0] * n
-            document += [-1] * n
-            own += [False] * n
-        *parts, own = (torch.tensor(x, dtype=torch.long) for x in zip(*columns, strict=True))
-        tokens = Tokens(*(x.view(len(rows), width) for x in parts))
-        return (
-            dataclasses.replace(tokens, loss_mask=own.view(len(rows), width).bool()) if loss_mask else tokens
-        )
-
-
-def hybrid_mask(query: Tokens, key: Tokens | Cache) -> Tensor:
-    """M of Eq. (9, 10) as booleans (B, N, S): may slot i of `query` see slot j of `key`?
-
-    True iff both belong to one document, and j does not come after i or both are patches of one image.
-    Padding is a document of its own, so that no row of the softmax is empty and nothing else sees it.
-    """
-    same_document = query.document[:, :, None] == key.document[:, None, :]
-    causal = key.position[:, None, :] <= query.position[:, :, None]
-    same_image = (query.image[:, :, None] == key.image[:, None, :]) & (query.image[:, :, None] > 0)
-    return same_document & (causal | same_image)
-
-
-def append_slots(past: Tensor, length: int, new: Tensor) -> Tensor:
-    """Past keys or values, of which the first `length` slots count, and new ones: (B, K, S + N, d).
-
-    Where there is room behind the past (`Cache.reserve`) the new ones are written there; else all is copied.
-    """
-    end = length + new.shape[2]
-    if past.shape[2] < end:
-        return torch.cat((past[:, :, :length], new), dim=2)
-    past[:, :, length:end] = new
-    return past[:, :, :end]
-
-
-@dataclass
-class Cache:
-    """Keys and values (B, K, S, d) of each layer for S slots already read, and what the mask needs."""
-
-    k: list[Tensor]  # behind the S slots there may be room for more
-    v: list[Tensor]
-    image: Tensor  # (B, S), and the next two: in main memory
-    position: Tensor  # (B, S)
-    document: Tensor  # (B, S)
-
-    @property
-    def length(self) -> int:
-        """S."""
-        return self.position.shape[1]
-
-    @property
-    def room(self) -> int:
-        """How many slots can be added without copying those that are there."""
-        return self.k[0].shape[2] - self.length
-
-    def reserve(self, n: int) -> Cache:
-        """A copy with room for n more slots. What attends to it, or extends it, writes into the room."""
-
-        def grow(x: Tensor) -> Tensor:
-            B, K, _, d = x.shape
-            roomy = x.new_empty(B, K, self.length + n, d)
-            roomy[:, :, : self.length] = x[:, :, : self.length]
-            return roomy
-
-        return dataclasses.replace(self, k=[grow(k) for k in self.k], v=[grow(v) for v in self.v])
-
-    def extend(self, new: Cache) -> Cache:
-        """A cache with the slots of `new` behind these. Without room, both stay as they are."""
-        S, k, v = self.length, self.k, self.v
-        if not self.room or k[0][:, :, S:].data_ptr() != new.k[0].data_ptr():  # else it stands there already
-            k = [append_slots(a, S, b) for a, b in zip(k, new.k, strict=True)]
-            v = [append_slots(a, S, b) for a, b in zip(v, new.v, strict=True)]
-            if self.room >= new.length:
-                k, v = self.k, self.v
-        fields = ("image", "position", "document")
-        return Cache(k, v, *(torch.cat((getattr(self, f), getattr(new, f)), dim=1) for f in fields))
-
-    def keep(self, n: int) -> Cache:
-        """The first n slots; the others become room."""
-        return Cache(self.k, self.v, self.image[:, :n], self.position[:, :n], self.document[:, :n])
-
-    def stack(self, other: Cache) -> Cache:
-        """The sequences of both, padded on the right."""
-        S = max(self.length, other.length)
-
-        def both(a: Tensor, b: Tensor, value: int = 0) -> Tensor:
-            """Two tensors (B, ..., slots[, d]) as one; what is filled in is `value`."""
-            dim = min(2, a.dim() - 1)
-            out = a.new_full((len(a) + len(b), *a.shape[1:dim], S, *a.shape[dim + 1 :]), value)
-            out[: len(a)].narrow(dim, 0, self.length).copy_(a.narrow(dim, 0, self.length))
-            out[len(a) :].narrow(dim, 0, other.length).copy_(b.narrow(dim, 0, other.length))
-            return out
-
-        return Cache(
-            [both(a, b) for a, b in zip(self.k, other.k, strict=True)],
-            [both(a, b) for a, b in zip(self.v, other.v, strict=True)],
-            both(self.image, other.image),
-            both(self.position, other.position),
-            both(self.document, other.document, -1),
-        )
-
-    def rows(self, index: Tensor) -> Cache:
-        """The sequences `index`, in that order; one may come up several times."""
-        index = index.cpu()
-        return Cache(
-            [k[index.to(k.device)] for k in self.k],
-            [v[index.to(v.device)] for v in self.v],
-            self.image[index],
-            self.position[index],
-            self.document[index],
-        )
-
-
-@dataclass
-class Segment:
-    """A run of slots of one row with the same mask: the patches of an image, or text without a break."""
-
-    keys: list[int]  # runs of key slots it sees; its own comes last
-    causal: bool  # text: nothing but itself to look at
-    mask: Tensor | None  # (1, 1, n, s): text behind other things, all of which it sees
-
-
-def slot_runs(image: Tensor, document: Tensor) -> list[int]:
-    """Lengths of the runs of slots (N,) that belong to one document and to one image, or to no image."""
-    code = document * (int(image.max()) + 1) + image
-    return torch.unique_consecutive(code, return_counts=True)[1].tolist()
-
-
-class Layout:
-    """Where each modality's T tokens stand in the B x N slots (gathers, not selections), and who sees whom.
-
-    The mask takes the cheapest form there is: none where everything is seen; a causal flag; booleans
-    (B, 1, N, S + N) for short sequences; and for long ones FlexAttention's block mask on CUDA, elsewhere the
-    segments of each row, which see their documents whole and need no mask but the triangle of their own text.
-    """
-
-    def __init__(self, tokens: Tokens, cache: Cache | None, config: ModelConfig, device: torch.device):
-        ids = tokens.ids.flatten()
-        self.shape = tokens.ids.shape
-        text, image = (ids >= 0).nonzero().squeeze(1), (ids == IMAGE).nonzero().squeeze(1)
-        n_text, n_image = len(text), len(image)
-        self.text, self.image = text.to(device), image.to(device)  # (T_text,), (T_image,)
-        self.ids = ids[text].to(device)  # (T_text,)
-        self.whole = max(n_text, n_image) == ids.numel()  # one modality and no padding: nothing to move
-        if not self.whole:
-            # row of cat(text, image, one row of zeros) that belongs in each slot
-            source = ids.new_full((ids.numel(),), n_text + n_image)
-            source[text] = torch.arange(n_text)
-            source[image] = torch.arange(n_text, n_text + n_image)
-            self.source = source.to(device)
-        cos, sin = rope_angles(tokens.position.flatten(), config)  # (B * N, 1, d/2)
-        self.rope_text = cos[text].to(device), sin[text].to(device)
-        self.rope_image = cos[image].to(device), sin[image].to(device)
-        self.choose_mask(tokens, cache, device)
-
-    def choose_mask(self, tokens: Tokens, cache: Cache | None, device: torch.device) -> None:
-        """Set exactly one of `causal`, `mask`, `block_mask` and `segments`, or none of them."""
-        self.causal, self.mask, self.block_mask, self.segments = False, None, None, None
-        N, S = tokens.ids.shape[1], tokens.ids.shape[1] + (0 if cache is None else cache.document.shape[1])
-        key = tokens
-        if cache is not None:
-            fields = ("image", "position", "document")
-            key = Tokens(None, *(torch.cat((getattr(cache, f), getattr(tokens, f)), 1) for f in fields))
-        if (key.document == tokens.document[:1, :1]).all() and tokens.document[0, 0] >= 0:
-            # one document, no padding
-            if N == 1 or (tokens.image > 0).all() and (tokens.image == tokens.image[:, :1]).all():
-                return
-            if cache is None and not tokens.image.any():
-                self.causal = True
-                return
-        if N * S <= DENSE:
-            mask = hybrid_mask(tokens, key)
-            self.mask = None if bool(mask.all()) else mask.unsqueeze(1).to(device)  # (B, 1, N, S)
-        elif device.type == "cuda":
-            self.block_mask = make_block_mask(tokens, key, device)
-        else:
-            self.make_segments(tokens, key)
-
-    def make_segments(self, tokens: Tokens, key: Tokens) -> None:
-        """The segments of each row, and how its queries and keys are cut."""
-        self.segments = []
-        before = key.document.shape[1] - tokens.document.shape[1]  # slots of the cache
-        for q_image, q_document, k_image, k_document in zip(
-            tokens.image, tokens.document, key.image, key.document, strict=True
-        ):
-            old = slot_runs(k_image[:before], k_document[:before]) if before else []
-            queries = slot_runs(q_image, q_document)
-            keys, segments, begin = old + queries, [], 0
-            starts = [sum(keys[:i]) for i in range(len(keys))]
-            for i, n in enumerate(queries):
-                document = q_document[begin]
-                seen = [j for j in range(len(old) + i + 1) if k_document[starts[j]] == document]
-                past = sum(keys[j] for j in seen) - n
-                text = not q_image[begin] and document >= 0
-                mask = torch.ones(1, 1, n, past + n, dtype=torch.bool).tril(past) if text and past else None
-                segments.append(Segment(seen, causal=bool(text) and not past, mask=mask))
-                begin += n
-            self.segments.append((queries, keys, segments))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, H, N, d), k and v (B, K, S, d) -> (B, H, N, d), under the mask in whatever form it has."""
-        if self.block_mask is not None:
-            return compiled_flex()(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1])
-        if self.segments is None:
-            return attention(q, k, v, self.mask, self.causal)
-        rows = []
-        for row, (query_runs, key_runs, segments) in enumerate(self.segments):
-            # cut once with `split`: the gradient of each slice would be a tensor as large as the whole
-            k_cut, v_cut = k[row : row + 1].split(key_runs, 2), v[row : row + 1].split(key_runs, 2)
-            out = []
-            for part, q_part in zip(segments, q[row : row + 1].split(query_runs, 2), strict=True):
-                k_part = torch.cat([k_cut[j] for j in part.keys], 2)  # (1, K, s, d)
-                v_part = torch.cat([v_cut[j] for j in part.keys], 2)
-                mask = None if part.mask is None else part.mask.to(q.device)
-                out.append(attention(q_part, k_part, v_part, mask, part.causal))
-            rows.append(torch.cat(out, 2))
-        return torch.cat(rows)
-
-    def merge(self, text: Tensor | None, image: Tensor | None) -> Tensor:
-        """(T_text, A, d) and (T_image, A, d) -> (B, A, N, d); zeros at padding."""
-        parts = [x for x in (text, image) if x is not None]
-        x = parts[0]
-        if not self.whole:
-            x = torch.cat(parts + [x.new_zeros(1, *x.shape[1:])]).index_select(0, self.source)
-        return x.unflatten(0, self.shape).transpose(1, 2)
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, A, N, d) -> (T_text, A * d), (T_image, A * d): the inverse of `merge`."""
-        x = x.transpose(1, 2).flatten(2).flatten(0, 1)  # (B * N, A * d)
-        if self.whole:
-            return (x, x[:0]) if len(self.text) else (x[:0], x)
-        return x.index_select(0, self.text), x.index_select(0, self.image)
-
-
-def make_block_mask(query: Tokens, key: Tokens, device: torch.device) -> BlockMask:
-    """`hybrid_mask` for FlexAttention, which skips the blocks in which nothing is seen."""
-    q_image, q_position, q_document = (x.to(device) for x in (query.image, query.position, query.document))
-    k_image, k_position, k_document = (x.to(device) for x in (key.image, key.position, key.document))
-
-    def sees(b, h, i, j):
-        same_image = (q_image[b, i] == k_image[b, j]) & (q_image[b, i] > 0)
-        causal = k_position[b, j] <= q_position[b, i]
-        return (q_document[b, i] == k_document[b, j]) & (causal | same_image)
-
-    (B, N), S = query.document.shape, key.document.shape[1]
-    return create_block_mask(sees, B, None, N, S, device=device)
-
-
-@lru_cache
-def compiled_flex() -> Callable:
-    """FlexAttention, which is fast only when compiled."""
-    return torch.compile(flex_attention, dynamic=True)
+        """x (T, D), attended (T, H * d) -> (T, D)."""
+        x = x + self.self_attn.o_proj(attended)  # O of Eq. (9) for text, Eq. (10) for images
+        return x + self.mlp(self.post_attention_layernorm(x))  # Eq. (11), Eq. (12)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -581,23 +223,22 @@ class Block(nn.Module):
 
         Returns both streams after the layer, and this call's own keys and values (B, K, N, d).
         """
-        H, K = self.heads
-        of_text = (None, None) if text is None else self.text.qkv(text, layout.rope_text)
-        of_image = (None, None) if image is None else self.image.qkv(image, layout.rope_image)
+        of_text = of_image = None, None
+        if text is not None:
+            of_text = self.text.qkv(text, layout.rope_text)  # Eq. (7)
+        if image is not None:
+            of_image = self.image.qkv(image, layout.rope_image)  # Eq. (8)
         qk, v_new = map(layout.merge, of_text, of_image)  # (B, H + K, N, d), (B, K, N, d)
-        q, k_new = qk.split((H, K), dim=1)
+        q, k_new = qk.split(self.heads, dim=1)  # (B, H, N, d), (B, K, N, d)
         k, v = k_new, v_new
-        if past is not None:
-            k, v = (
-                append_slots(past[0], past[2], k_new),
-                append_slots(past[1], past[2], v_new),
-            )  # (B, K, S + N, d)
-            if past[0].shape[2] >= k.shape[2]:  # written into the room of a cache: there it is to be found
-                k_new, v_new = k[:, :, past[2] :], v[:, :, past[2] :]
-        attended = layout.attend(q, k, v)  # (B, H, N, d)
-        to_text, to_image = layout.split(attended)
-        text = None if text is None else self.text.output(text, to_text)
-        image = None if image is None else self.image.output(image, to_image)
+        if past is not None:  # the concatenation of Eq. (9, 10): (B, K, S + N, d)
+            k, k_new = append_slots(past[0], past[2], k_new)
+            v, v_new = append_slots(past[1], past[2], v_new)
+        to_text, to_image = layout.split(layout.attend(q, k, v))  # Eq. (9, 10): (T, H * d) each
+        if text is not None:
+            text = self.text.output(text, to_text)  # Eq. (9, 11)
+        if image is not None:
+            image = self.image.output(image, to_image)  # Eq. (10, 12)
         return text, image, k_new, v_new
 
 
@@ -623,8 +264,7 @@ class LMFusion(nn.Module):
         # Our choice: the final norm belongs to the last layer's output: separate wherever anything is.
         shared = config.separation == "none"
         self.norm_image = self.norm_text if shared else RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # LM-Head_text of Eq. (13)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # of Eq. (13)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         # Our choice: *when to draw* is one more row of the head, on frozen features; see `draw_logit`.
@@ -634,6 +274,15 @@ class LMFusion(nn.Module):
         self.activation_checkpointing = False  # recompute each layer in the backward pass: less memory
 
     # ---- parameters ----
+
+    @property
+    def device(self) -> torch.device:
+        return self.boi_head.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What layers compute in."""
+        return self.boi_head.dtype
 
     def text_parameters(self) -> dict[str, nn.Parameter]:
         """The language model: everything that a text-only Qwen3 has. Shared modules count here."""
@@ -657,52 +306,31 @@ class LMFusion(nn.Module):
     def text_is_frozen(self) -> bool:
         return not any(p.requires_grad for p in self.text_parameters().values())
 
-    @staticmethod
-    def text_expert_names(config: ModelConfig) -> list[str]:
-        """Names of an expert's tensors, as in Hugging Face's Qwen3 behind `model.layers.N.`."""
-        with torch.device("meta"):
-            return list(Expert(config).state_dict())
+    @torch.no_grad()
+    def image_at_start(self, text: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """First value of every image parameter, by name; `text(name)` gives that of a text parameter.
 
-    def materialise(self, read: Callable[[str], Tensor], dtype: torch.dtype, device: str = "cpu") -> None:
-        """Make a model of the meta device real: `read(name)` gives a text tensor, frozen; a fresh image side.
-
-        Text tensors that have the dtype already are taken as they come, mapped from their file. A model that
-        `parallel.shard` has cut gets its own slices.
+        Section 3.1: image experts start as copies of the text experts, the U-Net afresh. It is made on the
+        CPU: the same numbers whatever the device.
         """
-        text = self.text_parameters()
-        if any(isinstance(p, DTensor) for p in text.values()):
-            self.to_empty(device=device)
-            for name, p in self.named_parameters():
-                fill(p, read(name) if name in text else torch.zeros(p.shape))
-        else:
-            made: dict[nn.Parameter, nn.Parameter] = {}  # shared parameters stay shared
-            for name, module in self.named_modules():
-                for leaf, p in list(module.named_parameters(recurse=False)):
-                    if p not in made:
-                        full = f"{name}.{leaf}" if name else leaf
-                        value = read(full).to(dtype) if full in text else torch.zeros(p.shape, dtype=dtype)
-                        made[p] = nn.Parameter(value.to(device))
-                    setattr(module, leaf, made[p])
-        self.init_image_from_text()
-        self.freeze_text()
+        # Our choice: patches enter the residual stream as large as words do, as the copied layers expect.
+        rms = text("embed_tokens.weight").float().pow(2).mean().sqrt().item()
+        with torch.device("meta"):
+            unet = nn.ModuleDict({"unet_down": UNetDown(self.config), "unet_up": UNetUp(self.config)})
+        unet.to_empty(device="cpu")
+        unet["unet_down"].init_weights(rms)
+        unet["unet_up"].init_weights()
+        fresh = {"boi_head": torch.zeros(self.config.hidden_size), **unet.state_dict()}
+        for name in self.image_parameters():
+            copied = name.replace(".image.", ".text.").replace("norm_image", "norm_text")
+            yield name, fresh[name] if name in fresh else text(copied)
 
     @torch.no_grad()
     def init_image_from_text(self) -> None:
-        """Section 3.1: the image experts start as copies of the text experts; the U-Net starts afresh."""
-        for block in self.layers:
-            if block.image is not block.text:
-                block.image.load_state_dict(block.text.state_dict())
-        if self.norm_image is not self.norm_text:
-            self.norm_image.load_state_dict(self.norm_text.state_dict())
-        # Our choice: patches enter the residual stream as large as words do, as the copied layers expect.
-        rms = full_tensor(self.embed_tokens.weight).float().pow(2).mean().sqrt().item()
-        for part, kind, arguments in ((self.unet_down, UNetDown, (rms,)), (self.unet_up, UNetUp, ())):
-            with torch.device("meta"):
-                fresh = kind(self.config)
-            fresh.to_empty(device="cpu")  # the same numbers whatever the device, and however `part` is cut
-            fresh.init_weights(*arguments)
-            for own, new in zip(part.parameters(), fresh.parameters(), strict=True):
-                fill(own, new)
+        """Give every image parameter its first value: see `image_at_start`."""
+        text, image = self.text_parameters(), self.image_parameters()
+        for name, value in self.image_at_start(text.__getitem__):
+            image[name].copy_(value)
 
     # ---- the transformer ----
 
@@ -719,14 +347,14 @@ class LMFusion(nn.Module):
         latents (M, C, h, w) and timesteps t (M,): the images of `tokens`, row by row, in order. A clean image
         has t = 0. keep: return keys and values, for a cache.
         """
-        layout = Layout(tokens, cache, self.config, self.boi_head.device)
+        layout = Layout(tokens, cache, self.device, *rope_angles(tokens.position.flatten(), self.config))
         text = image = unet = None
         if len(layout.text):
             text = self.embed_tokens(layout.ids)  # Eq. (5): (T_text, D)
         if len(layout.image):
             P = self.config.num_patches
             assert latents is not None and t is not None and len(latents) * P == len(layout.image)
-            h_in, skips = self.unet_down(latents.to(self.boi_head.dtype), t)  # Eq. (6): (M, P, D)
+            h_in, skips = self.unet_down(latents.to(self.dtype), t)  # Eq. (6): (M, P, D)
             unet = (h_in, skips, t)
             image = h_in.flatten(0, 1)  # (T_image, D)
         keys, values = [], []
@@ -745,8 +373,8 @@ class LMFusion(nn.Module):
         return Hidden(text, image, unet, cache)
 
     def logits(self, text: Tensor) -> Tensor:
-        """Eq. (13): text features (..., D) -> logits over the vocabulary (..., V)."""
-        return self.lm_head(text)
+        """Text features (..., D) -> logits over the vocabulary (..., V)."""
+        return self.lm_head(text)  # Eq. (13)
 
     def draw_logit(self, text: Tensor) -> Tensor:
         """Log-odds (...) that an image starts next, from text features (..., D).
@@ -758,15 +386,15 @@ class LMFusion(nn.Module):
         return text.detach() @ self.boi_head
 
     def unet_output(self, hidden: Hidden, which: Tensor | None = None) -> Tensor:
-        """Eq. (14): image features -> F (M, C, h, w), float32, of all images or of some (their numbers).
+        """Image features -> F (M, C, h, w), float32, of all images or of some (their numbers).
 
-        See `Diffusion.eps_from_output`.
+        F is the noise, or gives it: see `Diffusion.eps_from_output`.
         """
         h_in, skips, t = hidden.unet
         image = hidden.image.view_as(h_in)
         if which is not None:
             image, h_in, t, skips = image[which], h_in[which], t[which], [s[which] for s in skips]
-        return self.unet_up(image, t, h_in, skips).float()
+        return self.unet_up(image, t, h_in, skips).float()  # Eq. (14)
 
     def text_logits(self, ids: Tensor) -> Tensor:
         """The frozen language model alone: ids (B, N) -> logits (B, N, V)."""
@@ -787,8 +415,7 @@ class LMFusion(nn.Module):
         holds everything from the first image on and attends to them. A caption behind an image sends its loss
         through the frozen text layers to the image's keys and values: frozen is not detached.
         """
-        # the class's own `encode`, not the one that `parallel.shard` wraps: weights are gathered already
-        before, encode = None, partial(LMFusion.encode, self)
+        before, encode = None, partial(LMFusion.encode, self)  # as it stands here, not as `shard` wraps it
         if prefix is not None and prefix.ids.shape[1]:  # no column where every sequence begins with its image
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_is_frozen):
                 before = encode(prefix)

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from attention import Tokens
 from checkpoint import (
     append_metrics,
     check_device,
@@ -53,7 +54,7 @@ from config import (
 from data import Batch, Documents, make_batches, next_tokens
 from lab.watch import draw_curves, draw_sheets, log_line, show, validate
 from load_qwen3 import base_fingerprint, fingerprint, load_qwen3, load_tokenizer, read_json, resolve
-from model import Hidden, LMFusion, Tokens
+from model import Hidden, LMFusion
 from scale.muon import Muon
 from scale.parallel import Team, end_processes, full_tensor, init_processes, own_device, shard
 from scale.sources import find_base, init_from_scratch, open_source, open_text

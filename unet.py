@@ -15,11 +15,15 @@ size.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from model import ModelConfig
 
 
 def timestep_embedding(t: Tensor, size: int) -> Tensor:
@@ -91,7 +95,7 @@ def init_weights(module: nn.Module) -> None:
 class UNetDown(nn.Module):
     """Eq. (6): noisy latent and timestep -> patches."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         c1, c2 = config.unet_channels
         self.time = TimeMLP(c1)
@@ -130,7 +134,7 @@ class UNetDown(nn.Module):
 class UNetUp(nn.Module):
     """Eq. (14): the transformer's patches, the timestep and h_in -> predicted noise."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         c1, c2 = config.unet_channels
         self.time = TimeMLP(c1)

@@ -14,15 +14,14 @@ pieces and become control tokens; "<|im_end|>" typed by a user is text, and its 
 
 from __future__ import annotations
 
-import re
 import reprlib
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain, groupby, pairwise
+from itertools import groupby
 
 from tokenizers import Tokenizer
 
-from model import IMAGE
+from attention import IMAGE
+from load_qwen3 import encode_plain
 
 
 class Control(str):
@@ -199,35 +198,6 @@ def text_of(pieces: list[Piece]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------
 # Pieces -> token ids
-
-
-@lru_cache(maxsize=4)  # a Tokenizer is hashed and compared by identity
-def added_tokens(tokenizer: Tokenizer) -> tuple[re.Pattern, dict[int, str]]:
-    """The first character of an added token where all of it stands; and the added tokens by id."""
-    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
-    first = [f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in added.values()]
-    return re.compile("|".join(first) or "(?!)"), added
-
-
-def encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text in which no added token is recognised, be it special (<|im_end|>) or not (<think>).
-
-    `tokenizer.encode_special_tokens` holds back only the special ones. So the text is cut behind the first
-    character of every added token in it, also of those that overlap, and the parts are encoded apart: no part
-    holds a whole one, and a byte-level tokenizer decodes the ids to the (normalised) text. The added tokens
-    of a tokenizer are read once.
-
-    An added token of one character cannot be cut (Qwen's, Llama 3's and SmolLM2's are all longer), nor one
-    that only the tokenizer's normaliser brings about: ValueError, so that no id of one ever comes back.
-    """
-    first, added = added_tokens(tokenizer)
-    cuts = [0, *(match.end() for match in first.finditer(text)), len(text)]
-    parts = (tokenizer.encode(text[a:b], add_special_tokens=False).ids for a, b in pairwise(cuts))
-    ids = list(chain.from_iterable(parts))
-    if not added.keys().isdisjoint(ids):
-        token = next(added[i] for i in ids if i in added)
-        raise ValueError(f"the text {short(text)} cannot be encoded without the added token {token!r}")
-    return ids
 
 
 def encode(tokenizer: Tokenizer, pieces: list[Piece], boi_id: int, eoi_id: int) -> list[int]:

@@ -37,7 +37,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import train
-from chat.template import encode_plain
 from checkpoint import Trained, list_checkpoints, write_atomic
 from config import Parser, run_command, tune_torch
 from evaluate import caption_report, text_parameters_changed
@@ -45,7 +44,7 @@ from generate import describe_images, encode_text, generate_images
 from lab.language import knowledge, multiple_choice, perplexity, reasoning
 from lab.metrics import frechet
 from lab.report import FIGURES, write_report
-from load_qwen3 import load_qwen3
+from load_qwen3 import encode_plain, load_qwen3
 from model import LMFusion
 from small import pretrain
 from small.world import all_scenes, prompt_match, render, text_document

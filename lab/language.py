@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import LMFusion, Tokens
+from attention import Tokens
+from model import LMFusion
 from small.world import (
     COLOR_THINGS,
     DAYS,

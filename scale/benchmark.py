@@ -15,13 +15,14 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from attention import Tokens
 from checkpoint import check_device
 from config import Parser, run_command, tune_torch
 from data import BEHIND, DROPPED, FIRST, arrange
 from diffusion import Diffusion
 from generate import continue_text
-from load_qwen3 import STOCK, known_config, text_names
-from model import LMFusion, Tokens
+from load_qwen3 import STOCK, known_config, materialise, text_names
+from model import LMFusion
 from small.pretrain import init_text
 from train import CONFIGS, draw_noise, losses, make_optimizers
 
@@ -114,13 +115,10 @@ def text_against_transformers(
     random = {}
     generator = torch.Generator().manual_seed(0)
 
-    def read(name: str) -> torch.Tensor:
-        shape = dict(ours.named_parameters())[name].shape
-        value = torch.empty(shape).normal_(std=0.02, generator=generator)
-        random[name] = ((value + 1) if len(shape) == 1 else value).to(dtype)
-        return random[name]
-
-    ours.materialise(read, dtype)
+    for name, p in ours.text_parameters().items():
+        value = torch.empty(p.shape).normal_(std=0.02, generator=generator)
+        random[name] = (value + 1 if p.dim() == 1 else value).to(dtype)
+    materialise(ours, random.__getitem__, dtype)
     state = {t: random[o] for t, o in text_names(c).items() if o in random}
     theirs.to_empty(device="cpu").to(dtype)
     theirs.load_state_dict(state, strict=False)

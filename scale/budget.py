@@ -26,9 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from attention import IMAGE, Cache, Tokens
 from data import BEHIND, DROPPED, FIRST, Batch, arrange
 from diffusion import Diffusion
-from model import IMAGE, Cache, LMFusion, ModelConfig, Tokens
+from model import LMFusion, ModelConfig
 from train import TrainConfig, draw_noise, losses, make_optimizers
 
 STEPS = 25  # of DDIM, for a picture

@@ -35,10 +35,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from chat.template import encode_plain
 from checkpoint import check_device, write_atomic
 from config import Parser, add_fields, setting
-from load_qwen3 import load_tokenizer, open_safetensors, read_json, resolve
+from load_qwen3 import encode_plain, load_tokenizer, open_safetensors, read_json, resolve
 from scale.pictures import Sample, list_samples, listing, no_pictures, read_sample
 from scale.vae import load_vae
 

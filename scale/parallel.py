@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+# FSDP and its tensors take half a second to import: in the functions that need them
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ def shard(model: nn.Module, team: Team, dtype: torch.dtype) -> None:
     """Cut a model (on any device, meta too) among the processes: each layer, each U-Net half, the rest."""
     if team.mesh is None:
         return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if dtype != torch.float32 else None,
         reduce_dtype=torch.float32,
@@ -122,27 +124,27 @@ def shard(model: nn.Module, team: Team, dtype: torch.dtype) -> None:
 
 def release(model: nn.Module) -> None:
     """After a forward pass without a backward one: give up what `shard` says stays whole until then."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "reshard"):
         model.reshard()
 
 
 def full_tensor(p: Tensor) -> Tensor:
     """A parameter, gradient or state of which each process may hold a slice, whole. All must call it."""
-    return p.full_tensor() if isinstance(p, DTensor) else p
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+def alike(p: Tensor, value: Tensor, device: str | torch.device | None = None) -> Tensor:
+    """A whole tensor, cut the way p is; on the device of p, or on another."""
+    value = value.to(device or p.device)
+    if not hasattr(p, "full_tensor") or value.shape != p.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # a copy: the slice alone would keep the whole tensor in memory
+    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).clone()
 
 
 @torch.no_grad()
 def fill(p: Tensor, value: Tensor) -> None:
     """Write a whole tensor into a parameter: into this process's slice of it, where there are several."""
-    if isinstance(p, DTensor):
-        own = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-        p.to_local().copy_(own.to_local())
-    else:
-        p.copy_(value)
-
-
-def alike(p: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor, cut the way p is."""
-    if isinstance(p, DTensor) and value.shape == p.shape:
-        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-    return value.to(p.device)
+    p.copy_(alike(p, value))

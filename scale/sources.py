@@ -20,7 +20,7 @@ from torch import Tensor
 from config import TrainConfig
 from data import Paragraphs, Source, TextSource
 from evaluate import read_paragraphs
-from load_qwen3 import resolve
+from load_qwen3 import init_image, resolve
 from model import LMFusion, ModelConfig
 from scale.latents import INDEX, LatentShards
 from scale.parallel import Team
@@ -93,7 +93,7 @@ def find_base(config: TrainConfig, team: Team, former: object = None) -> str:
 def init_from_scratch(model: LMFusion) -> None:
     """Random text weights in the base's place, and image experts copied from them, as Transfusion begins."""
     init_text(model)
-    model.init_image_from_text()
+    init_image(model)
 
 
 class PictureSource:

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from attention import Tokens
 from chat.template import END_THINK, IM_END, IM_START, THINK, apply_chat_template, assistant_mask, encode
 from checkpoint import write_folder
 from config import Parser, run_command
 from data import next_tokens
 from load_qwen3 import BOI, EOI, STOCK, known_config, text_names
-from model import LMFusion, ModelConfig, Tokens, replace
+from model import LMFusion, ModelConfig, replace
 from scale.muon import Muon
 from scale.parallel import fill
 from small.dialogues import as_text, conversation

@@ -304,15 +304,17 @@ def status(name):
     return next(int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith(name))
 before = status("VmRSS")
 sys.path.insert(0, sys.argv[1])
-import budget, train
+import train
+from scale import budget
 from data import BEHIND, FIRST, arrange
+from load_qwen3 import materialise
 from model import LMFusion, ModelConfig
 torch.set_num_threads(1)
 config, settings = ModelConfig(**json.loads(sys.argv[2])), train.TrainConfig(batch_size=1)
 with torch.device("meta"):
     model = LMFusion(config)
 shapes = {n: p.shape for n, p in model.text_parameters().items()}
-model.materialise(lambda n: torch.randn(shapes[n]) * 0.02 + ("norm" in n), torch.float32)
+materialise(model, lambda n: torch.randn(shapes[n]) * 0.02 + ("norm" in n), torch.float32)
 optimizers = train.make_optimizers(model, settings)
 for order in (FIRST, BEHIND, FIRST):
     latents = torch.randn(1, 4, config.latent_size, config.latent_size)

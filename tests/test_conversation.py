@@ -18,12 +18,13 @@ from tokenizers import Tokenizer
 
 import generate
 import sample
+from attention import IMAGE
 from chat import conversation as chat
 from chat.conversation import ChatPicture, Conversation, as_markdown, read_messages, save, see, talk
-from chat.template import END_THINK, THINK, encode_plain
+from chat.template import END_THINK, THINK
 from checkpoint import Trained
 from generate import GenerationConfig
-from model import IMAGE
+from load_qwen3 import encode_plain
 from small.dialogues import THINK_PROMPT
 
 OPTIONS = GenerationConfig(max_tokens=12, max_thought=6, max_images=2, temperature=1.0, steps=2, seed=3)

@@ -17,6 +17,7 @@ from test_world import HELD_OUT, TRAIN, check_edit, differing
 from tokenizers import AddedToken, Tokenizer
 
 import data
+from attention import IMAGE, Tokens
 from chat.template import apply_chat_template, check_messages, encode, text_of
 from data import (
     BEHIND,
@@ -40,7 +41,7 @@ from data import (
     split_phases,
 )
 from diffusion import Diffusion
-from model import IMAGE, ModelConfig, Tokens
+from model import ModelConfig
 from scale.pictures import Edits, Pictures, load_pictures
 from small.dialogues import THINK_PROMPT, Shot
 from small.world import COLORS, PLACES, Edit, all_scenes, render

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 import evaluate
-from chat.template import encode_plain
+from attention import Tokens
 from checkpoint import load_trained
 from data import CAPTION_FIRST, Document, caption_document, collate, edit_document
 from diffusion import Diffusion, T
 from evaluate import errors_by_timestep, perplexity, text_report, validation_error
 from lab.metrics import caption_tokens, cider, frechet
-from model import Tokens
+from load_qwen3 import encode_plain
 from scale.pictures import load_pictures
 from small.world import all_scenes, read_scenes, render
 

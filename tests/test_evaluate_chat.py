@@ -14,14 +14,15 @@ import torch
 from PIL import Image
 from test_world import HELD_OUT, differing, told
 
+from attention import IMAGE
 from chat import conversation as chat
 from chat import evaluate as chat_evaluate
 from chat.conversation import ChatPicture, replace_images
 from chat.evaluate import chat_table, evaluate_chat, painted, reply, seen
-from chat.template import Picture, apply_chat_template, encode, encode_plain
+from chat.template import Picture, apply_chat_template, encode
 from checkpoint import Trained, load_trained
 from generate import GenerationConfig, encode_pictures
-from model import IMAGE
+from load_qwen3 import encode_plain
 from small.dialogues import THINK_PROMPT, Shot
 from small.world import ATTRIBUTES, VALUES, Edit, Scene, all_scenes, draw_edit, read_scenes, render
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import generate
+from attention import IMAGE, Cache, Tokens
 from chat.template import END_THINK, IM_END, THINK, apply_chat_template, encode
 from checkpoint import Trained
 from data import CAPTION_DROPPED, CAPTION_FIRST, caption_document, chat_document, collate, edit_document
@@ -32,7 +33,6 @@ from generate import (
     encode_text,
     generate_images,
 )
-from model import IMAGE, Cache, Tokens
 from small.dialogues import conversation
 
 PROMPTS = ["a red circle", "on a white background, in the top left, a small blue cross", "green"]

@@ -17,7 +17,7 @@ from conftest import build_tokenizer
 from test_world import differing
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from chat.template import encode_plain
+from attention import Tokens
 from lab.language import (
     Question,
     cut,
@@ -29,8 +29,7 @@ from lab.language import (
     read_questions,
     reasoning,
 )
-from load_qwen3 import load_tokenizer
-from model import Tokens
+from load_qwen3 import encode_plain, load_tokenizer
 from small.world import (
     COLOR_THINGS,
     DAYS,

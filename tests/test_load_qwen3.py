@@ -12,6 +12,8 @@ import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from attention import Tokens
 from data import Recipe, make_batch
 from diffusion import Diffusion
-from load_qwen3 import BOI, EOI, PAIRS, fingerprint, load_qwen3, load_tokenizer
-from model import LMFusion, Tokens, rope_frequencies
+from load_qwen3 import BOI, EOI, PAIRS, fingerprint, init_image, load_qwen3, load_tokenizer, materialise
+from model import LMFusion, rope_frequencies
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 FOLDERS = ("qwen3_tied", "qwen3_untied_sharded")
@@ -313,6 +316,41 @@ def test_image_experts_equal_text_experts_but_are_their_own_and_train(tmp_path, 
         p.requires_grad and not p.is_meta and p.isfinite().all() for p in model.image_parameters().values()
     )
     assert not any(b.is_meta for b in model.buffers())
+
+
+@pytest.mark.parametrize("separation", ("deep", "shallow", "none"))
+@pytest.mark.parametrize("tied", (True, False))
+def test_text_is_taken_as_it_is_read_and_the_image_side_has_memory_of_its_own(make_config, separation, tied):
+    with torch.device("meta"):
+        model = LMFusion(make_config(separation=separation, tie_word_embeddings=tied))
+    names = [n for n, _ in model.named_parameters()]
+    read = {n: torch.randn(p.shape) for n, p in model.text_parameters().items()}
+    materialise(model, read.__getitem__, torch.float32)
+    assert [n for n, _ in model.named_parameters()] == names  # what was shared is
+    assert (model.lm_head.weight is model.embed_tokens.weight) == tied
+    for name, p in model.text_parameters().items():
+        assert p.data_ptr() == read[name].data_ptr() and not p.requires_grad
+    image = model.image_parameters().values()
+    assert not {p.data_ptr() for p in image} & {x.data_ptr() for x in read.values()}
+    assert all(p.requires_grad and not p.is_meta for p in image)
+
+
+def test_the_image_side_of_a_whole_model_starts_afresh_as_from_the_model_itself(make_model):
+    one, other = make_model(), make_model()
+    torch.manual_seed(1)
+    init_image(one)
+    torch.manual_seed(1)
+    other.init_image_from_text()
+    state = other.state_dict()
+    assert all(torch.equal(x, state[n]) for n, x in one.state_dict().items())
+
+
+def test_nothing_of_fsdp_is_imported_to_sample():
+    code = "import sample, sys; print([m for m in sys.modules if m.startswith('torch.distributed.')])"
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert "torch.distributed" in done.stdout
+    assert "torch.distributed.tensor" not in done.stdout and "torch.distributed.fsdp" not in done.stdout
 
 
 def test_a_loaded_model_runs_images(tmp_path, write_qwen3):

@@ -14,6 +14,7 @@ import torch
 from conftest import build_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from attention import IMAGE
 from chat.template import (
     END_THINK,
     IM_END,
@@ -24,10 +25,9 @@ from chat.template import (
     apply_chat_template,
     check_messages,
     encode,
-    encode_plain,
     text_of,
 )
-from model import IMAGE
+from load_qwen3 import encode_plain
 
 FIXTURE = Path(__file__).resolve().parent / "fixtures" / "chat_template.json"
 CONVERSATIONS = {c["name"]: c for c in json.loads(FIXTURE.read_text(encoding="utf-8"))["conversations"]}

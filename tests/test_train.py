@@ -28,11 +28,12 @@ from tokenizers import Tokenizer, models
 import checkpoint
 import data
 import train
+from attention import IMAGE, Tokens
 from checkpoint import list_checkpoints, load_trained
 from data import BEHIND, DROPPED, FIRST, Document, PictureSource, Recipe, arrange, collate, make_batch
 from evaluate import text_report
 from lab import ablate
-from model import IMAGE, LMFusion, Tokens
+from model import LMFusion
 from scale.latents import LatentSource
 from scale.parallel import Team
 from train import INHERITED, Run, draw_noise, losses, lr_factor, read_metrics
@@ -240,7 +241,7 @@ def test_packing_changes_no_loss_and_no_gradient(make_model, monkeypatch, frozen
     diffusion = train.Diffusion(1.0, "eps")
     found = {}
     for pack in (0, 1, 60, 150, 10**6):
-        monkeypatch.setattr("model.DENSE", 2**19 if pack == 0 else dense)
+        monkeypatch.setattr("attention.DENSE", 2**19 if pack == 0 else dense)
         batch = pack_rows(model, pack, dtype)
         noise = draw_noise(batch.latents.shape, torch.Generator().manual_seed(1))
         out = losses(model, diffusion, batch, train.CONFIGS["small"], noise)

@@ -114,7 +114,7 @@ def test_patches_return_to_the_place_they_came_from(which):
 
 
 def fresh(rms: float = 0.02, **changes) -> tuple[UNetDown, UNetUp]:
-    """Both halves as LMFusion.materialise leaves them: zeros all over, then their own initialisation."""
+    """Both halves as they are made on the meta device: zeros all over, then their own initialisation."""
     down, up = UNetDown(config(**changes)), UNetUp(config(**changes))
     with torch.no_grad():
         for p in [*down.parameters(), *up.parameters()]:
