@@ -1,20 +1,20 @@
-"""The paper's ablations at the size of `small`: Figures 4, 5 and 6, Table 1, and what else is left to choose.
+"""The paper's ablations (Section 5.1) and Table 1 at the size of `small`.
 
-python -m lab.ablate                    # every cell, three seeds; a cell that is done is not done again
-python -m lab.ablate --jobs 2           # the same, two cells at a time, one core each
-python -m lab.ablate --cell deep-0 --seed 1
-python -m lab.ablate --quick            # every cell for a few steps: does it run?
-python -m lab.ablate --tables           # figures and tables from the results that are there
+    python -m lab.ablate                    # every cell, three seeds; a cell that has a result is left out
+    python -m lab.ablate --jobs 2           # the same, two cells at a time, one core each
+    python -m lab.ablate --cell deep-0 --seed 1
+    python -m lab.ablate --quick            # every cell for a few steps, in under a minute
+    python -m lab.ablate --tables           # figures and tables of the results that are there
 
-A cell is the `small` configuration with a few flags changed, trained on the same pictures in the same order
-(they follow from the seed), from one pretrained tiny Qwen3. A result is one JSON file: the curve over
-training (without guidance, as the paper's Figure 3 has it), the final figures, FLOPs counted by
-torch.utils.flop_counter on the very steps that were timed, and the commit and the command that made it.
+A cell is the `small` configuration with a few flags changed. All cells train on the same pictures in the same
+order, which follow from the seed, and start from one pretrained tiny Qwen3. A result is one JSON file: the
+curve over training (without guidance, as in the paper's Figure 3), the final figures, the FLOPs of a step
+(torch.utils.flop_counter), and the commit and the command that made it.
 
-Where the text side learns it reads text beside the pictures (Section 5.1.1), so much that its step takes
-about twice the FLOPs of ours: that is the paper's Table 1, where half the data is text. Where it is frozen,
-text would train nothing and is left out. So captions behind pictures are all of the language-model loss of a
-frozen cell, and a tenth of a learning one's. The cells "light" are frozen ones where they weigh as little.
+A text side that learns also reads text alone (Section 5.1.1), until its step takes about twice the FLOPs of
+ours: half of the data is text in the paper's Table 1. A frozen text side would learn nothing from it. So the
+language-model loss of a frozen cell is that of captions alone, which are a tenth of a learning cell's. The
+cells "light" are frozen ones whose captions weigh a tenth.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
+import functools
 import json
 import os
 import random
@@ -36,46 +37,48 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import train
-from checkpoint import Trained, list_checkpoints, write_atomic
-from config import Parser, run_command, tune_torch
-from evaluate import caption_report, text_parameters_changed
+from checkpoint import Trained, list_checkpoints, read_metrics, resume, saved_config, write_atomic
+from config import CONFIGS, Parser, TrainConfig, run_command, tune_torch
+from evaluate import caption_report, load_base, text_parameters_changed
 from generate import describe_images, encode_text, generate_images
 from lab.language import knowledge, multiple_choice, perplexity, reasoning
 from lab.metrics import frechet
 from lab.report import FIGURES, write_report
-from load_qwen3 import encode_plain, load_qwen3
+from lab.watch import as_trained
+from load_qwen3 import encode_plain
 from model import LMFusion
 from small import pretrain
 from small.world import all_scenes, prompt_match, render, text_document
-from train import CONFIGS, Run, TrainConfig
+from train import Run, train
+
+ROOT = Path(__file__).parent.parent  # where `-m lab.ablate` is found
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a cell trains and how closely it is looked at."""
+    """How long a cell trains and how closely it is measured."""
 
     steps: int = 480
     batch_size: int = 32  # half that of `small`: more steps from as much arithmetic
     every: int = 120  # steps between the points of a curve
-    pictures: int = 64  # of a point: painted, and described
-    final: int = len(all_scenes(held_out=True))  # likewise at the end
+    pictures: int = 64  # painted and described at a point of a curve
+    final: int = len(all_scenes(held_out=True))  # painted and described at the end
     questions: int = 200  # of reasoning
     documents: int = 200  # of unseen text, for its perplexity
-    text_batch: int = 12  # documents a step: with them Transfusion's takes twice the FLOPs of ours
+    text_batch: int = 12  # documents a step; with them Transfusion's step takes twice the FLOPs of ours
     counted: int = 8  # steps whose FLOPs are counted
     seeds: int = 3
-    ddpm: int = 250
+    ddpm: int = 250  # steps, tried on `deep-0`
+    ddim: tuple[int, int, int] = (10, 25, 50)  # likewise; the middle one is that of all other figures
     base_steps: int = 2600  # of pretraining: the base of results/; `small` takes pretrain.STEPS
-    out: str = "lab/results"
     runs: str = "runs/ablate"
+    out: str = "lab/results"
+    quick: bool = False
 
 
-QUICK = Plan(
-    *(4, 4, 2, 2, 3, 4, 4, 2, 1, 1, 5),
-    out="runs/ablate-quick/results",
-    runs="runs/ablate-quick",
-)
+TINY = dict(steps=4, batch_size=4, every=2, pictures=2, final=3, questions=4, documents=4, text_batch=1)
+TINY |= dict(counted=1, seeds=1, ddpm=5, ddim=(1, 2, 4), runs="runs/ablate-quick")
+QUICK = Plan(**TINY, out="runs/ablate-quick/results", quick=True)
 # The staged recipe that circulates for LMFusion: projections, then attention from the top layers down, then
 # all. Shares of the run.
 STAGED = (
@@ -117,26 +120,36 @@ def cells(plan: Plan) -> dict[str, dict]:
 
 
 def configure(plan: Plan, name: str, seed: int, base: Path) -> TrainConfig:
-    """The configuration of a cell; that of "deep-0-equal" takes a count of FLOPs first."""
-    own = dict(base=str(base), seed=seed, out=f"{plan.runs}/{name}-{seed}", sheet_every=0)
-    own |= dict(val_every=plan.every, checkpoint_every=plan.every, log_every=plan.every)
-    own |= dict(batch_size=plan.batch_size, warmup=plan.steps // 10)
-    if plan.steps < 200:
-        own |= dict(unet_channels=(8, 12), warmup=1)
-    config = dataclasses.replace(CONFIGS["small"], **own, **cells(plan)[name])
-    if name == "deep-0-equal":  # counted on the first seed's batches, so that all seeds take as many steps
-        theirs = count_flops(configure(plan, "transfusion", 0, base), plan.counted)["flops_per_step"]
-        ours = count_flops(dataclasses.replace(config, seed=0), plan.counted)["flops_per_step"]
-        config = dataclasses.replace(config, steps=round(plan.steps * theirs / ours))
-    return config
+    """The configuration of a cell; for "deep-0-equal" FLOPs are counted first."""
+    own = dict(base=str(base), seed=seed, out=f"{plan.runs}/{name}-{seed}", batch_size=plan.batch_size)
+    own |= dict(val_every=plan.every, checkpoint_every=plan.every, log_every=plan.every, sheet_every=0)
+    own |= dict(unet_channels=(8, 12), warmup=1) if plan.quick else dict(warmup=plan.steps // 10)
+    own |= cells(plan)[name]
+    if name == "deep-0-equal":
+        own["steps"] = equal_steps(plan, base)
+    return dataclasses.replace(CONFIGS["small"], **own)
 
 
-def count_flops(config: TrainConfig, steps: int) -> dict[str, float]:
-    """FLOPs and seconds a training step, on average: each step is timed, and done again to be counted."""
-    run = Run(dataclasses.replace(config, out=f"{config.out}-scratch", stages=""), "small")
-    for _ in range(2):  # the first steps also make the optimizers' states
-        run.train_step()
-    flops = seconds = 0.0
+# ------------------------------------------------------------------------------------------------------------
+# Runs of train.py
+
+
+def ensure_lab_base(plan: Plan) -> Path:
+    """The one base of all cells; a quick plan has a quick one."""
+    if not plan.quick:
+        return pretrain.ensure_base(0, plan.base_steps)
+    folder = Path(plan.runs) / "base"
+    if not folder.is_dir():
+        pretrain.pretrain_base(folder, steps=2, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    return folder
+
+
+def count_flops(run: Run, steps: int) -> dict[str, float]:
+    """FLOPs and seconds a training step, on average: each step is timed, and done again to be counted.
+
+    The batches are those of the third step and the next ones; the run has trained on them afterwards.
+    """
+    run.step, run.stages, flops, seconds = 2, [], 0.0, 0.0
     for _ in range(steps):
         start = time.perf_counter()
         run.train_step()
@@ -146,6 +159,62 @@ def count_flops(config: TrainConfig, steps: int) -> dict[str, float]:
             run.train_step()
         flops += counter.get_total_flops()
     return {"flops_per_step": flops / steps, "seconds_per_step": seconds / steps}
+
+
+@functools.cache
+def equal_steps(plan: Plan, base: Path) -> int:
+    """Steps of "deep-0" that take as many FLOPs as "transfusion", for all seeds those of the first one."""
+    theirs, ours = (
+        count_flops(Run(configure(plan, name, 0, base), "ablation"), plan.counted)["flops_per_step"]
+        for name in ("transfusion", "deep-0")
+    )
+    return round(plan.steps * theirs / ours)
+
+
+def open_run(config: TrainConfig) -> Run:
+    """A run at its start, or at its last checkpoint; ValueError if that is of another configuration."""
+    run = Run(config, "ablation")
+    if found := list_checkpoints(run.out):
+        saved = saved_config(found[-1])
+        if saved != dataclasses.asdict(config) | {"out": saved["out"], "base": saved["base"]}:
+            raise ValueError(f"{run.out} holds a run of another configuration; delete it to start over")
+        resume(run, found[-1])
+    else:
+        run.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(run.out / "metrics.jsonl", "")
+    return run
+
+
+def run_cell(plan: Plan, name: str, seed: int) -> None:
+    """Train and measure one cell, or go on where it stopped; its result is written when it is whole."""
+    start, base = time.perf_counter(), ensure_lab_base(plan)
+    config = configure(plan, name, seed, base)
+    run = open_run(config)
+    if run.step < config.steps:
+        train(run, watch=lambda run: measure(as_trained(run), plan, seed))
+    lines = read_metrics(run.out / "metrics.jsonl")
+    final = final_figures(as_trained(run), plan, name, seed)
+    counted = count_flops(run, plan.counted)  # last, for it trains
+    result = {
+        "cell": name,
+        "seed": seed,
+        "made_by": {"commit": commit(), "command": f"python {command(plan, name, seed)}"},
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("base", "out")},
+        "base_fingerprint": run.fingerprint,
+        "parameters": {
+            "trained": sum(p.numel() for p in run.trained.values()),
+            "all": sum(p.numel() for p in run.model.parameters()),
+        },
+        **counted,
+        "flops": counted["flops_per_step"] * config.steps,
+        "pictures_seen": config.steps * config.batch_size,
+        "curve": [{"step": x["step"], **x["watched"], "val": x["val"]} for x in lines if "watched" in x],
+        "final": final,
+        "cell_seconds": round(time.perf_counter() - start, 1),
+    }
+    file = result_file(plan, name, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(result, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -158,7 +227,7 @@ def measure_text(model: LMFusion, trained: Trained, plan: Plan) -> dict[str, flo
     ids = [encode_text(trained, text_document(rng), room=0) for _ in range(plan.documents)]
     found = {"perplexity": perplexity(model, [row + [model.config.eos_id] for row in ids])}
     for name, questions in (("knowledge", knowledge()), ("reasoning", reasoning(plan.questions))):
-        asked = questions if plan.steps >= 200 else questions[:: len(questions) // 4]
+        asked = questions[:: len(questions) // 4] if plan.quick else questions
         asking = multiple_choice(model, lambda text: encode_plain(trained.tokenizer, text), asked, name)
         found[name] = asking["accuracy"]
     return found
@@ -176,11 +245,8 @@ def measure_pictures(
         painted.append(generate_images(trained, prompts, seeds[i : i + 64], steps, cfg, sampler))
     pictures = torch.cat(painted)
     found = prompt_match(scenes, pictures)
-    return {
-        "match": found.pop("all"),
-        **found,
-        "frechet": frechet(pictures, render(scenes, random.Random(0))),
-    }
+    real = render(scenes, random.Random(0))
+    return {"match": found.pop("all"), **found, "frechet": frechet(pictures, real)}
 
 
 def measure_captions(trained: Trained, n: int) -> dict[str, float]:
@@ -193,102 +259,48 @@ def measure_captions(trained: Trained, n: int) -> dict[str, float]:
     return {"cider": report["cider"], "captions_exact": report["exact"]}
 
 
-def measure(run: Run, plan: Plan) -> dict[str, float]:
+def measure(trained: Trained, plan: Plan, seed: int) -> dict[str, float]:
     """A point of a curve."""
-    trained = as_trained(run)
-    found = measure_text(run.model, trained, plan) | measure_captions(trained, plan.pictures)
-    return found | measure_pictures(trained, plan.pictures, run.config.seed)
+    found = measure_text(trained.model, trained, plan) | measure_captions(trained, plan.pictures)
+    return found | measure_pictures(trained, plan.pictures, seed, steps=plan.ddim[1])
 
 
-def as_trained(run: Run) -> Trained:
-    """A run as the functions that generate take it."""
-    return Trained(run.model, run.tokenizer, run.diffusion, run.codec, {}, run.out)
+def final_figures(trained: Trained, plan: Plan, name: str, seed: int) -> dict:
+    """All figures at the end of a run; those of `deep-0` under more guidance and by all samplers as well."""
+    base, full = load_base(trained), name == "deep-0"
 
+    def pictures(cfg: float, sampler: str = "ddim", steps: int = plan.ddim[1]) -> dict[str, float]:
+        return measure_pictures(trained, plan.final, seed, cfg, sampler, steps)
 
-def final_figures(run: Run, plan: Plan, name: str, base: LMFusion) -> dict:
-    """All of it at the end of a run; `deep-0` under more guidance and by all samplers as well."""
-    trained, n, seed = as_trained(run), plan.final, run.config.seed
     found = {
-        "text": measure_text(run.model, trained, plan),
+        "text": measure_text(trained.model, trained, plan),
         "text_of_base": measure_text(base, trained, plan),
-        "text_tensors_changed": len(text_parameters_changed(run.model, base)),
-        "captions": measure_captions(trained, n),
-        "pictures": {str(cfg): measure_pictures(trained, n, seed, cfg) for cfg in (1.0, 1.55)},
+        "text_tensors_changed": len(text_parameters_changed(trained.model, base)),
+        "captions": measure_captions(trained, plan.final),
+        "pictures": {str(cfg): pictures(cfg) for cfg in (1.0, 1.55, *((3.0, 5.0) if full else ()))},
     }
-    if name == "deep-0":
-        found["pictures"] |= {str(cfg): measure_pictures(trained, n, seed, cfg) for cfg in (3.0, 5.0)}
-        found["samplers"] = {
-            f"{sampler} {steps}": measure_pictures(trained, n, seed, 1.55, sampler, steps)
-            for sampler, steps in (("ddpm", plan.ddpm), ("ddim", 10), ("ddim", 25), ("ddim", 50))
-        }
+    if full:
+        kinds = [("ddpm", plan.ddpm), *(("ddim", steps) for steps in plan.ddim)]
+        found["samplers"] = {f"{kind} {steps}": pictures(1.55, kind, steps) for kind, steps in kinds}
     return found
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Cells
-
-
-def ensure_lab_base(plan: Plan) -> Path:
-    """The one base of all cells; a quick plan has a quick one."""
-    if plan.steps >= 200:
-        return train.ensure_base(0, plan.base_steps)
-    folder = Path(plan.runs) / "base"
-    if not folder.is_dir():
-        pretrain.pretrain_base(folder, steps=2, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-    return folder
+# Many cells
 
 
 def result_file(plan: Plan, name: str, seed: int) -> Path:
+    """Where the result of a cell lies."""
     return Path(plan.out) / f"{name}-{seed}.json"
 
 
-def run_cell(plan: Plan, name: str, seed: int) -> None:
-    """Train and measure one cell, or go on where it stopped; its result is written when it is whole."""
-    start, base = time.perf_counter(), ensure_lab_base(plan)
-    config = configure(plan, name, seed, base)
-    counted = count_flops(config, plan.counted)
-    run = Run(config, "ablation")
-    found = list_checkpoints(run.out)
-    if found:
-        saved = train.saved_config(found[-1] / "checkpoint.json")
-        if saved != dataclasses.asdict(config) | {"out": saved["out"], "base": saved["base"]}:
-            raise ValueError(f"{run.out} holds a run of another configuration; delete it to start over")
-        run.resume(found[-1])
-    else:
-        run.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(run.out / "metrics.jsonl", "")
-    if run.step < config.steps:
-        train.train(run, watch=lambda run: measure(run, plan))
-    lines = train.read_metrics(run.out / "metrics.jsonl")
-    frozen = load_qwen3(base, **{**run.overrides, "unet_channels": (4, 4), "separation": "none"})
-    seen, quick = config.steps * config.batch_size, " --quick" * (plan.steps < 200)
-    result = {
-        "cell": name,
-        "seed": seed,
-        "made_by": {
-            "commit": commit(),
-            "command": f"python -m lab.ablate --cell {name} --seed {seed}{quick}",
-        },
-        "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("base", "out")},
-        "base_fingerprint": run.fingerprint,
-        "parameters": {
-            "trained": sum(p.numel() for p in run.trained.values()),
-            "all": sum(p.numel() for p in run.model.parameters()),
-        },
-        **counted,
-        "flops": counted["flops_per_step"] * config.steps,
-        "pictures_seen": seen,
-        "curve": [{"step": x["step"], **x["watched"], "val": x["val"]} for x in lines if "watched" in x],
-        "final": final_figures(run, plan, name, frozen),
-        "cell_seconds": round(time.perf_counter() - start, 1),
-    }
-    file = result_file(plan, name, seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, json.dumps(result, indent=1) + "\n")
+def command(plan: Plan, name: str, seed: int) -> str:
+    """What makes the result of a cell, behind "python"."""
+    return f"-m lab.ablate --cell {name} --seed {seed}" + " --quick" * plan.quick
 
 
-def commit(folder: Path = Path(__file__).parent.parent) -> str:
-    """What the code is, by git; a "+" behind it says that Python files differ from it (results may)."""
+def commit(folder: Path = ROOT) -> str:
+    """The commit of the code; a "+" behind it says that Python files differ from it (results may)."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout
@@ -299,8 +311,8 @@ def commit(folder: Path = Path(__file__).parent.parent) -> str:
         return "unknown"
 
 
-def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int, quick: bool) -> None:
-    """The cells that have no result yet; several at once are processes of one thread each."""
+def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int) -> None:
+    """The cells that have no result yet; several at once are processes that share the cores."""
     todo = [(name, seed) for name, seed in wanted if not result_file(plan, name, seed).is_file()]
     print(f"{len(todo)} of {len(wanted)} cells to do; results in {plan.out}")
     if jobs == 1:
@@ -308,27 +320,15 @@ def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int, quick: bool) -
             run_cell(plan, name, seed)
         return
     ensure_lab_base(plan)
-    root = str(Path(__file__).parent.parent)  # from where `-m lab.ablate` is found
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)),
-        "PYTHONPATH": root,
-    }
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     Path(plan.runs).mkdir(parents=True, exist_ok=True)
 
     def work(cell: tuple[str, int]) -> None:
         name, seed = cell
-        command = [
-            sys.executable,
-            "-m",
-            "lab.ablate",
-            "--cell",
-            name,
-            "--seed",
-            str(seed),
-            *(["--quick"] * quick),
-        ]
         with open(Path(plan.runs) / f"{name}-{seed}.log", "w") as log:
-            status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+            args = [sys.executable, *command(plan, name, seed).split()]
+            status = subprocess.run(args, env=environment, stdout=log, stderr=log).returncode
         if status:
             raise ValueError(f"cell {name} of seed {seed} ended with status {status}; see {log.name}")
 
@@ -337,6 +337,7 @@ def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int, quick: bool) -
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with the plan and the names of the cells that it means."""
     parser = Parser(prog="python -m lab.ablate", description="The paper's ablations at laptop size.")
     add = parser.add_argument
     add("--quick", action="store_true", help="a few steps of every cell, into runs/ablate-quick")
@@ -358,14 +359,15 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run what is missing, the cells of the paper's figures first; then draw and write the report."""
     args = parse()
     tune_torch()
     seeds = [args.seed] if args.seed is not None else list(range(args.seeds))
-    shown = {name for names in FIGURES.values() for name in names}  # in the paper's figures: these first
+    shown = {name for names in FIGURES.values() for name in names}
     wanted = [(name, seed) for seed in seeds for name in args.names]
     wanted.sort(key=lambda cell: cell[0] not in shown)
     if not args.tables:
-        run_all(args.plan, wanted, args.jobs, args.quick)
+        run_all(args.plan, wanted, args.jobs)
     for path in write_report(Path(args.plan.out)):
         print(path)
 

@@ -1,4 +1,7 @@
-"""Pictures for people: sheets of captioned samples, films of the denoising, and curves. Pillow only."""
+"""Pictures for people: sheets of captioned samples, films of the denoising, and curves. Pillow only.
+
+Shapes: n pictures of S pixels a side; pictures are uint8 (n, 3, S, S).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from checkpoint import write_atomic
 INK, GREY, PAPER = (30, 30, 30), (150, 150, 150), (255, 255, 255)
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
 FILMS = {k: v for k, v in FORMATS.items() if v != "JPEG"}
+Lines = dict[str, list[tuple[float, ...]]]  # of a plot: label -> points
 SERIES = ((31, 97, 180), (214, 92, 34), (46, 139, 87), (130, 70, 160), (120, 120, 120))
 
 
@@ -49,18 +53,32 @@ def save_image(image: Image.Image, path: str | Path, **options) -> None:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """Break text into at most `lines` lines of `width` pixels; what does not fit ends in an ellipsis."""
+    """Break text into at most `lines` lines of `width` pixels; what does not fit ends in an ellipsis.
+
+    A word that is longer than a line is broken as well.
+    """
     out = [""]
     for word in text.split():
         longer = f"{out[-1]} {word}".strip()
         if font.getlength(longer) <= width:
             out[-1] = longer
-        else:
-            out.append(word)
-    if len(out) > lines:
-        out = out[:lines]
-        out[-1] += " ..."
-    return out
+            continue
+        if out[-1]:
+            out.append("")
+        while len(out) <= lines and len(word) > 1 and font.getlength(word) > width:
+            fits = 1
+            while font.getlength(word[: fits + 1]) <= width:
+                fits += 1
+            out[-1], word = word[:fits], word[fits:]
+            out.append("")
+        out[-1] = word
+    return out if len(out) <= lines else [*out[: lines - 1], f"{out[lines - 1]} ..."]
+
+
+def paste(page: Image.Image, picture: Tensor, x: int, y: int, side: int) -> None:
+    """Put a picture (3, S, S) on a page, `side` pixels wide, in a frame."""
+    page.paste(to_image(picture, side), (x, y))
+    ImageDraw.Draw(page).rectangle((x - 1, y - 1, x + side, y + side), outline=GREY)
 
 
 def sheet(pictures: Tensor, captions: list[str], columns: int = 6, side: int = 128) -> Image.Image:
@@ -72,8 +90,7 @@ def sheet(pictures: Tensor, captions: list[str], columns: int = 6, side: int = 1
     draw = ImageDraw.Draw(page)
     for i, caption in enumerate(captions):
         x, y = gap + i % columns * (side + gap), gap + i // columns * height
-        page.paste(to_image(pictures[i], side), (x, y))
-        draw.rectangle((x - 1, y - 1, x + side, y + side), outline=GREY)
+        paste(page, pictures[i], x, y, side)
         for j, line in enumerate(wrap(caption, font, side, lines)):
             draw.text((x, y + side + 3 + 14 * j), line, INK, font)
     return page
@@ -92,9 +109,7 @@ def cases(
     for i, (pictures, paragraphs) in enumerate(rows):
         y = top + i * (side + gap)
         for j, picture in enumerate(pictures):
-            x = gap + j * (side + gap)
-            page.paste(to_image(picture, side), (x, y))
-            draw.rectangle((x - 1, y - 1, x + side, y + side), outline=GREY)
+            paste(page, picture, gap + j * (side + gap), y, side)
         lines = [
             (text, INK if k == 0 else GREY)
             for k, paragraph in enumerate(paragraphs)
@@ -127,74 +142,73 @@ def round_step(span: float) -> float:
     return next(power * m for m in (1, 2, 2.5, 5, 10) if power * m * 4 >= span * (1 - 1e-9))
 
 
+def plot(title: str, lines: Lines, size: tuple[int, int], height: int) -> Image.Image:
+    """One panel of `curves`: axes in `size`, the names of the lines below, in all `height` pixels high."""
+    (w, h), left, top, bottom, right = size, 52, 30, 26, 14
+    panel, font = Image.new("RGB", (w, height), PAPER), ImageFont.load_default(12)
+    draw, points = ImageDraw.Draw(panel), [q for series in lines.values() for q in series]
+    if not points:
+        return panel
+    x1 = max(max(q[0] for q in points), 1e-9)
+    low, high = min(0.0, min(min(q[1:]) for q in points)), max(max(max(q[1:]) for q in points), 1e-9)
+    x_step, y_step = round_step(x1), round_step(high - low)
+    y0, y1 = math.floor(low / y_step) * y_step, math.ceil(high / y_step - 1e-9) * y_step
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + x / x1 * (w - left - right), h - bottom - (y - y0) / (y1 - y0) * (h - top - bottom)
+
+    draw.text((left, 8), title, INK, font)
+    for y in (y0 + i * y_step for i in range(round((y1 - y0) / y_step) + 1)):
+        draw.line((*place(0, y), *place(x1, y)), fill=(228, 228, 228))
+        draw.text((left - 8, place(0, y)[1]), f"{y:.4g}", GREY, font, anchor="rm")
+    for x in (i * x_step for i in range(math.floor(x1 / x_step + 1e-9) + 1)):
+        draw.text((place(x, y0)[0], h - bottom + 6), f"{x:.4g}", GREY, font, anchor="mt")
+    colored = [(SERIES[i % len(SERIES)], *item) for i, item in enumerate(lines.items())]
+    for color, _, series in colored:  # all bands lie behind all lines
+        band = [q for q in series if len(q) == 4]
+        if len(band) > 1:
+            edge = [place(q[0], q[2]) for q in band] + [place(q[0], q[3]) for q in band[::-1]]
+            draw.polygon(edge, fill=tuple((c + 4 * 255) // 5 for c in color))
+    for i, (color, label, series) in enumerate(colored):
+        places = [place(*q[:2]) for q in series]
+        draw.line(places, fill=color, width=2)
+        for x, y in places if len(places) <= 20 else ():
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
+        draw.line((left, h + 16 * i + 7, left + 20, h + 16 * i + 7), fill=color, width=3)
+        draw.text((left + 28, h + 16 * i), label, INK, font)
+    return panel
+
+
 def curves(
-    panels: list[tuple[str, dict[str, list[tuple[float, ...]]]]],
-    size: tuple[int, int] = (420, 280),
-    columns: int = 3,
+    panels: list[tuple[str, Lines]], size: tuple[int, int] = (420, 280), columns: int = 3
 ) -> Image.Image:
     """Line plots side by side; a panel is (title, {label: [(x, y), ...]}), and its y axis holds 0.
 
     A point may be (x, y, low, high): then a band from low to high lies behind its line. The names of the
-    lines stand below each plot, beside `size`.
+    lines stand below each plot, outside `size`.
     """
-    (w, h), left, top, bottom, right = size, 52, 30, 26, 14
-    whole = h + 16 * max(len(lines) for _, lines in panels) + 8
+    height = size[1] + 16 * max(len(lines) for _, lines in panels) + 8
     columns = min(columns, len(panels))
-    page = Image.new("RGB", (w * columns, whole * -(-len(panels) // columns)), PAPER)
-    font = ImageFont.load_default(12)
-    for p, (title, lines) in enumerate(panels):
-        panel = Image.new("RGB", (w, whole), PAPER)
-        draw = ImageDraw.Draw(panel)
-        points = [q for series in lines.values() for q in series]
-        if not points:
-            continue
-        x1 = max(max(q[0] for q in points), 1e-9)
-        low, high = min(0.0, min(min(q[1:]) for q in points)), max(max(max(q[1:]) for q in points), 1e-9)
-        x_step, y_step = round_step(x1), round_step(high - low)
-        y0, y1 = math.floor(low / y_step) * y_step, math.ceil(high / y_step - 1e-9) * y_step
-
-        def place(x: float, y: float, x1=x1, y0=y0, y1=y1) -> tuple[float, float]:
-            return (
-                left + x / x1 * (w - left - right),
-                h - bottom - (y - y0) / (y1 - y0) * (h - top - bottom),
-            )
-
-        draw.text((left, 8), title, INK, font)
-        for i in range(round((y1 - y0) / y_step) + 1):
-            y = y0 + i * y_step
-            draw.line((*place(0, y), *place(x1, y)), fill=(228, 228, 228))
-            draw.text((left - 8, place(0, y)[1]), f"{y:.4g}", GREY, font, anchor="rm")
-        for i in range(math.floor(x1 / x_step + 1e-9) + 1):
-            x = i * x_step
-            draw.text((place(x, y0)[0], h - bottom + 6), f"{x:.4g}", GREY, font, anchor="mt")
-        colored = [(SERIES[i % len(SERIES)], *item) for i, item in enumerate(lines.items())]
-        for color, _, series in colored:
-            band = [q for q in series if len(q) == 4]
-            if len(band) > 1:
-                edge = [place(x, low) for x, _, low, _ in band] + [place(q[0], q[3]) for q in band[::-1]]
-                draw.polygon(edge, fill=tuple((c + 4 * 255) // 5 for c in color))
-        for i, (color, label, series) in enumerate(colored):
-            draw.line([place(*q[:2]) for q in series], fill=color, width=2)
-            if len(series) <= 20:
-                for x, y in (place(*q[:2]) for q in series):
-                    draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
-            draw.line((left, h + 16 * i + 7, left + 20, h + 16 * i + 7), fill=color, width=3)
-            draw.text((left + 28, h + 16 * i), label, INK, font)
-        page.paste(panel, (p % columns * w, p // columns * whole))
+    page = Image.new("RGB", (size[0] * columns, height * -(-len(panels) // columns)), PAPER)
+    for i, (title, lines) in enumerate(panels):
+        page.paste(plot(title, lines, size, height), (i % columns * size[0], i // columns * height))
     return page
 
 
 def training_curves(metrics: list[dict], timesteps: tuple[int, ...]) -> Image.Image:
-    """Losses and validation errors of a run, by step, from the lines of its metrics.jsonl."""
-    val = [m for m in metrics if "val" in m]
-    losses = {
-        k: [(m["step"], m[k]) for m in metrics if m.get(k) is not None] for k in ("ddpm_loss", "lm_loss")
-    }
-    panels = [("training loss by step", losses)]
-    for key in (1, 4):
-        errors = {
-            f"{which} caption": [(m["step"], m["val"][which][key]) for m in val]
-            for which in ("right", "permuted")
-        }
-        panels.append((f"validation error at t = {timesteps[key]} by step", errors))
+    """Losses and validation errors by step, from the lines of a run's metrics.jsonl.
+
+    timesteps: those at which the validation error was measured; the second and the fifth are drawn.
+    """
+
+    def loss(key: str) -> list[tuple[float, ...]]:
+        return [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
+
+    def error(which: str, i: int) -> list[tuple[float, ...]]:
+        return [(m["step"], m["val"][which][i]) for m in metrics if "val" in m]
+
+    panels = [("training loss by step", {key: loss(key) for key in ("ddpm_loss", "lm_loss")})]
+    for i in (1, 4):
+        lines = {f"{which} caption": error(which, i) for which in ("right", "permuted")}
+        panels.append((f"validation error at t = {timesteps[i]} by step", lines))
     return curves(panels)

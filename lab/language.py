@@ -26,19 +26,7 @@ from tqdm import tqdm
 
 from attention import Tokens
 from model import LMFusion
-from small.world import (
-    COLOR_THINGS,
-    DAYS,
-    LORE,
-    NUMBERS,
-    OPPOSITE,
-    SHAPE_THINGS,
-    SIZE_THINGS,
-    SOUNDS,
-    VALUES,
-    draw_edit,
-    draw_puzzle,
-)
+from small import world
 
 
 @dataclass(frozen=True)
@@ -64,8 +52,7 @@ def read_questions(path: str) -> list[Question]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
-        wrong = question_fault(row)
-        if wrong:
+        if wrong := question_fault(row):
             raise ValueError(f"{path}: line {number} {wrong}")
         questions.append(Question(row["context"], tuple(row["choices"]), row["label"]))
     if not questions:
@@ -136,7 +123,7 @@ def multiple_choice(
     encode: text -> ids. ValueError for a question that is longer than the context.
     """
     limit = model.config.max_position_embeddings
-    rows, owners = [], []
+    rows = []
     for number, q in enumerate(questions):
         for choice in q.choices:
             ids, n = cut(encode, q.context, choice)
@@ -146,18 +133,15 @@ def multiple_choice(
                     f"context; the model takes {limit} in all and needs one of context"
                 )
             rows.append((ids, n))
-            owners.append(number)
     found: list[float] = []
     for start in tqdm(range(0, len(rows), 512), desc=what, disable=None, leave=False):
         found += log_likelihoods(model, rows[start : start + 512])
-    plain: list[list[float]] = [[] for _ in questions]
-    for number, value in zip(owners, found, strict=True):
-        plain[number].append(value)
-    hits = [0, 0]
-    for q, values in zip(questions, plain, strict=True):
-        per_character = [v / len(c.strip()) for v, c in zip(values, q.choices, strict=True)]
-        for k, scores in enumerate((per_character, values)):
-            hits[k] += max(range(len(scores)), key=scores.__getitem__) == q.label
+    hits, values = [0, 0], iter(found)
+    for q in questions:
+        plain = [next(values) for _ in q.choices]
+        per_character = [v / len(c.strip()) for v, c in zip(plain, q.choices, strict=True)]
+        for k, scores in enumerate((per_character, plain)):
+            hits[k] += scores.index(max(scores)) == q.label
     n = len(questions)
     return {"questions": n, "accuracy": hits[0] / n, "accuracy_unnormalised": hits[1] / n}
 
@@ -175,12 +159,12 @@ def perplexity(model: LMFusion, documents: list[list[int]], batch: int = 32) -> 
 
 def knowledge() -> list[Question]:
     """One question a fact of the text world, the choices being all values that such a fact can have."""
-    kinds = ((" is", COLOR_THINGS), (" is a", SHAPE_THINGS), (" is", SIZE_THINGS))
+    kinds = ((" is", world.COLOR_THINGS), (" is a", world.SHAPE_THINGS), (" is", world.SIZE_THINGS))
     rows = [(x + be, value, tuple(table)) for be, table in kinds for value, xs in table.items() for x in xs]
-    rows += [(f"the opposite of {a} is", b, tuple(OPPOSITE)) for a, b in OPPOSITE.items()]
-    for fact in LORE:
+    rows += [(f"the opposite of {a} is", b, tuple(world.OPPOSITE)) for a, b in world.OPPOSITE.items()]
+    for fact in world.LORE:
         context, _, value = fact.rpartition(" ")
-        values = next(v for v in (tuple(SOUNDS.values()), DAYS, NUMBERS) if value in v)
+        values = next(v for v in (tuple(world.SOUNDS.values()), world.DAYS, world.NUMBERS) if value in v)
         rows.append((context, value, values))
     return [Question(context, choices, choices.index(value)) for context, value, choices in rows]
 
@@ -192,8 +176,8 @@ def reasoning(n: int, seed: int = 0) -> list[Question]:
     """
     rng, out = random.Random(f"reasoning {seed}"), []
     while len(out) < n:
-        edit = draw_edit(rng, held_out=True)
-        others = [(a, v) for a in VALUES for v in VALUES[a] if v != getattr(edit.source, a)]
+        edit = world.draw_edit(rng, held_out=True)
+        others = [(a, v) for a in world.VALUES for v in world.VALUES[a] if v != getattr(edit.source, a)]
         changed = [
             (a, dataclasses.replace(edit.source, **{a: v})) for a, v in rng.sample(others, len(others))
         ]
@@ -203,10 +187,8 @@ def reasoning(n: int, seed: int = 0) -> list[Question]:
         if not same:  # there are two sizes only
             same, elsewhere = elsewhere[:1], elsewhere[1:]
         scenes = rng.sample([edit.target, edit.source, same[0], elsewhere[0]], 4)
-        choices = tuple(scene.caption for scene in scenes)
-        out.append(
-            Question(f"{edit.source.caption}. {edit.instruction}:", choices, scenes.index(edit.target))
-        )
+        context, choices = f"{edit.source.caption}. {edit.instruction}:", tuple(s.caption for s in scenes)
+        out.append(Question(context, choices, scenes.index(edit.target)))
     return out
 
 
@@ -214,7 +196,7 @@ def puzzles(n: int, seed: int = 0) -> list[Question]:
     """n questions about people; the answer needs two of the sentences, or one and a fact."""
     rng, out = random.Random(f"puzzles {seed}"), []
     while len(out) < n:
-        puzzle = draw_puzzle(rng)
+        puzzle = world.draw_puzzle(rng)
         question, answer = puzzle.questions[0]
         out.append(Question(f"{puzzle.premises}. {question}?", puzzle.choices, puzzle.choices.index(answer)))
     return out

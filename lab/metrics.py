@@ -44,23 +44,10 @@ def caption_tokens(text: str) -> list[str]:
 
 
 def check_captions(candidates: list[list[str]], references: list[list[list[str]]]) -> None:
-    """ValueError unless every image has one candidate and at least one reference, all of them token lists."""
-    if not candidates:
-        raise ValueError("candidates is empty: there is nothing to score")
-    if len(candidates) != len(references):
-        raise ValueError(
-            f"candidates has {len(candidates)} captions and references has {len(references)} images; "
-            "there must be one candidate an image"
-        )
-    for i, (candidate, group) in enumerate(zip(candidates, references, strict=True)):
-        if isinstance(group, str) or not group:
-            raise ValueError(f"references[{i}] is {group!r}; it must be a list of at least one reference")
-        names = (f"candidates[{i}]", *(f"references[{i}][{j}]" for j in range(len(group))))
-        for name, caption in zip(names, (candidate, *group), strict=True):
-            if isinstance(caption, str):
-                raise ValueError(
-                    f"{name} is the string {caption!r}; it must be a list of tokens (caption_tokens)"
-                )
+    """Every image has one candidate and at least one reference, all of them lists of tokens."""
+    assert len(candidates) == len(references) > 0, (len(candidates), len(references))
+    for candidate, group in zip(candidates, references, strict=True):
+        assert len(group) > 0 and not any(isinstance(x, str) for x in (candidate, group, *group)), group
 
 
 def count_ngrams(tokens: list[str]) -> Counter[tuple[str, ...]]:
@@ -125,32 +112,14 @@ def exact_match(candidates: list[list[str]], references: list[list[list[str]]]) 
 # Pictures
 
 
-def check_gaussian(suffix: str, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance in float64; ValueError, by name, for what is not a mean and a covariance."""
-    if mean.dim() != 1 or len(mean) == 0 or cov.shape != (len(mean), len(mean)):
-        raise ValueError(
-            f"mean_{suffix} and cov_{suffix} are {tuple(mean.shape)} and {tuple(cov.shape)}; "
-            "they must be (d,) and (d, d)"
-        )
-    mean, cov = mean.detach().cpu().double(), cov.detach().cpu().double()
-    for name, x in ((f"mean_{suffix}", mean), (f"cov_{suffix}", cov)):
-        if not x.isfinite().all():
-            raise ValueError(f"{name} has {int((~x.isfinite()).sum())} values that are not finite")
-    asymmetry = (cov - cov.T).abs().max().item()
-    if asymmetry > 1e-5 * cov.abs().max().item():
-        raise ValueError(f"cov_{suffix} differs from its transpose by {asymmetry:g}; it must be symmetric")
-    return mean, (cov + cov.T) / 2
-
-
-def square_root(name: str, cov: Tensor) -> Tensor:
+def square_root(cov: Tensor) -> Tensor:
     """The symmetric root of a covariance (d, d). Eigenvalues that are mere rounding count as 0.
 
     Without that cut, a null direction of size 1e-16 would have a root of 1e-8.
     """
-    values, vectors = torch.linalg.eigh(cov)
+    values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
     largest = values.abs().max().item()
-    if values[0].item() < -1e-5 * largest:
-        raise ValueError(f"{name} has the eigenvalue {values[0].item():g}; a covariance has none below 0")
+    assert values[0].item() >= -1e-5 * largest, f"eigenvalue {values[0].item():g} of a covariance"
     rounding = largest * len(values) * torch.finfo(torch.float64).eps
     return (vectors * values.where(values > rounding, 0.0).sqrt()) @ vectors.T
 
@@ -161,11 +130,12 @@ def frechet_of_gaussians(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
     A B has the eigenvalues of R R^T with R = A^(1/2) B^(1/2), so the trace of its root is the sum of R's
     singular values. That needs no root of a matrix that is not symmetric, and covariances may be singular.
     """
-    mean_a, cov_a = check_gaussian("a", mean_a, cov_a)
-    mean_b, cov_b = check_gaussian("b", mean_b, cov_b)
-    if len(mean_a) != len(mean_b):
-        raise ValueError(f"mean_a has {len(mean_a)} features and mean_b has {len(mean_b)}; they must agree")
-    shared = torch.linalg.svdvals(square_root("cov_a", cov_a) @ square_root("cov_b", cov_b)).sum()
+    mean_a, cov_a, mean_b, cov_b = (x.detach().cpu().double() for x in (mean_a, cov_a, mean_b, cov_b))
+    for mean, cov in ((mean_a, cov_a), (mean_b, cov_b)):
+        assert mean.shape == mean_a.shape and cov.shape == (*mean.shape, *mean.shape), cov.shape
+        assert mean.isfinite().all() and cov.isfinite().all(), "values that are not finite"
+        assert (cov - cov.T).abs().max() <= 1e-5 * cov.abs().max(), "a covariance is symmetric"
+    shared = torch.linalg.svdvals(square_root(cov_a) @ square_root(cov_b)).sum()
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * shared
     return max(distance.item(), 0.0)
 
@@ -175,23 +145,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     It is biased: with few rows it is too large, so sets of different sizes do not compare.
     """
-    for name, x in (("a", a), ("b", b)):
-        if x.dim() != 2 or len(x) < 2 or x.shape[1] == 0:
-            raise ValueError(f"{name} is {tuple(x.shape)}; features must be (n, d) with at least two rows")
-        if not x.isfinite().all():
-            raise ValueError(f"{name} has {int((~x.isfinite()).sum())} values that are not finite")
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"a has {a.shape[1]} features and b has {b.shape[1]}; they must agree")
-    a, b = a.detach().cpu().double(), b.detach().cpu().double()
-    d = a.shape[1]
+    assert a.dim() == 2 and a.shape[1:] == b.shape[1:] and min(len(a), len(b)) > 1, (a.shape, b.shape)
+    a, b, d = a.detach().cpu().double(), b.detach().cpu().double(), a.shape[1]
     return frechet_of_gaussians(a.mean(0), a.T.cov().view(d, d), b.mean(0), b.T.cov().view(d, d))
-
-
-def check_pictures(name: str, pictures: Tensor) -> None:
-    """ValueError for what is not uint8 (n, 3, S, S)."""
-    shape = tuple(pictures.shape)
-    if pictures.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-        raise ValueError(f"{name} is {pictures.dtype} {shape}; pictures must be uint8 (n, 3, S, S)")
 
 
 def shape_features(pictures: Tensor) -> Tensor:
@@ -201,10 +157,9 @@ def shape_features(pictures: Tensor) -> Tensor:
     within each cell (4 x 4). Our own, made up for the built-in shapes: a Fréchet distance on these features
     compares only with others on them, never with a published FID.
     """
-    check_pictures("pictures", pictures)
-    n, _, side, _ = pictures.shape
-    if side == 0 or side % CELLS:
-        raise ValueError(f"pictures has {side} pixels a side; shape_features needs a multiple of {CELLS}")
+    n, colors, side, width = pictures.shape
+    assert pictures.dtype == torch.uint8 and colors == 3 and side == width, (pictures.dtype, pictures.shape)
+    assert side > 0 and side % CELLS == 0, f"{side} pixels are not a multiple of {CELLS}"
     cell = side // CELLS
     x = pictures.double().div(255).view(n, 3, CELLS, cell, CELLS, cell).transpose(3, 4).flatten(4)
     weights = torch.tensor(LUMINANCE, dtype=x.dtype, device=x.device)
@@ -219,6 +174,4 @@ def frechet(
 
     With InceptionV3's 2,048 pooled features, which are not here, this is FID.
     """
-    check_pictures("pictures_a", pictures_a)
-    check_pictures("pictures_b", pictures_b)
     return frechet_distance(features(pictures_a), features(pictures_b))

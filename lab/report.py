@@ -1,16 +1,15 @@
-"""Figures and tables of the ablations (ablate.py), from the JSON files it left.
+"""Figures and tables of the ablations (ablate.py), from the JSON files in results/.
 
-Numbers are means over seeds, with the smallest and largest behind them. A claim of the paper "holds" here if
-the difference it speaks of has its sign in every seed, "does not" if it has the other sign in every seed, and
-is "not clear" else; differences are taken seed by seed. A claim that one is not behind the other fails only
-if every seed says that it is. Nothing is computed anew but what guessing would get (`guess`).
+Numbers are means over seeds, with the smallest and the largest in brackets. A claim is about a difference of
+two cells, taken seed by seed. It "holds" if the difference has the paper's sign in every seed, "does not" if
+it has the other sign in every seed, and is "not clear" otherwise. A claim that one cell is not behind another
+fails only if it is behind in every seed.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -43,12 +42,54 @@ LABELS = {
     "deep-0-half": "deep, frozen, captions first in 50%",
     "deep-0-staged": "deep, frozen, staged",
 }
-PANELS = (
-    ("knowledge", "facts of the text world, right"),
-    ("reasoning", "edits in words, right"),
-    ("cider", "captions: CIDEr"),
-    ("attributes", "pictures: attributes right"),
+PANELS = {
+    "knowledge": "facts of the text world, right",
+    "reasoning": "edits in words, right",
+    "cider": "captions: CIDEr",
+    "attributes": "pictures: attributes right",
+}
+# What is compared: its name and its path in a result, as `figure` takes it.
+CIDER = {"CIDEr": "captions/cider"}
+COMPARED = {
+    "images": CIDER | {"attributes": "pictures/1.55/attributes"},
+    "captions": CIDER,
+    "text": {"reasoning": "text/reasoning", "knowledge": "text/knowledge"},
+    "lost": {"reasoning": "lost/reasoning", "knowledge": "lost/knowledge"},
+}
+# Claim | the paper's numbers | the cell that is ahead > the one behind it | what is compared. With >= being
+# equal is enough; "> 0" is about the number itself.
+CLAIMS = tuple(
+    tuple(line.split(" | "))
+    for line in """\
+a dense model at ratio 1 forgets text (Fig. 4) | HellaSwag -15%, then -7% | none-1 > 0 | lost
+ratio 0.1 forgets less (Fig. 4) | -7% becomes -2% | none-0.1 > none-1 | text
+... but learns images less well (Fig. 4) | a lower curve | none-1 > none-0.1 | images
+frozen, a dense model learns images less well (Fig. 4) | "significantly impairs" | none-1 > none-0 | images
+... captions weighing alike (Fig. 4) | as above | none-1 > none-0-light | images
+shallow beats none, text frozen (Fig. 5) | clearly | shallow-0 > none-0 | images
+deep beats shallow, text frozen (Fig. 5) | most in generation | deep-0 > shallow-0 | images
+frozen deep beats dense at ratio 1 (5.1.2) | a higher curve | deep-0 > none-1 | images
+... captions weighing alike (5.1.2) | as above | deep-0-light > none-1 | images
+frozen deep is not behind deep at ratio 1 (Fig. 6) | "strong performance" | deep-0 >= deep-1 | images
+... captions weighing alike (Fig. 6) | as above | deep-0-light >= deep-1 | images
+half the FLOPs beat Transfusion (Table 1) | CIDEr +20%, FID -3.6% (guided +0.6%) | \
+deep-0 > transfusion | images
+... captions weighing alike (Table 1) | as above | deep-0-light > transfusion | images
+... with better text (Table 1) | +9.0, +5.8, +8.5 points | deep-0 > transfusion | text
+half the FLOPs are not behind as many (Table 1) | CIDEr 38.3 and 38.4, FID 13.9 and 14.0 (guided 8.75 and \
+8.61) | deep-0 >= deep-0-equal | images
+a noise limit helps captions (Transfusion) | 33.7 to 35.2 | deep-0 > deep-0-no-limit | captions""".split("\n")
 )
+OVERVIEW = {  # column: path, digits
+    "perplexity": ("text/perplexity", 4),
+    "knowledge": ("text/knowledge", 3),
+    "reasoning": ("text/reasoning", 3),
+    "CIDEr": ("captions/cider", 3),
+    "attributes at 1.0": ("pictures/1.0/attributes", 3),
+    "attributes at 1.55": ("pictures/1.55/attributes", 3),
+    "all five at 1.55": ("pictures/1.55/match", 3),
+    "Frechet at 1.55": ("pictures/1.55/frechet", 3),
+}
 
 
 def read_results(folder: Path) -> Results:
@@ -65,55 +106,47 @@ def read_results(folder: Path) -> Results:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Numbers of one result
-
-GUIDED = "1.55"  # the paper's guidance
+# Numbers
 
 
-def text(key: str) -> Callable[[dict], float]:
-    return lambda r: r["final"]["text"][key]
-
-
-def lost(key: str) -> Callable[[dict], float]:
-    """By how much a figure of the text fell below the base's."""
-    return lambda r: r["final"]["text_of_base"][key] - r["final"]["text"][key]
-
-
-def read(found: dict, key: str) -> float:
+def read(found: dict, name: str) -> float:
     """A figure; "attributes" is the mean of the five, which says more than "match" while that is near 0."""
-    return mean(found[name] for name in VALUES) if key == "attributes" else found[key]
+    return mean(found[k] for k in VALUES) if name == "attributes" else found[name]
 
 
-def pictures(key: str, cfg: str = GUIDED) -> Callable[[dict], float]:
-    return lambda r: read(r["final"]["pictures"][cfg], key)
+def figure(result: dict, path: str) -> float:
+    """A final figure of a result: "text/reasoning", "pictures/1.55/match", "samplers/ddim 25/attributes".
+
+    "lost/NAME" is by how much a figure of the text fell below the base's.
+    """
+    *parts, name = path.split("/")
+    found = result["final"]
+    if parts == ["lost"]:
+        return found["text_of_base"][name] - found["text"][name]
+    for part in parts:
+        found = found[part]
+    return read(found, name)
 
 
-def by_sampler(name: str, key: str) -> Callable[[dict], float]:
-    return lambda r: read(r["final"]["samplers"][name], key)
-
-
-def caption(r: dict) -> float:
-    return r["final"]["captions"]["cider"]
-
-
-def over_seeds(values: list[float], digits: int = 3) -> str:
-    """ "0.912 (0.900 to 0.925)": mean, smallest and largest; "-" of none."""
+def over_seeds(values: list[float], digits: int = 3, sign: str = "") -> str:
+    """ "0.912 (0.900 to 0.925)": mean, smallest and largest; "-" of none. With sign "+" all have one."""
     if not values:
         return "-"
-    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    low, middle, high = (f"{x:{sign}.{digits}f}" for x in (min(values), mean(values), max(values)))
+    return f"{middle} ({low} to {high})"
 
 
-def spread(results: Results, cell: str, number: Callable[[dict], float], digits: int = 3) -> str:
+def spread(results: Results, cell: str, path: str, digits: int = 3) -> str:
     """A figure of a cell over its seeds."""
-    return over_seeds([number(r) for r in results.get(cell, {}).values()], digits)
+    return over_seeds([figure(r, path) for r in results.get(cell, {}).values()], digits)
 
 
-def differences(results: Results, a: str, b: str, number: Callable[[dict], float]) -> list[float]:
-    """number(a) - number(b), seed by seed; number(a) if b is empty."""
+def differences(results: Results, a: str, b: str, path: str) -> list[float]:
+    """A figure of cell a less that of cell b, seed by seed; that of a itself if b is "0"."""
     ours, theirs = results.get(a, {}), results.get(b, {})
-    if not b:
-        return [number(ours[s]) for s in sorted(ours)]
-    return [number(ours[s]) - number(theirs[s]) for s in sorted(ours.keys() & theirs.keys())]
+    if b == "0":
+        return [figure(ours[s], path) for s in sorted(ours)]
+    return [figure(ours[s], path) - figure(theirs[s], path) for s in sorted(ours.keys() & theirs.keys())]
 
 
 def verdict(values: list[float], equal_is_enough: bool = False) -> str:
@@ -125,106 +158,41 @@ def verdict(values: list[float], equal_is_enough: bool = False) -> str:
     return "holds" if equal_is_enough or all(v > 0 for v in values) else "not clear"
 
 
-def said(values: list[float]) -> str:
-    """ "+0.120 (+0.100 to +0.150)", or "-"."""
-    if not values:
-        return "-"
-    return f"{mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Tables
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
-
-
-# Claim; the paper's numbers; the cell that should be ahead, and the one behind it ("": the number itself
-# should be positive); what is compared; whether being equal is enough.
-BOTH = (("CIDEr", caption), ("attributes", pictures("attributes")))
-TEXT = (("reasoning", text("reasoning")), ("knowledge", text("knowledge")))
-LOST = (("reasoning", lost("reasoning")), ("knowledge", lost("knowledge")))
-CLAIMS = (
-    ("a dense model at ratio 1 forgets text (Fig. 4)", "HellaSwag -15%, then -7%", "none-1", "", LOST, False),
-    ("ratio 0.1 forgets less (Fig. 4)", "-7% becomes -2%", "none-0.1", "none-1", TEXT, False),
-    ("... but learns images less well (Fig. 4)", "a lower curve", "none-1", "none-0.1", BOTH, False),
-    (
-        "frozen, a dense model learns images less well (Fig. 4)",
-        '"significantly impairs"',
-        "none-1",
-        "none-0",
-        BOTH,
-        False,
-    ),
-    ("... captions weighing alike (Fig. 4)", "as above", "none-1", "none-0-light", BOTH, False),
-    ("shallow beats none, text frozen (Fig. 5)", "clearly", "shallow-0", "none-0", BOTH, False),
-    ("deep beats shallow, text frozen (Fig. 5)", "most in generation", "deep-0", "shallow-0", BOTH, False),
-    ("frozen deep beats dense at ratio 1 (5.1.2)", "a higher curve", "deep-0", "none-1", BOTH, False),
-    ("... captions weighing alike (5.1.2)", "as above", "deep-0-light", "none-1", BOTH, False),
-    (
-        "frozen deep is not behind deep at ratio 1 (Fig. 6)",
-        '"strong performance"',
-        "deep-0",
-        "deep-1",
-        BOTH,
-        True,
-    ),
-    ("... captions weighing alike (Fig. 6)", "as above", "deep-0-light", "deep-1", BOTH, True),
-    (
-        "half the FLOPs beat Transfusion (Table 1)",
-        "CIDEr +20%, FID -3.6% (guided +0.6%)",
-        "deep-0",
-        "transfusion",
-        BOTH,
-        False,
-    ),
-    ("... captions weighing alike (Table 1)", "as above", "deep-0-light", "transfusion", BOTH, False),
-    ("... with better text (Table 1)", "+9.0, +5.8, +8.5 points", "deep-0", "transfusion", TEXT, False),
-    (
-        "half the FLOPs are not behind as many (Table 1)",
-        "CIDEr 38.3 and 38.4, FID 13.9 and 14.0 (guided 8.75 and 8.61)",
-        "deep-0",
-        "deep-0-equal",
-        BOTH,
-        True,
-    ),
-    (
-        "a noise limit helps captions (Transfusion)",
-        "33.7 to 35.2",
-        "deep-0",
-        "deep-0-no-limit",
-        BOTH[:1],
-        False,
-    ),
-)
 
 
 def claims(results: Results) -> str:
     """Claim in the paper | their number | ours | is the sign theirs in every seed?"""
     rows = []
-    for claim, theirs, ahead, behind, numbers, equal_is_enough in CLAIMS:
-        found = {unit: differences(results, ahead, behind, number) for unit, number in numbers}
-        verdicts = {unit: verdict(values, equal_is_enough) for unit, values in found.items()}
-        holds = ", ".join(f"{unit}: {v}" for unit, v in verdicts.items())
+    for claim, theirs, comparison, compared in CLAIMS:
+        ahead, sign, behind = comparison.split()
+        found = {k: differences(results, ahead, behind, path) for k, path in COMPARED[compared].items()}
+        verdicts = {k: verdict(values, sign == ">=") for k, values in found.items()}
+        holds = ", ".join(f"{k}: {v}" for k, v in verdicts.items())
         if len(set(verdicts.values())) == 1:
             holds = next(iter(verdicts.values()))
-        ours = "; ".join(f"{unit} {said(values)}" for unit, values in found.items())
-        what = f"{LABELS[ahead]} - {LABELS[behind]}" if behind else f"what {LABELS[ahead]} lost"
+        what = f"what {LABELS[ahead]} lost" if behind == "0" else f"{LABELS[ahead]} - {LABELS[behind]}"
+        ours = "; ".join(f"{k} {over_seeds(values, sign='+')}" for k, values in found.items())
         rows.append([claim, theirs, f"{what}: {ours}", holds])
     done = [r["final"] for r in results.get("deep-0", {}).values()]
     equal = [f["text"] == f["text_of_base"] and not f["text_tensors_changed"] for f in done]
     ours = f"{sum(equal)} of {len(equal)} seeds: no tensor changed, every figure the base's to the last digit"
     holds = "not run" if not equal else "holds" if all(equal) else "does not"
-    first = next(i for i, claim in enumerate(CLAIMS) if "(Fig. 6)" in claim[0])
+    first = next(i for i, row in enumerate(rows) if "(Fig. 6)" in row[0])
     rows.insert(first, ["deep with frozen text keeps the text exactly (Fig. 6)", "unchanged", ours, holds])
     return markdown(["claim", "paper", "ours: mean (least to most) over seeds", "holds?"], rows)
 
 
 def guess(seed: int) -> dict[str, float]:
-    """What captions and pictures get in which the background is right and all else is guessed.
+    """The figures of captions and pictures with the right background and all other attributes at random.
 
-    A background is the first thing to be learned, and the wording of captions the second: this is the floor.
+    Training learns backgrounds first, and the wording of captions second. This is what they alone are worth.
     """
     scenes, rng = all_scenes(held_out=True), random.Random(seed)
     every = [*scenes, *all_scenes(held_out=False)]
@@ -240,50 +208,31 @@ def guess(seed: int) -> dict[str, float]:
 
 
 def overview(results: Results) -> str:
-    """Every cell and what it reached."""
+    """Every cell and its final figures."""
     rows = []
-    for cell, label in LABELS.items():
-        if cell not in results:
-            continue
-        some = next(iter(results[cell].values()))
-        rows.append(
-            [
-                label,
-                str(len(results[cell])),
-                f"{some['parameters']['trained'] / 1e6:.2f}",
-                f"{mean(r['flops'] for r in results[cell].values()) / 1e12:.1f}",
-                spread(results, cell, text("perplexity"), 4),
-                spread(results, cell, text("knowledge")),
-                spread(results, cell, text("reasoning")),
-                spread(results, cell, caption),
-                spread(results, cell, pictures("attributes", "1.0")),
-                spread(results, cell, pictures("attributes")),
-                spread(results, cell, pictures("match")),
-                spread(results, cell, pictures("frechet")),
-            ]
-        )
-    some = next((r for by_seed in results.values() for r in by_seed.values()), None)
-    if some:
-        base = some["final"]["text_of_base"]
+    for cell in (cell for cell in LABELS if cell in results):
+        done = list(results[cell].values())
+        trained, flops = done[0]["parameters"]["trained"] / 1e6, mean(r["flops"] for r in done) / 1e12
+        numbers = [spread(results, cell, path, digits) for path, digits in OVERVIEW.values()]
+        rows.append([LABELS[cell], str(len(done)), f"{trained:.2f}", f"{flops:.1f}", *numbers])
+    if rows:
+        base = next(iter(next(iter(results.values())).values()))["final"]["text_of_base"]
         numbers = [f"{base['perplexity']:.4f}", f"{base['knowledge']:.3f}", f"{base['reasoning']:.3f}"]
         floor = [guess(seed) for seed in range(3)]
         cider, *rest = (over_seeds([f[k] for f in floor]) for k in floor[0])
         rows.insert(0, ["the base", "", "", "", *numbers, *[""] * 5])
         rows.insert(1, ["background right, all else guessed", "3", *[""] * 5, cider, "", *rest])
-    head = (
-        "cell,seeds,trained (M),TFLOP,perplexity,knowledge,reasoning,CIDEr,attributes at 1.0,"
-        "attributes at 1.55,all five at 1.55,Frechet at 1.55"
-    )
-    return markdown(head.split(","), rows)
+    return markdown(["cell", "seeds", "trained (M)", "TFLOP", *OVERVIEW], rows)
 
 
 def origin(results: Results) -> str:
-    """Where the numbers come from, in a line; several bases or commits are all named."""
+    """Where the numbers come from, in a line; several commands, bases or commits are all named."""
     rows = [r for by_seed in results.values() for r in by_seed.values()]
+    commands = sorted({r["made_by"]["command"].split(" --")[0] for r in rows})
     bases = sorted({r["base_fingerprint"][:12] for r in rows})
     commits = sorted({r["made_by"]["commit"] for r in rows})
     hours = sum(r["cell_seconds"] for r in rows) / 3600
-    made = f"{len(rows)} runs of `python -m lab.ablate`, {hours:.1f} hours of one process in all"
+    made = f"{len(rows)} runs of `{'`, `'.join(commands)}`, {hours:.1f} hours of one process in all"
     return f"{made}; base {', '.join(bases)}, commit {', '.join(commits)}."
 
 
@@ -292,15 +241,12 @@ def samplers(results: Results) -> str:
     done = results.get("deep-0", {})
     if not done:
         return ""
-    kinds = next(iter(done.values()))["final"]
+    final = next(iter(done.values()))["final"]
+    names = list(final["samplers"])  # DDPM, and three of DDIM; the middle one has made all other pictures
+    kinds = [(f"{names[2].upper()}, guidance {cfg}", f"pictures/{cfg}") for cfg in final["pictures"]]
+    kinds += [(f"{name.upper()}, guidance 1.55", f"samplers/{name}") for name in names]
     keys = ("attributes", "match", "frechet")
-    rows = [
-        [f"DDIM 25, guidance {cfg}", *(spread(results, "deep-0", pictures(k, cfg)) for k in keys)]
-        for cfg in kinds["pictures"]
-    ]
-    for name in kinds["samplers"]:
-        numbers = [spread(results, "deep-0", by_sampler(name, key)) for key in keys]
-        rows.append([f"{name.upper()}, guidance {GUIDED}", *numbers])
+    rows = [[label, *(spread(results, "deep-0", f"{path}/{k}") for k in keys)] for label, path in kinds]
     return markdown(["sampling from deep, frozen text", "attributes", "all five", "Frechet"], rows)
 
 
@@ -308,40 +254,40 @@ def samplers(results: Results) -> str:
 # Figures
 
 
-def curve(by_seed: dict[int, dict], key: str) -> list[tuple[float, float, float, float]]:
+def curve(by_seed: dict[int, dict], name: str) -> list[tuple[float, float, float, float]]:
     """(step, mean, least, most) over seeds, from the start, where the text is the base's."""
     rows: dict[int, list[float]] = {}
     for r in by_seed.values():
-        if key in r["final"]["text_of_base"] and not r["config"]["from_scratch"]:
-            rows.setdefault(0, []).append(r["final"]["text_of_base"][key])
+        if name in r["final"]["text_of_base"] and not r["config"]["from_scratch"]:
+            rows.setdefault(0, []).append(r["final"]["text_of_base"][name])
         for point in r["curve"]:
-            rows.setdefault(point["step"], []).append(read(point, key))
+            rows.setdefault(point["step"], []).append(read(point, name))
     whole = max(map(len, rows.values()), default=0)
     return [(step, mean(v), min(v), max(v)) for step, v in sorted(rows.items()) if len(v) == whole]
+
+
+def draw_figure(results: Results, name: str, shown: list[str]) -> figures.Image.Image:
+    """Text and image abilities of some cells by step; by FLOPs for Table 1, where steps differ in them."""
+    unit, each = "step", dict.fromkeys(shown, 1.0)
+    if name == "table1":
+        unit = "TFLOP"
+        each = {c: mean(r["flops_per_step"] for r in results[c].values()) / 1e12 for c in shown}
+    panels = []
+    for key, title in PANELS.items():
+        lines = {LABELS[c]: [(x * each[c], *y) for x, *y in curve(results[c], key)] for c in shown}
+        panels.append((f"{title}, by {unit}", lines))
+    return figures.curves(panels, (450, 280), columns=2)
 
 
 def write_report(folder: Path) -> list[Path]:
     """Draw figures and write tables.md beside the results; the files written."""
     results, written = read_results(folder), []
     for name, chosen in FIGURES.items():
-        there = [cell for cell in chosen if cell in results]
-        if not there:
-            continue
-        unit, each = "step", dict.fromkeys(there, 1.0)
-        if name == "table1":  # what a step costs is not the same there
-            unit = "TFLOP"
-            each = {c: mean(r["flops_per_step"] for r in results[c].values()) / 1e12 for c in there}
-        panels = [
-            (
-                f"{title}, by {unit}",
-                {LABELS[c]: [(x * each[c], *y) for x, *y in curve(results[c], key)] for c in there},
-            )
-            for key, title in PANELS
-        ]
-        figures.save_image(figures.curves(panels, (450, 280), columns=2), folder / f"{name}.png")
-        written.append(folder / f"{name}.png")
+        if shown := [cell for cell in chosen if cell in results]:
+            written.append(folder / f"{name}.png")
+            figures.save_image(draw_figure(results, name, shown), written[-1])
     if results:
         tables = [origin(results), claims(results), overview(results), samplers(results)]
-        write_atomic(folder / "tables.md", "\n\n".join(t for t in tables if t) + "\n")
         written.append(folder / "tables.md")
+        write_atomic(written[-1], "\n\n".join(t for t in tables if t) + "\n")
     return written

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 
 def as_trained(run: Run) -> Trained:
-    """A run as the functions that generate take it."""
-    return Trained(run.model, run.documents.tokenizer, run.config.diffusion, run.codec, {}, run.out)
+    """A run as the functions that generate and evaluate take it."""
+    info = {"model": run.overrides, "base": run.base}
+    return Trained(run.model, run.documents.tokenizer, run.config.diffusion, run.codec, info, run.out)
 
 
 def validate(run: Run) -> dict[str, list]:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageFont
 
 from lab import figures
-from lab.figures import INK, PAPER, SERIES, cases, curves, sheet, to_image, wrap
+from lab.figures import INK, PAPER, SERIES, cases, curves, sheet, to_image, training_curves, wrap
 
 RED, BLUE = ((255, 0, 0), (0, 0, 255))
 
@@ -81,6 +81,16 @@ def test_text_is_broken_between_words_and_cut_with_an_ellipsis():
     cut = wrap(text, font, 60, 2)
     assert cut == [whole[0], whole[1] + " ..."]
     assert wrap("", font, 60, 2) == [""]
+
+
+@pytest.mark.parametrize("before", ("", "a ", "one two three four "))
+def test_a_word_that_is_longer_than_a_line_is_broken(before):
+    font, long = ImageFont.load_default(11), "a-word-without-any-space-" * 3
+    found = wrap(f"{before}{long} z", font, 60, 99)
+    assert "".join(found).replace(" ", "") == f"{before}{long}z".replace(" ", "") and all(found)
+    assert all(font.getlength(line) <= 60 for line in found) and len(found) > 6
+    assert wrap(before + long, font, 60, 2) == [found[0], f"{found[1]} ..."]
+    assert wrap("ab", font, 1, 9) == ["a", "b"]  # narrower than any letter: one a line
 
 
 def test_a_bad_place_is_an_error_before_the_work(tmp_path):
@@ -185,3 +195,31 @@ def test_an_axis_has_round_steps_at_most_four(span, step):
 def test_an_axis_ends_at_a_round_number():
     shown = column(curves([("x", {"a": [(0, 0.645), (100, 0.645)]})], SIZE), 150)
     assert abs(30 + shown.index(SERIES[0]) - place(0, 0.645, (100, 0.8))[1]) <= 1
+
+
+# ---- of training ----
+
+
+def test_training_curves_show_both_losses_and_two_validation_errors():
+    val = {"right": [9.0, 0.5, 9.0, 9.0, 0.25], "permuted": [9.0, 2.0, 9.0, 9.0, 1.0]}
+    lines = [
+        {"step": 10, "ddpm_loss": 1.0, "lm_loss": None},
+        {"step": 20, "ddpm_loss": 0.5, "lm_loss": 4.0, "val": val},
+        {"step": 40, "ddpm_loss": 0.25, "lm_loss": 2.0, "val": val},
+    ]
+    want = [
+        (
+            "training loss by step",
+            {"ddpm_loss": [(10, 1.0), (20, 0.5), (40, 0.25)], "lm_loss": [(20, 4.0), (40, 2.0)]},
+        ),
+        (
+            "validation error at t = 3 by step",
+            {"right caption": [(20, 0.5), (40, 0.5)], "permuted caption": [(20, 2.0), (40, 2.0)]},
+        ),
+        (
+            "validation error at t = 9 by step",
+            {"right caption": [(20, 0.25), (40, 0.25)], "permuted caption": [(20, 1.0), (40, 1.0)]},
+        ),
+    ]
+    assert training_curves(lines, (1, 3, 5, 7, 9)).tobytes() == curves(want).tobytes()
+    assert training_curves([], (1, 3, 5, 7, 9)).size == (3 * 420, 320)  # before there is anything

