@@ -8,19 +8,19 @@ have shapes and no memory. On the way every tensor made is entered in the books 
 when it dies, gradients of activations and temporaries included; matrix products and convolutions are counted.
 Only what is kept in which dtype, and what FSDP divides and gathers, follows from formulas.
 
-The books say what a perfect allocator needs. The predicted peak lets gradients and activations stand side by
-side, although most activations are dead when the last gradient comes: the holes that they leave in a heap
-have other sizes. So it was measured on CPUs. What a kernel needs inside is in neither, nor are validation,
-the VAE and the pictures.
+The books say what a perfect allocator needs. The predicted peak adds gradients and activations, although most
+activations are dead when the last gradient comes: the holes that they leave in a heap have other sizes, as
+measured on CPUs. What a kernel needs inside is in neither, nor are validation, the VAE and the pictures.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,7 +31,7 @@ from diffusion import Diffusion
 from model import IMAGE, Cache, LMFusion, ModelConfig, Tokens
 from train import TrainConfig, draw_noise, losses, make_optimizers
 
-STEPS = 25  # of DDIM, for a picture
+DDIM_STEPS = 25  # for a picture
 PROMPT = 512  # tokens, for the figures of text alone
 PROCESS = 120 * 2**20  # bytes that Python and torch's libraries take after the import, on a CPU; measured
 KEPT = 4  # bytes a number of weights, gradients and optimizer: in float32, whatever layers compute in
@@ -131,7 +131,7 @@ def ordinary_id(config: ModelConfig) -> int:
     return next(i for i in range(4) if i not in (config.boi_id, config.eoi_id, config.eos_id))
 
 
-def numel(parameters) -> int:
+def numel(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
@@ -153,14 +153,22 @@ def count_parameters(model: LMFusion) -> dict[str, int]:
 
 
 def make_fake_batch(
-    books: Books, config: ModelConfig, train: TrainConfig, orders: list[str], n: int
+    books: Books, config: ModelConfig, train: TrainConfig, counts: tuple[int, int, int], n: int
 ) -> Batch:
-    """A training batch with a picture and a caption of n tokens in each of the orders of `data.arrange`."""
+    """A batch with captions of n tokens. counts: how many captions first, captions dropped, images first."""
+    orders = [order for order, k in zip((FIRST, DROPPED, BEHIND), counts, strict=True) for _ in range(k)]
     captions = [[ordinary_id(config)] * n] * len(orders)
     return arrange(captions, books.latents(len(orders), config), orders, config, pack=train.pack)
 
 
+def order_shares(train: TrainConfig) -> tuple[float, float, float]:
+    """How often a run draws each of the three orders."""
+    first, drop = train.recipe.caption_first, train.caption_drop
+    return first * (1 - drop), first * drop, 1 - first
+
+
 def total_loss(model: LMFusion, batch: Batch, train: TrainConfig) -> Tensor:
+    """What a step differentiates."""
     diffusion = Diffusion(train.schedule_shift, train.prediction)
     noise = draw_noise(tuple(batch.latents.shape), torch.Generator().manual_seed(0))
     out = losses(model, diffusion, batch, train, noise)
@@ -173,16 +181,13 @@ def training_flops(config: ModelConfig, train: TrainConfig, caption_tokens: int)
     "prefill" is what `LMFusion.forward` does first, without a graph if the text is frozen; what activation
     checkpointing computes again is part of "backward".
     """
-    first, drop = train.recipe.caption_first, train.caption_drop
     flops = dict.fromkeys(("prefill", "forward", "backward"), 0.0)
-    for order, share in ((FIRST, first * (1 - drop)), (DROPPED, first * drop), (BEHIND, 1 - first)):
+    for counts, share in zip(((1, 0, 0), (0, 1, 0), (0, 0, 1)), order_shares(train), strict=True):
         if share == 0:
             continue
         books = Books()
-        model, batch = (
-            books.model(config, train),
-            make_fake_batch(books, config, train, [order], caption_tokens),
-        )
+        model = books.model(config, train)
+        batch = make_fake_batch(books, config, train, counts, caption_tokens)
         with books:
             if batch.prefix.ids.shape[1]:
                 model.encode(batch.prefix)
@@ -248,21 +253,16 @@ def training_bytes(
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     kept = KEPT * numel(trained) / world_size
-
-    def keep(p: nn.Parameter) -> None:
-        """A gradient that is whole counts as what is kept of it."""
-        books.enter(p.grad, KEPT * p.numel() / world_size)
-
-    for p in trained:
-        p.register_post_accumulate_grad_hook(keep)
+    for p in trained:  # a gradient that is whole counts as what is kept of it
+        p.register_post_accumulate_grad_hook(lambda p: books.enter(p.grad, KEPT * p.numel() / world_size))
     micro = micro_batch(train, world_size)
-    behind = math.ceil(micro * (1 - train.recipe.caption_first))  # rather one too many: they keep more
-    orders = [FIRST] * (micro - behind) + [BEHIND] * behind
+    behind = math.ceil(micro * order_shares(train)[2])  # rather one too many: they keep more
+    counts = micro - behind, 0, behind
     activations = 0.0
     for _ in range(1 if micro * world_size == train.batch_size else 2):  # the second adds to gradients
         before = books.live
         with books:
-            loss = total_loss(model, make_fake_batch(books, config, train, orders, caption_tokens), train)
+            loss = total_loss(model, make_fake_batch(books, config, train, counts, caption_tokens), train)
             activations = books.live - before
             loss.backward()
             del loss
@@ -275,12 +275,7 @@ def training_bytes(
         "optimizer": state / world_size,
         "gathered": gathered_bytes(model, world_size),
     }
-    needs = {
-        "gradients": kept,
-        "activations": activations,
-        "computing": books.peak,
-        "optimizer_step": step,
-    }
+    needs = {"gradients": kept, "activations": activations, "computing": books.peak, "optimizer_step": step}
     least = sum(steady.values()) + max(books.peak, kept + step)
     peak = max(least, sum(steady.values()) + kept + activations)
     return steady | needs | {"least_peak": least, "peak": peak}
@@ -308,7 +303,7 @@ def sampling(config: ModelConfig, train: TrainConfig, caption_tokens: int) -> di
         model.unet_output(model.encode(patches, books.latents(2, config), t, cache))
     often = books.flops
     weights = model.boi_head.itemsize * numel(model.parameters())
-    flops = {"prefill_flops": once, "step_flops": often, "picture_flops": once + STEPS * often}
+    flops = {"prefill_flops": once, "step_flops": often, "picture_flops": once + DDIM_STEPS * often}
     return flops | {"weights": weights, "cache": cache_bytes(cache), "peak": weights + books.peak}
 
 
@@ -366,27 +361,24 @@ def budget_table(report: dict[str, dict]) -> str:
         "parameters": "parameters",
         "training_bytes": "training: memory of one process",
         "training_flops": "training: work",
-        "sampling": f"sampling: a picture in {STEPS} guided steps",
+        "sampling": f"sampling: a picture in {DDIM_STEPS} guided steps",
         "text": "text alone",
     }
-
-    def show(block: str, name: str, value: float | str) -> str:
-        if block == "setting" or name == "prompt_tokens":
-            return str(value)
-        if block == "parameters":
-            return f"{value / 1e6:,.1f} M"
-        if "flops" in block + name:
-            return f"{value / 1e12:.4g} TFLOP"
-        return f"{value / 2**30:.2f} GiB"
 
     lines = []
     for block, title in titles.items():
         lines += [f"| {title} | |", "|---|---:|"]
         for name, value in report[block].items():
+            if block == "setting" or name == "prompt_tokens":
+                shown = str(value)
+            elif block == "parameters":
+                shown = f"{value / 1e6:,.1f} M"
+            elif "flops" in block + name:
+                shown = f"{value / 1e12:.4g} TFLOP"
+            else:
+                shown = f"{value / 2**30:.2f} GiB"
             if value or block == "setting":
-                lines.append(
-                    f"| {name.removesuffix('_flops').replace('_', ' ')} | {show(block, name, value)} |"
-                )
+                lines.append(f"| {name.removesuffix('_flops').replace('_', ' ')} | {shown} |")
         lines.append("")
     peak = report["training_bytes"]["peak"] / 2**30
     return "\n".join([*lines, f"predicted peak of one process: {peak:.1f} GiB"])

@@ -623,7 +623,9 @@ def test_a_base_that_was_moved_is_the_one_that_the_text_is_compared_with(tmp_pat
 
     shutil.copytree(helpers.base(), tmp_path / "moved")
     seen = []
-    monkeypatch.setattr(chat_evaluate, "evaluate_chat", lambda trained, n, style: seen.append((trained, n, style)))
+    monkeypatch.setattr(
+        chat_evaluate, "evaluate_chat", lambda trained, n, style: seen.append((trained, n, style))
+    )
     monkeypatch.setattr(
         chat_evaluate, "load_trained", lambda *a, **k: seen.append((a, k)) or load_trained(*a, **k)
     )
