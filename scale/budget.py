@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,9 @@ class Books(TorchDispatchMode):
         self.live = self.peak = 0.0
         self.flops = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
             if func in (aten.index.Tensor, aten.index_put.default, aten._index_put_impl_.default):

@@ -24,6 +24,7 @@ import json
 import math
 import random
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate, chain
 from pathlib import Path
@@ -142,14 +143,15 @@ def encode_source(config: EncodeConfig, codec: AutoencoderKL) -> LatentShards:
     out.mkdir(parents=True, exist_ok=True)
     pieces = read_shards(sorted(out.glob("shard-*")), settings, REMEDY)  # what a killed run has left
     start = pieces[-1].end if pieces else 0
-    with tqdm(total=len(samples), initial=start, desc="encoding", unit="picture", disable=None) as bar:
-        while start < len(samples):
-            tensors, piece = encode_shard(samples, start, codec, tokenizer, config, bar)
-            if piece.count:  # metadata of one key, for the order of several is left to chance
-                data = save(tensors, {"lmfusion": json.dumps(asdict(settings) | asdict(piece))})
-                write_atomic(out / shard_name(len(pieces)), data)
-            start = piece.end
-            pieces.append(piece)
+    shown = dict(total=len(samples), initial=start, desc="encoding", unit="picture", disable=None)
+    todo = iter(tqdm(samples[start:], **shown))
+    while start < len(samples):
+        tensors, piece = encode_shard(todo, start, codec, tokenizer, config)
+        if piece.count:  # metadata of one key, for the order of several is left to chance
+            data = save(tensors, {"lmfusion": json.dumps(asdict(settings) | asdict(piece))})
+            write_atomic(out / shard_name(len(pieces)), data)
+        start = piece.end
+        pieces.append(piece)
     edits, skipped = len(listed) - len(samples), [x for piece in pieces for x in piece.skipped]
     bad = skipped_line(skipped, sum(piece.skipped_count for piece in pieces), len(samples))
     if not any(piece.count for piece in pieces):
@@ -163,20 +165,12 @@ def encode_source(config: EncodeConfig, codec: AutoencoderKL) -> LatentShards:
 
 
 def encode_shard(
-    samples: list[Sample],
-    start: int,
-    codec: AutoencoderKL,
-    tokenizer: Tokenizer,
-    config: EncodeConfig,
-    bar: tqdm,
+    todo: Iterator[Sample], start: int, codec: AutoencoderKL, tokenizer: Tokenizer, config: EncodeConfig
 ) -> tuple[dict[str, Tensor], Piece]:
-    """The next `shard_size` good samples from `start` on: tensors ({} if there are none), and the piece."""
+    """The next `shard_size` good samples; `start`: the number of the first of `todo`. {} if none is good."""
     latents, ids, texts, skipped = [], [], [], []
     batch: list[tuple[str, Tensor]] = []  # begins anew with every shard, as after a kill
-    end = start
-    while end < len(samples) and len(texts) < config.shard_size:
-        sample, end = samples[end], end + 1
-        bar.update()
+    for sample in todo:
         try:
             picture, caption = read_sample(sample, config.image_size)
         except (ValueError, OSError) as error:
@@ -188,9 +182,11 @@ def encode_shard(
         if len(batch) == config.batch_size:
             latents.append(encode_batch(batch, codec, config))
             batch = []
+        if len(texts) == config.shard_size:
+            break
     if batch:
         latents.append(encode_batch(batch, codec, config))
-    found = start, end, len(texts), len(skipped), skipped[:NAMED]
+    found = start, start + len(texts) + len(skipped), len(texts), len(skipped), skipped[:NAMED]
     if not texts:
         return {}, Piece(*found, [], [], [])
     z = torch.cat(latents).contiguous()  # (n, C, h, w)

@@ -120,6 +120,14 @@ class VAEBlock(nn.Module):
         return x
 
 
+def blocks(widths: tuple[int, ...], layers: int, groups: int, then: str) -> nn.ModuleList:
+    """One VAEBlock a width, with a change of resolution behind all but the last."""
+    found = nn.ModuleList()
+    for i, (c_in, c_out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+        found.append(VAEBlock(c_in, c_out, layers, groups, then=then if i < len(widths) - 1 else ""))
+    return found
+
+
 class Encoder(nn.Module):
     """Pictures (M, 3, S, S) -> (M, 2C, h, w)."""
 
@@ -127,10 +135,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = conv3(3, widths[0])
-        self.down_blocks = nn.ModuleList()
-        for i, (c_in, c_out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
-            then = "down" if i < len(widths) - 1 else ""
-            self.down_blocks.append(VAEBlock(c_in, c_out, config.layers_per_block, groups, then=then))
+        self.down_blocks = blocks(widths, config.layers_per_block, groups, "down")
         self.mid_block = VAEBlock(widths[-1], widths[-1], 2, groups, config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = conv3(widths[-1], 2 * config.latent_channels)
@@ -150,10 +155,7 @@ class Decoder(nn.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = conv3(config.latent_channels, widths[0])
         self.mid_block = VAEBlock(widths[0], widths[0], 2, groups, config.mid_block_add_attention)
-        self.up_blocks = nn.ModuleList()
-        for i, (c_in, c_out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
-            then = "up" if i < len(widths) - 1 else ""
-            self.up_blocks.append(VAEBlock(c_in, c_out, config.layers_per_block + 1, groups, then=then))
+        self.up_blocks = blocks(widths, config.layers_per_block + 1, groups, "up")
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = conv3(widths[-1], 3)
 
