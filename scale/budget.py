@@ -156,11 +156,11 @@ def count_parameters(model: LMFusion) -> dict[str, int]:
 
 
 def make_fake_batch(
-    books: Books, config: ModelConfig, train: TrainConfig, counts: tuple[int, int, int], n: int
+    books: Books, config: ModelConfig, train: TrainConfig, counts: tuple[int, int, int], tokens: int
 ) -> Batch:
-    """A batch with captions of n tokens. counts: how many captions first, captions dropped, images first."""
+    """Pictures with captions of so many tokens. counts: captions first, captions dropped, images first."""
     orders = [order for order, k in zip((FIRST, DROPPED, BEHIND), counts, strict=True) for _ in range(k)]
-    captions = [[ordinary_id(config)] * n] * len(orders)
+    captions = [[ordinary_id(config)] * tokens] * len(orders)
     return arrange(captions, books.latents(len(orders), config), orders, config, pack=train.pack)
 
 
@@ -178,7 +178,7 @@ def total_loss(model: LMFusion, batch: Batch, train: TrainConfig) -> Tensor:
     return out["loss"] + out.get("draw_loss", 0.0)
 
 
-def training_flops(config: ModelConfig, train: TrainConfig, caption_tokens: int) -> dict[str, float]:
+def training_flops(config: ModelConfig, train: TrainConfig, tokens: int) -> dict[str, float]:
     """FLOPs of a picture, on average over the recipe's orders, and of a whole step of all processes.
 
     "prefill" is what `LMFusion.forward` does first, without a graph if the text is frozen; what activation
@@ -190,7 +190,7 @@ def training_flops(config: ModelConfig, train: TrainConfig, caption_tokens: int)
             continue
         books = Books()
         model = books.model(config, train)
-        batch = make_fake_batch(books, config, train, counts, caption_tokens)
+        batch = make_fake_batch(books, config, train, counts, tokens)
         with books:
             if batch.prefix.ids.shape[1]:
                 model.encode(batch.prefix)
@@ -242,9 +242,7 @@ def gathered_bytes(model: LMFusion, world_size: int) -> float:
     return item * (rest + 2 * max(map(numel, units))) + (item + KEPT) * gradient
 
 
-def training_bytes(
-    config: ModelConfig, train: TrainConfig, world_size: int, caption_tokens: int
-) -> dict[str, float]:
+def training_bytes(config: ModelConfig, train: TrainConfig, world_size: int, tokens: int) -> dict[str, float]:
     """Bytes of one of `world_size` processes, in a step that finds the optimizer's state there.
 
     "activations" is what lives between forward and backward; "computing" the most that activations, the
@@ -265,7 +263,7 @@ def training_bytes(
     for _ in range(1 if micro * world_size == train.batch_size else 2):  # the second adds to gradients
         before = books.live
         with books:
-            loss = total_loss(model, make_fake_batch(books, config, train, counts, caption_tokens), train)
+            loss = total_loss(model, make_fake_batch(books, config, train, counts, tokens), train)
             activations = books.live - before
             loss.backward()
             del loss
@@ -293,11 +291,11 @@ def cache_bytes(cache: Cache) -> float:
 
 
 @torch.no_grad()  # in inference mode, products would reach the books under names not counted
-def sampling(config: ModelConfig, train: TrainConfig, caption_tokens: int) -> dict[str, float]:
+def sampling(config: ModelConfig, train: TrainConfig, tokens: int) -> dict[str, float]:
     """FLOPs and bytes of one picture as `generate.generate_images` paints it: with a caption and without."""
     books, P = Books(), config.num_patches
     model = books.model(config, train)
-    rows = [[ordinary_id(config)] * caption_tokens + [config.boi_id], [config.boi_id]]
+    rows = [[ordinary_id(config)] * tokens + [config.boi_id], [config.boi_id]]
     patches = Tokens.rows([[IMAGE]] * 2, P, start=[len(r) for r in rows])
     with books:
         cache = model.encode(Tokens.rows(rows, P)).cache
@@ -332,27 +330,20 @@ def writing(config: ModelConfig, train: TrainConfig) -> dict[str, float]:
     return {"prompt_tokens": n} | flops | memory | {"peak": weights + books.peak}
 
 
-def report(
-    config: ModelConfig, train: TrainConfig, world_size: int = 1, caption_tokens: int = 32
-) -> dict[str, dict]:
+def report(config: ModelConfig, train: TrainConfig, world_size: int = 1, tokens: int = 32) -> dict[str, dict]:
     """Parameters; bytes and FLOPs of training on `world_size` processes, of painting, and of writing.
 
     Nothing large is allocated. ValueError if the processes cannot share a batch equally.
     """
     if world_size < 1 or train.batch_size % world_size:
         raise ValueError(f"batch_size = {train.batch_size} is not a multiple of world_size = {world_size}")
+    pictures = {"pictures_a_step": train.batch_size, "pictures_at_once": micro_batch(train, world_size)}
     return {
-        "setting": {
-            "processes": world_size,
-            "pictures_a_step": train.batch_size,
-            "pictures_at_once": micro_batch(train, world_size),
-            "caption_tokens": caption_tokens,
-            "dtype": train.dtype,
-        },
+        "setting": {"processes": world_size} | pictures | {"caption_tokens": tokens, "dtype": train.dtype},
         "parameters": count_parameters(Books().model(config, train)),
-        "training_bytes": training_bytes(config, train, world_size, caption_tokens),
-        "training_flops": training_flops(config, train, caption_tokens),
-        "sampling": sampling(config, train, caption_tokens),
+        "training_bytes": training_bytes(config, train, world_size, tokens),
+        "training_flops": training_flops(config, train, tokens),
+        "sampling": sampling(config, train, tokens),
         "text": writing(config, train),
     }
 
@@ -367,7 +358,6 @@ def budget_table(report: dict[str, dict]) -> str:
         "sampling": f"sampling: a picture in {DDIM_STEPS} guided steps",
         "text": "text alone",
     }
-
     lines = []
     for block, title in titles.items():
         lines += [f"| {title} | |", "|---|---:|"]

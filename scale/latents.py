@@ -144,14 +144,15 @@ def encode_source(config: EncodeConfig, codec: AutoencoderKL) -> LatentShards:
     pieces = read_shards(sorted(out.glob("shard-*")), settings, REMEDY)  # what a killed run has left
     start = pieces[-1].end if pieces else 0
     shown = dict(total=len(samples), initial=start, desc="encoding", unit="picture", disable=None)
-    todo = iter(tqdm(samples[start:], **shown))
-    while start < len(samples):
-        tensors, piece = encode_shard(todo, start, codec, tokenizer, config)
-        if piece.count:  # metadata of one key, for the order of several is left to chance
-            data = save(tensors, {"lmfusion": json.dumps(asdict(settings) | asdict(piece))})
-            write_atomic(out / shard_name(len(pieces)), data)
-        start = piece.end
-        pieces.append(piece)
+    with tqdm(samples[start:], **shown) as bar:
+        todo = iter(bar)
+        while start < len(samples):
+            tensors, piece = encode_shard(todo, start, codec, tokenizer, config)
+            if piece.count:  # metadata of one key, for the order of several is left to chance
+                data = save(tensors, {"lmfusion": json.dumps(asdict(settings) | asdict(piece))})
+                write_atomic(out / shard_name(len(pieces)), data)
+            start = piece.end
+            pieces.append(piece)
     edits, skipped = len(listed) - len(samples), [x for piece in pieces for x in piece.skipped]
     bad = skipped_line(skipped, sum(piece.skipped_count for piece in pieces), len(samples))
     if not any(piece.count for piece in pieces):
@@ -226,21 +227,19 @@ def write_index(config: EncodeConfig, settings: Settings, pieces: list[Piece]) -
     n = sum(piece.count for piece in full) * settings.latent_size**2
     mean = [sum(x) / n for x in zip(*(piece.sum for piece in full), strict=True)]
     squares = [sum(x) / n for x in zip(*(piece.squares for piece in full), strict=True)]
-    index = (
-        asdict(settings)
-        | {
-            "vae": address(config.vae),
-            "base": address(config.base),
-            "latent_size": settings.latent_size,
-            "pictures": sum(piece.count for piece in full),
-            "bound": [max(x) for x in zip(*(piece.bound for piece in full), strict=True)],
-            "mean": mean,  # this and the next for information
-            "std": [math.sqrt(max(0.0, s - m**2)) for s, m in zip(squares, mean, strict=True)],
-            "skipped_count": sum(piece.skipped_count for piece in pieces),
-            "skipped": skipped[:NAMED],
-            "shards": shards,
-        }
-    )
+    index = {
+        **asdict(settings),
+        "vae": address(config.vae),
+        "base": address(config.base),
+        "latent_size": settings.latent_size,
+        "pictures": sum(piece.count for piece in full),
+        "bound": [max(x) for x in zip(*(piece.bound for piece in full), strict=True)],
+        "mean": mean,  # this and the next for information
+        "std": [math.sqrt(max(0.0, s - m**2)) for s, m in zip(squares, mean, strict=True)],
+        "skipped_count": sum(piece.skipped_count for piece in pieces),
+        "skipped": skipped[:NAMED],
+        "shards": shards,
+    }
     write_atomic(out / INDEX, json.dumps(index, indent=1) + "\n")
 
 

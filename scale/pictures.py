@@ -108,10 +108,9 @@ def load_pictures(source: str | list[str], size: int, max_memory: int = MAX_MEMO
 
 
 def load_edits(source: str | list[str], size: int, max_memory: int = MAX_MEMORY) -> Edits:
-    """Every edit of `source`: two tensors (E, 3, S, S) uint8 with S = `size`, always in the same order.
+    """Every edit of `source`: two tensors (E, 3, S, S) uint8 with S = `size`, else as `load_pictures`.
 
-    The same as `load_pictures` in all else: an edit is bad if either picture or the instruction is, both
-    pictures count in `max_memory`, and captioned pictures are passed over.
+    An edit is bad if either picture or the instruction is. Captioned pictures are passed over.
     """
     pixels, instructions, names, skipped = load_samples("edit", source, size, max_memory)
     return Edits(pixels[0], pixels[1], instructions, names, skipped)
@@ -310,9 +309,9 @@ def jsonl_sample(line: bytes, number: str, folder: Path) -> Sample:
         return Sample(number, problem=f"not {{{form}}}", kind=kind)
     picture = file_inside(folder, row["file_name"])
     source = file_inside(folder, row["source"]) if kind == "edit" else None
-    problem = f"not inside {folder}" if picture is None else ""
-    if not problem and kind == "edit" and source is None:
-        problem = f"source: not inside {folder}"
+    problem = ""
+    if picture is None or (kind == "edit" and source is None):
+        problem = f"{'source: ' if picture is not None else ''}not inside {folder}"
     return Sample(row["file_name"], picture, row["text"], source, problem, kind)
 
 

@@ -678,8 +678,10 @@ def flags(out: object, *more: object) -> list[str]:
 
 
 def test_the_command_encodes_once_and_says_what_there_is(tmp_path):
-    command = [sys.executable, str(helpers.ROOT / "data.py"), *flags("latents", "--dtype", "bfloat16")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    """As a module of its own, and then by data.py."""
+    command = [sys.executable, "-m", "scale.latents", *flags("latents", "--dtype", "bfloat16")[1:]]
+    paths = {**os.environ, "PYTHONPATH": str(helpers.ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "latents: 24 pictures, in 5 shards\n"
     assert "skipped 5 of 29 samples" in done.stderr
