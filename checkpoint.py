@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from config import restore_config
 from diffusion import Diffusion
-from load_qwen3 import fingerprint, load_qwen3, load_tokenizer, open_safetensors, read_json
+from load_qwen3 import address, fingerprint, load_qwen3, load_tokenizer, open_safetensors, read_json
 from model import LMFusion
 from scale.parallel import Team, alike, fill, full_tensor
 from scale.vae import AutoencoderKL, PatchPCA, load_vae
@@ -313,7 +313,7 @@ def save_run(run: Run) -> None:
         "format": FORMAT,
         "step": run.step,
         "name": run.name,
-        "base": str(Path(run.base).resolve()) if Path(run.base).is_dir() else run.base,
+        "base": address(run.base),
         "fingerprint": run.fingerprint,
         "vae": run.vae,
         "model": run.overrides,

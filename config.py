@@ -40,7 +40,7 @@ class Rule:
     below: float | None = None
     inherited: bool = False  # a second stage (--init-from) takes it from the first
     resumable: bool = False  # may change on --resume
-    common: bool = False  # stands in --help; the others stand in --help-all
+    common: bool = False  # stands in --help; where some are, the others stand in --help-all
     newer: bool = False  # than the first checkpoints, which lack it: its default means "as it was then"
 
     def check(self, flag: str, value: float | str) -> None:
@@ -414,7 +414,7 @@ def add_fields(parser: Parser, cls: type) -> None:
 
     A flag that is not given is None in the result, so that defaults can come from a named configuration.
     """
-    hints = typing.get_type_hints(cls)
+    hints, some_common = typing.get_type_hints(cls), any(rule.common for rule in rules(cls).values())
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         kind = {bool: boolean, int: int, float: float, str: str}.get(hint, integers)
@@ -428,7 +428,7 @@ def add_fields(parser: Parser, cls: type) -> None:
             choices=rule.choices,
             help=rule.help + (f" [{shown}]" if shown != "" else ""),
             metavar=None if rule.choices else field.name.upper(),
-            rare=not rule.common,
+            rare=some_common and not rule.common,
         )
 
 

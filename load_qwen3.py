@@ -79,6 +79,11 @@ def resolve(folder_or_hub_id: str | Path, weights: bool = True) -> Path:
         ) from None
 
 
+def address(folder_or_hub_id: str) -> str:
+    """A folder's whole path; a hub id as it is."""
+    return str(Path(folder_or_hub_id).resolve()) if Path(folder_or_hub_id).is_dir() else folder_or_hub_id
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file; ValueError if it is missing, not JSON, or not an object."""
     try:

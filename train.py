@@ -118,6 +118,11 @@ def total_loss(parts: dict[str, Tensor | float], config: TrainConfig) -> Tensor 
     return loss + parts.get("draw_loss", 0.0)
 
 
+def step_loss(model: LMFusion, batch: Batch, config: TrainConfig) -> Tensor:
+    """What a step differentiates, of one batch alone."""
+    return total_loss(losses(model, batch, config), config)
+
+
 def count_targets(model: LMFusion, batch: Batch) -> dict[str, int]:
     """How many things each part is a mean over: pictures, words to predict, decisions to draw."""
     boi = model.config.boi_id
@@ -401,9 +406,9 @@ def work(config: TrainConfig, name: str, checkpoint: Path | None, team: Team) ->
 def main() -> None:
     config, name, resuming, dry = parse()
     if dry:
-        from scale.budget import dry_run  # only here: it takes torch's fake tensors
+        from scale.budget import TrainingStep, dry_run  # only here: it takes torch's fake tensors
 
-        return dry_run(config, losses, make_optimizers)
+        return dry_run(config, TrainingStep(step_loss, make_optimizers))
     out = Path(config.out)
     found = list_checkpoints(out)
     if found and not resuming:

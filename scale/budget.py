@@ -1,6 +1,6 @@
 """What a run needs, before it is started: memory of one process, and floating-point operations.
 
-    report = budget.report(model_config, train_config, world_size)
+    report = budget.report(model_config, train_config, step, world_size)
     print(budget.budget_table(report))
 
 What can be run is not estimated: the functions that train and sample run on a model of fake tensors, which
@@ -8,33 +8,41 @@ have shapes and no memory. On the way every tensor made is entered in the books 
 when it dies, gradients of activations and temporaries included; matrix products and convolutions are counted.
 Only what is kept in which dtype, and what FSDP divides and gathers, follows from formulas.
 
-The books say what a perfect allocator needs. The predicted peak lets gradients and activations stand side by
-side, although most activations are dead when the last gradient comes: the holes that they leave in a heap
-have other sizes. So it was measured on CPUs. What a kernel needs inside is in neither, nor are validation,
-the VAE and the pictures.
+The books say what a perfect allocator needs. The predicted peak adds gradients and activations, although most
+activations are dead when the last gradient comes: the holes that they leave in a heap have other sizes, as
+measured on CPUs. What a kernel needs inside is in neither, nor are validation, the VAE and the pictures.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import random
 import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from attention import IMAGE, Cache, Tokens
-from data import BEHIND, DROPPED, FIRST, Batch, arrange
-from diffusion import Diffusion
-from model import LMFusion, ModelConfig
-from train import TrainConfig, draw_noise, losses, make_optimizers
+from config import TrainConfig
+from data import CAPTION_DROPPED, CAPTION_FIRST, IMAGE_FIRST, Batch, caption_document, collate
+from load_qwen3 import known_config
+from model import LMFusion, ModelConfig, replace
+from scale.vae import read_vae_config, resolve_vae
+from small.pretrain import tiny_config, train_tokenizer
 
-STEPS = 25  # of DDIM, for a picture
+DDIM_STEPS = 25  # for a picture
 PROMPT = 512  # tokens, for the figures of text alone
 PROCESS = 120 * 2**20  # bytes that Python and torch's libraries take after the import, on a CPU; measured
+ORDERS = (CAPTION_FIRST, CAPTION_DROPPED, IMAGE_FIRST)
 KEPT = 4  # bytes a number of weights, gradients and optimizer: in float32, whatever layers compute in
 aten = torch.ops.aten
 
@@ -47,6 +55,14 @@ def attention_flops(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
 def attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
     """Five products: the scores once more, and the gradients of both sides of both products."""
     return 2 * q.shape[:3].numel() * k.shape[2] * (3 * q.shape[3] + 2 * v.shape[3])
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What train.py does in a step. It hands this in, for it imports this file."""
+
+    loss: Callable[[LMFusion, Batch, TrainConfig], Tensor]
+    optimizers: Callable[[LMFusion, TrainConfig], list[torch.optim.Optimizer]]
 
 
 # How torch's FlopCounterMode counts, which knows nothing of torch's own attention on CPUs.
@@ -72,7 +88,9 @@ class Books(TorchDispatchMode):
         self.live = self.peak = 0.0
         self.flops = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
             if func in (aten.index.Tensor, aten.index_put.default, aten._index_put_impl_.default):
@@ -132,7 +150,7 @@ def ordinary_id(config: ModelConfig) -> int:
     return next(i for i in range(4) if i not in (config.boi_id, config.eoi_id, config.eos_id))
 
 
-def numel(parameters) -> int:
+def numel(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
@@ -154,41 +172,42 @@ def count_parameters(model: LMFusion) -> dict[str, int]:
 
 
 def make_fake_batch(
-    books: Books, config: ModelConfig, train: TrainConfig, orders: list[str], n: int
+    books: Books, config: ModelConfig, train: TrainConfig, counts: tuple[int, int, int], tokens: int
 ) -> Batch:
-    """A training batch with a picture and a caption of n tokens in each of the orders of `data.arrange`."""
-    captions = [[ordinary_id(config)] * n] * len(orders)
-    return arrange(captions, books.latents(len(orders), config), orders, config, pack=train.pack)
+    """Pictures with captions of so many tokens. counts: of each of ORDERS."""
+    orders = [order for order, k in zip(ORDERS, counts, strict=True) for _ in range(k)]
+    caption = [ordinary_id(config)] * tokens
+    documents = [caption_document(None, caption, order, config) for order in orders]
+    return collate(documents, books.latents(len(orders), config), config, train.pack)
 
 
-def total_loss(model: LMFusion, batch: Batch, train: TrainConfig) -> Tensor:
-    diffusion = Diffusion(train.schedule_shift, train.prediction)
-    noise = draw_noise(tuple(batch.latents.shape), torch.Generator().manual_seed(0))
-    out = losses(model, diffusion, batch, train, noise)
-    return out["loss"] + out.get("draw_loss", 0.0)
+def order_shares(train: TrainConfig) -> tuple[float, float, float]:
+    """How often a run draws each of ORDERS; of other tasks than captioned pictures nothing is known here."""
+    tasks = {name: train.tasks.get(name, 0.0) for name in ("generate", "caption")}
+    first, drop = tasks["generate"] / (sum(tasks.values()) or 1.0), train.caption_drop
+    return first * (1 - drop), first * drop, 1 - first
 
 
-def training_flops(config: ModelConfig, train: TrainConfig, caption_tokens: int) -> dict[str, float]:
+def training_flops(
+    config: ModelConfig, train: TrainConfig, step: TrainingStep, tokens: int
+) -> dict[str, float]:
     """FLOPs of a picture, on average over the recipe's orders, and of a whole step of all processes.
 
     "prefill" is what `LMFusion.forward` does first, without a graph if the text is frozen; what activation
     checkpointing computes again is part of "backward".
     """
-    first, drop = train.recipe.caption_first, train.caption_drop
     flops = dict.fromkeys(("prefill", "forward", "backward"), 0.0)
-    for order, share in ((FIRST, first * (1 - drop)), (DROPPED, first * drop), (BEHIND, 1 - first)):
+    for counts, share in zip(((1, 0, 0), (0, 1, 0), (0, 0, 1)), order_shares(train), strict=True):
         if share == 0:
             continue
         books = Books()
-        model, batch = (
-            books.model(config, train),
-            make_fake_batch(books, config, train, [order], caption_tokens),
-        )
+        model = books.model(config, train)
+        batch = make_fake_batch(books, config, train, counts, tokens)
         with books:
             if batch.prefix.ids.shape[1]:
                 model.encode(batch.prefix)
             prefill, books.flops = books.flops, 0
-            loss = total_loss(model, batch, train)
+            loss = step.loss(model, batch, train)
             forward, books.flops = books.flops - prefill, 0
             loss.backward()
         for name, n in zip(flops, (prefill, forward, books.flops), strict=True):
@@ -204,14 +223,14 @@ def micro_batch(train: TrainConfig, world_size: int) -> int:
     return min(train.micro_batch or share, share)
 
 
-def optimizer_bytes(config: ModelConfig, train: TrainConfig) -> tuple[float, float]:
+def optimizer_bytes(config: ModelConfig, train: TrainConfig, step: TrainingStep) -> tuple[float, float]:
     """The optimizers' state, and the most that a later step takes beside it."""
     books = Books()
     model = books.model(config, train, "float32")
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.empty_like(p)  # made outside of the books: not counted
-    optimizers = make_optimizers(model, train)
+    optimizers = step.optimizers(model, train)
     for _ in range(2):  # the first step makes the state
         state = books.peak = books.live
         with books:
@@ -236,7 +255,7 @@ def gathered_bytes(model: LMFusion, world_size: int) -> float:
 
 
 def training_bytes(
-    config: ModelConfig, train: TrainConfig, world_size: int, caption_tokens: int
+    config: ModelConfig, train: TrainConfig, step: TrainingStep, world_size: int, tokens: int
 ) -> dict[str, float]:
     """Bytes of one of `world_size` processes, in a step that finds the optimizer's state there.
 
@@ -249,25 +268,20 @@ def training_bytes(
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     kept = KEPT * numel(trained) / world_size
-
-    def keep(p: nn.Parameter) -> None:
-        """A gradient that is whole counts as what is kept of it."""
-        books.enter(p.grad, KEPT * p.numel() / world_size)
-
-    for p in trained:
-        p.register_post_accumulate_grad_hook(keep)
+    for p in trained:  # a gradient that is whole counts as what is kept of it
+        p.register_post_accumulate_grad_hook(lambda p: books.enter(p.grad, KEPT * p.numel() / world_size))
     micro = micro_batch(train, world_size)
-    behind = math.ceil(micro * (1 - train.recipe.caption_first))  # rather one too many: they keep more
-    orders = [FIRST] * (micro - behind) + [BEHIND] * behind
+    behind = math.ceil(micro * order_shares(train)[2])  # rather one too many: they keep more
+    counts = micro - behind, 0, behind
     activations = 0.0
     for _ in range(1 if micro * world_size == train.batch_size else 2):  # the second adds to gradients
         before = books.live
         with books:
-            loss = total_loss(model, make_fake_batch(books, config, train, orders, caption_tokens), train)
+            loss = step.loss(model, make_fake_batch(books, config, train, counts, tokens), train)
             activations = books.live - before
             loss.backward()
             del loss
-    state, step = optimizer_bytes(config, train)
+    state, temporary = optimizer_bytes(config, train, step)
     steady = {
         "process": PROCESS if train.device == "cpu" else 0.0,
         "frozen_weights": KEPT * numel(frozen) / world_size,
@@ -280,9 +294,9 @@ def training_bytes(
         "gradients": kept,
         "activations": activations,
         "computing": books.peak,
-        "optimizer_step": step,
+        "optimizer_step": temporary,
     }
-    least = sum(steady.values()) + max(books.peak, kept + step)
+    least = sum(steady.values()) + max(books.peak, kept + temporary)
     peak = max(least, sum(steady.values()) + kept + activations)
     return steady | needs | {"least_peak": least, "peak": peak}
 
@@ -296,11 +310,11 @@ def cache_bytes(cache: Cache) -> float:
 
 
 @torch.no_grad()  # in inference mode, products would reach the books under names not counted
-def sampling(config: ModelConfig, train: TrainConfig, caption_tokens: int) -> dict[str, float]:
+def sampling(config: ModelConfig, train: TrainConfig, tokens: int) -> dict[str, float]:
     """FLOPs and bytes of one picture as `generate.generate_images` paints it: with a caption and without."""
     books, P = Books(), config.num_patches
     model = books.model(config, train)
-    rows = [[ordinary_id(config)] * caption_tokens + [config.boi_id], [config.boi_id]]
+    rows = [[ordinary_id(config)] * tokens + [config.boi_id], [config.boi_id]]
     patches = Tokens.rows([[IMAGE]] * 2, P, start=[len(r) for r in rows])
     with books:
         cache = model.encode(Tokens.rows(rows, P)).cache
@@ -309,7 +323,7 @@ def sampling(config: ModelConfig, train: TrainConfig, caption_tokens: int) -> di
         model.unet_output(model.encode(patches, books.latents(2, config), t, cache))
     often = books.flops
     weights = model.boi_head.itemsize * numel(model.parameters())
-    flops = {"prefill_flops": once, "step_flops": often, "picture_flops": once + STEPS * often}
+    flops = {"prefill_flops": once, "step_flops": often, "picture_flops": once + DDIM_STEPS * often}
     return flops | {"weights": weights, "cache": cache_bytes(cache), "peak": weights + books.peak}
 
 
@@ -336,7 +350,7 @@ def writing(config: ModelConfig, train: TrainConfig) -> dict[str, float]:
 
 
 def report(
-    config: ModelConfig, train: TrainConfig, world_size: int = 1, caption_tokens: int = 32
+    config: ModelConfig, train: TrainConfig, step: TrainingStep, world_size: int = 1, tokens: int = 32
 ) -> dict[str, dict]:
     """Parameters; bytes and FLOPs of training on `world_size` processes, of painting, and of writing.
 
@@ -344,18 +358,13 @@ def report(
     """
     if world_size < 1 or train.batch_size % world_size:
         raise ValueError(f"batch_size = {train.batch_size} is not a multiple of world_size = {world_size}")
+    pictures = {"pictures_a_step": train.batch_size, "pictures_at_once": micro_batch(train, world_size)}
     return {
-        "setting": {
-            "processes": world_size,
-            "pictures_a_step": train.batch_size,
-            "pictures_at_once": micro_batch(train, world_size),
-            "caption_tokens": caption_tokens,
-            "dtype": train.dtype,
-        },
+        "setting": {"processes": world_size} | pictures | {"caption_tokens": tokens, "dtype": train.dtype},
         "parameters": count_parameters(Books().model(config, train)),
-        "training_bytes": training_bytes(config, train, world_size, caption_tokens),
-        "training_flops": training_flops(config, train, caption_tokens),
-        "sampling": sampling(config, train, caption_tokens),
+        "training_bytes": training_bytes(config, train, step, world_size, tokens),
+        "training_flops": training_flops(config, train, step, tokens),
+        "sampling": sampling(config, train, tokens),
         "text": writing(config, train),
     }
 
@@ -367,27 +376,41 @@ def budget_table(report: dict[str, dict]) -> str:
         "parameters": "parameters",
         "training_bytes": "training: memory of one process",
         "training_flops": "training: work",
-        "sampling": f"sampling: a picture in {STEPS} guided steps",
+        "sampling": f"sampling: a picture in {DDIM_STEPS} guided steps",
         "text": "text alone",
     }
-
-    def show(block: str, name: str, value: float | str) -> str:
-        if block == "setting" or name == "prompt_tokens":
-            return str(value)
-        if block == "parameters":
-            return f"{value / 1e6:,.1f} M"
-        if "flops" in block + name:
-            return f"{value / 1e12:.4g} TFLOP"
-        return f"{value / 2**30:.2f} GiB"
-
     lines = []
     for block, title in titles.items():
         lines += [f"| {title} | |", "|---|---:|"]
         for name, value in report[block].items():
+            if block == "setting" or name == "prompt_tokens":
+                shown = str(value)
+            elif block == "parameters":
+                shown = f"{value / 1e6:,.1f} M"
+            elif "flops" in block + name:
+                shown = f"{value / 1e12:.4g} TFLOP"
+            else:
+                shown = f"{value / 2**30:.2f} GiB"
             if value or block == "setting":
-                lines.append(
-                    f"| {name.removesuffix('_flops').replace('_', ' ')} | {show(block, name, value)} |"
-                )
+                lines.append(f"| {name.removesuffix('_flops').replace('_', ' ')} | {shown} |")
         lines.append("")
     peak = report["training_bytes"]["peak"] / 2**30
     return "\n".join([*lines, f"predicted peak of one process: {peak:.1f} GiB"])
+
+
+def dry_run(config: TrainConfig, step: TrainingStep) -> None:
+    """Print what a run would take of memory and arithmetic; no model is made, and no stock one fetched."""
+    if config.base:
+        model = known_config(config.base)
+    else:
+        model = tiny_config(train_tokenizer(random.Random(config.seed)))
+    channels, factor = (4, 8) if config.vae else (config.latent_channels, config.latent_patch)
+    if config.vae and Path(config.vae).is_dir():
+        vae = read_vae_config(resolve_vae(config.vae) / "config.json")
+        channels, factor = vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1)
+    if not set(config.tasks) <= {"caption", "generate"}:
+        print(f"of captioned pictures; --task {config.task} has more text, and clean pictures as well\n")
+    if config.text_batch:
+        print(f"without the {config.text_batch} documents of text beside the pictures\n")
+    model = replace(model, **config.model_overrides(channels, factor))
+    print(budget_table(report(model, config, step, int(os.environ.get("WORLD_SIZE", "1")))))

@@ -7,6 +7,7 @@ have) emulates: 70% of the time of a pretraining step of the tiny Qwen3 went the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -31,11 +32,11 @@ def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Muon):
     """torch.optim.Muon with `orthogonalise` above; the update's size is that of AdamW ("match_rms_adamw")."""
 
-    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
+    def __init__(self, params: Iterable, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Callable | None = None) -> None:
         assert closure is None
         for group in self.param_groups:
             for p in group["params"]:

@@ -23,7 +23,7 @@ import os
 import sys
 import tarfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +34,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 FIELDS = {"png": "picture", "jpg": "picture", "jpeg": "picture", "webp": "picture", "txt": "caption"}
-FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow knows many more, some of which start other programs
+DECODED = ("PNG", "JPEG", "WEBP")  # Pillow knows many more, some of which start other programs
 MAX_PIXELS = 64_000_000  # of one picture, by its header
 MAX_FILE = 2**28  # bytes of one picture
 MAX_CAPTION = 10_000  # characters
 MAX_MEMORY = 2**33  # bytes of all decoded pictures
+NAMED = 10  # bad samples that are named; the others are counted
 
 
 @dataclass
@@ -102,41 +103,36 @@ def load_pictures(source: str | list[str], size: int, max_memory: int = MAX_MEMO
     out, listed in `skipped`, and named in one line on stderr. Edits are passed over.
     ValueError: nothing there, not a tar, no good sample at all, or more than `max_memory` bytes of pixels.
     """
-    pixels, captions, names, skipped = load("caption", read_sample, 1, source, size, max_memory)
+    pixels, captions, names, skipped = load_samples("caption", source, size, max_memory)
     return Pictures(pixels[0], captions, names, skipped)
 
 
 def load_edits(source: str | list[str], size: int, max_memory: int = MAX_MEMORY) -> Edits:
-    """Every edit of `source`: two tensors (E, 3, S, S) uint8 with S = `size`, always in the same order.
+    """Every edit of `source`: two tensors (E, 3, S, S) uint8 with S = `size`, else as `load_pictures`.
 
-    The same as `load_pictures` in all else: an edit is bad if either picture or the instruction is, both
-    pictures count in `max_memory`, and captioned pictures are passed over.
+    An edit is bad if either picture or the instruction is. Captioned pictures are passed over.
     """
-    pixels, instructions, names, skipped = load("edit", read_edit, 2, source, size, max_memory)
+    pixels, instructions, names, skipped = load_samples("edit", source, size, max_memory)
     return Edits(pixels[0], pixels[1], instructions, names, skipped)
 
 
-def load(
-    kind: str, read: Callable, parts: int, source: str | list[str], size: int, max_memory: int
+def load_samples(
+    kind: str, source: str | list[str], size: int, max_memory: int
 ) -> tuple[Tensor, list[str], list[str], list[tuple[str, str]]]:
-    """The samples of one kind: pixels (parts, M, 3, S, S), texts, names, and what was left out.
-
-    read: a sample and the size -> its `parts` pictures (3, S, S), and its text. Errors as in load_pictures.
-    """
+    """The samples of a kind: pixels (1 or, of edits, 2, M, 3, S, S), texts, names, and what was left out."""
+    read, parts, unit = (read_edit, 2, "edit") if kind == "edit" else (read_sample, 1, "picture")
     if size < 1:
         raise ValueError(f"size is {size}; a picture has at least 1 pixel a side")
-    sources = [source] if isinstance(source, str) else list(source)
-    listed = list_samples(sources)
+    sources, listed = source if isinstance(source, str) else ", ".join(source), list_samples(source)
     samples = [sample for sample in listed if sample.kind in (kind, "")]
     memory = parts * len(samples) * 3 * size**2
     if memory > max_memory:
         raise ValueError(
-            f"{', '.join(sources)}: {parts * len(samples):,} pictures of {size} x {size} pixels take "
+            f"{sources}: {parts * len(samples):,} pictures of {size} x {size} pixels take "
             f"{memory / 2**30:.2f} GiB, and {max_memory / 2**30:.2f} are allowed; make it fewer or smaller"
         )
     pixels = torch.empty(parts, len(samples), 3, size, size, dtype=torch.uint8)
     texts, names, skipped = [], [], []
-    unit, word = ("edit", "edits") if kind == "edit" else ("picture", "samples")
     for sample in tqdm(samples, desc=f"{unit}s", unit=unit, disable=None):
         try:
             *images, text = read(sample, size)
@@ -146,35 +142,31 @@ def load(
         pixels[:, len(names)] = torch.stack(images)
         texts.append(text)
         names.append(sample.name)
-    bad = f"skipped {len(skipped):,} of {len(samples):,} {word}: {listing(skipped)}" if skipped else ""
+    bad = skipped_line(skipped, len(skipped), len(samples), "edits" if kind == "edit" else "samples")
     if not names:
         edits = sum(sample.kind == "edit" for sample in listed)
-        reason = no_edits(bad) if kind == "edit" else no_pictures(bad, edits)
-        raise ValueError(f"{', '.join(sources)}: {reason}")
+        raise ValueError(f"{sources}: {nothing_to_load(kind, bad, edits)}")
     if bad:
         print(bad, file=sys.stderr)
     return pixels[:, : len(names)], texts, names, skipped
 
 
-def no_pictures(bad: str, edits: int) -> str:
-    """What to say where there is no captioned picture, but perhaps bad samples, told in `bad`, or edits."""
+def skipped_line(skipped: list[tuple[str, str]], count: int, total: int, word: str = "samples") -> str:
+    """How many samples are bad, and the first names and reasons, on one line; "" if none is."""
+    text = ", ".join(f"{name[:100]} ({reason[:200]})" for name, reason in skipped[:NAMED])
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    text += f" and {count - NAMED:,} more" if count > NAMED else ""
+    return f"skipped {count:,} of {total:,} {word}: {text}" if count else ""
+
+
+def nothing_to_load(kind: str, bad: str, edits: int) -> str:
+    """What to say where no sample of a kind is good. `bad` tells of the bad ones; `edits`: how many edits."""
     reason = f"; {bad}" if bad else ""
+    if kind == "edit":
+        return f"no edits: rows of a metadata.jsonl with source, text and file_name{reason}"
     if edits:
         reason += f"; {edits:,} edits (lines with a source), which are for --task edit"
     return f"no captioned pictures{reason or ' (name.png + name.txt, metadata.jsonl, or tars by name)'}"
-
-
-def no_edits(bad: str) -> str:
-    """What to say where there is no edit, but perhaps bad ones, told in `bad`."""
-    reason = f"; {bad}" if bad else ""
-    return f"no edits: rows of a metadata.jsonl with source, text and file_name{reason}"
-
-
-def listing(skipped: list[tuple[str, str]], most: int = 10) -> str:
-    """The first names and reasons, on one line whatever characters they hold."""
-    text = ", ".join(f"{name[:100]} ({reason[:200]})" for name, reason in skipped[:most])
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(skipped) <= most else f"{text} and {len(skipped) - most:,} more"
 
 
 # ---- one sample ----
@@ -228,7 +220,7 @@ def decode_picture(data: bytes, size: int) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a large picture, of odd metadata
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
+            with Image.open(io.BytesIO(data), formats=DECODED) as image:  # reads the header alone
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 return torch.from_numpy(np.array(square_rgb(image, size))).permute(2, 0, 1)
@@ -260,21 +252,15 @@ def square_rgb(image: Image.Image, size: int) -> Image.Image:
 def list_samples(source: str | list[str]) -> list[Sample]:
     """Every sample of `source` (see load_pictures), of both kinds, unread, in its fixed order.
 
-    ValueError: no such file, or not a tar.
+    Each path once, a glob's matches sorted. ValueError: no such file, or not a tar.
     """
-    sources = [source] if isinstance(source, str) else list(source)
-    return [sample for path in find_paths(sources) for sample in find_samples(path)]
-
-
-def find_paths(sources: list[str]) -> list[Path]:
-    """Paths and globs -> existing paths, each once, a glob's matches sorted."""
-    paths = []
-    for source in map(os.path.expanduser, sources):
-        found = [source] if os.path.exists(source) else sorted(glob.glob(source))
+    paths: dict[str, None] = {}
+    for path in map(os.path.expanduser, [source] if isinstance(source, str) else source):
+        found = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not found:
-            raise ValueError(f"{source}: no such file or folder, and as a pattern it matches nothing")
-        paths += map(Path, found)
-    return list(dict.fromkeys(paths))
+            raise ValueError(f"{path}: no such file or folder, and as a pattern it matches nothing")
+        paths |= dict.fromkeys(found)
+    return [sample for path in dict.fromkeys(map(Path, paths)) for sample in find_samples(path)]
 
 
 def find_samples(path: Path) -> list[Sample]:
@@ -324,15 +310,13 @@ def jsonl_sample(line: bytes, number: str, folder: Path) -> Sample:
     picture = file_inside(folder, row["file_name"])
     source = file_inside(folder, row["source"]) if kind == "edit" else None
     problem = ""
-    if picture is None:
-        problem = f"not inside {folder}"
-    elif kind == "edit" and source is None:
-        problem = f"source: not inside {folder}"
+    if picture is None or (kind == "edit" and source is None):
+        problem = f"{'source: ' if picture is not None else ''}not inside {folder}"
     return Sample(row["file_name"], picture, row["text"], source, problem, kind)
 
 
 def file_inside(folder: Path, name: str) -> Span | None:
-    """A file by its path from `folder`; None if that is_main out of it."""
+    """A file by its path from `folder`; None if that leads out of it."""
     path = os.path.normpath(name)
     return None if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir else Span(folder / path)
 

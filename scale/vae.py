@@ -1,4 +1,4 @@
-"""The VAE: pictures to latents and back, diffusers' AutoencoderKL with its weights, frozen throughout.
+"""Pictures to latents and back: diffusers' AutoencoderKL with its weights, and a linear stand-in for it.
 
     vae = load_vae("stabilityai/sd-vae-ft-mse")    # a hub id or a folder
     latents = vae.encode(pictures)                 # uint8 (M, 3, S, S) -> (M, C, S/f, S/f)
@@ -7,7 +7,9 @@
 The paper diffuses in the latent space of a pretrained VAE (Section 2.2) and never trains it. Encoder: a
 convolution, one block of residual layers per entry of `block_out_channels` with a stride of 2 after all but
 the last, a mid-block with attention. Decoder: the mirror image, one residual layer more per block. Modules
-have diffusers' names, so that its `diffusion_pytorch_model.safetensors` loads without renaming.
+have diffusers' names, so that its `diffusion_pytorch_model.safetensors` loads without renaming. `PatchPCA`
+stands in for the VAE where none is at hand (`--config small`). Both have `encode`, `decode`, `patch`,
+`channels` and `bound`.
 
 Shapes: M pictures, S pixels a side, f downsampling factor (8 for four blocks), C latent channels,
 h = w = S/f; c, c_in, c_out channels within.
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import TrainConfig
-from load_qwen3 import open_safetensors, read_json
+from load_qwen3 import address, open_safetensors, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE = "a pickle, which runs code when loaded; convert it to safetensors"
@@ -103,32 +105,30 @@ class Resample(nn.Module):
 
 
 class VAEBlock(nn.Module):
-    """Residual layers at one resolution, then a change of resolution, if any."""
+    """Residual layers at one resolution, attention behind the first, then a change of resolution, if any."""
 
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, down: bool = False, up: bool = False):
+    def __init__(
+        self, c_in: int, c_out: int, layers: int, groups: int, attention: bool = False, then: str = ""
+    ):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_out if i else c_in, c_out, groups) for i in range(layers))
-        self.downsamplers = nn.ModuleList([Resample(c_out, down=True)] if down else [])
-        self.upsamplers = nn.ModuleList([Resample(c_out, down=False)] if up else [])
+        self.attentions = nn.ModuleList([VAEAttention(c_out, groups)] if attention else [])
+        self.downsamplers = nn.ModuleList([Resample(c_out, down=True)] if then == "down" else [])
+        self.upsamplers = nn.ModuleList([Resample(c_out, down=False)] if then == "up" else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+        layers = (self.resnets[0], *self.attentions, *self.resnets[1:], *self.downsamplers, *self.upsamplers)
+        for layer in layers:
             x = layer(x)
         return x
 
 
-class MidBlock(nn.Module):
-    """Two residual layers with attention between them, all at the lowest resolution."""
-
-    def __init__(self, c: int, groups: int, attention: bool):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c, c, groups) for _ in range(2))
-        self.attentions = nn.ModuleList([VAEAttention(c, groups)] if attention else [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
-            x = layer(x)
-        return x
+def blocks(widths: tuple[int, ...], layers: int, groups: int, then: str) -> nn.ModuleList:
+    """One VAEBlock a width, with a change of resolution behind all but the last."""
+    found = nn.ModuleList()
+    for i, (c_in, c_out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+        found.append(VAEBlock(c_in, c_out, layers, groups, then=then if i < len(widths) - 1 else ""))
+    return found
 
 
 class Encoder(nn.Module):
@@ -138,11 +138,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = conv3(3, widths[0])
-        self.down_blocks = nn.ModuleList(
-            VAEBlock(c_in, c_out, config.layers_per_block, groups, down=i < len(widths) - 1)
-            for i, (c_in, c_out) in enumerate(zip((widths[0], *widths), widths, strict=False))
-        )
-        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.down_blocks = blocks(widths, config.layers_per_block, groups, "down")
+        self.mid_block = VAEBlock(widths[-1], widths[-1], 2, groups, config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = conv3(widths[-1], 2 * config.latent_channels)
 
@@ -160,11 +157,8 @@ class Decoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = conv3(config.latent_channels, widths[0])
-        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
-        self.up_blocks = nn.ModuleList(
-            VAEBlock(c_in, c_out, config.layers_per_block + 1, groups, up=i < len(widths) - 1)
-            for i, (c_in, c_out) in enumerate(zip((widths[0], *widths), widths, strict=False))
-        )
+        self.mid_block = VAEBlock(widths[0], widths[0], 2, groups, config.mid_block_add_attention)
+        self.up_blocks = blocks(widths, config.layers_per_block + 1, groups, "up")
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = conv3(widths[-1], 3)
 
@@ -176,7 +170,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """A codec like data.py's PatchPCA: `encode`, `decode`, `patch`, `channels`, `bound`."""
+    """diffusers' VAE, frozen. Latents are scaled and shifted by the numbers of its config.json."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -206,8 +200,7 @@ class AutoencoderKL(nn.Module):
 
         `batch` pictures at a time. Raises ValueError if S is not a multiple of `patch`.
         """
-        if pictures.dtype != torch.uint8 or pictures.dim() != 4 or pictures.shape[1] != 3:
-            raise ValueError(f"pictures are {pictures.dtype} {tuple(pictures.shape)}, not uint8 (M, 3, S, S)")
+        assert pictures.dtype == torch.uint8 and pictures.dim() == 4 and pictures.shape[1] == 3
         H, W = pictures.shape[2:]
         if H % self.patch or W % self.patch or not H or not W:
             raise ValueError(f"pictures of {H} x {W} pixels: not multiples of {self.patch}, as the VAE needs")
@@ -222,8 +215,7 @@ class AutoencoderKL(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 4) -> Tensor:
         """(M, C, h, w) -> uint8 (M, 3, S, S) on the same device, `batch` at a time."""
-        if latents.dim() != 4 or latents.shape[1] != self.channels:
-            raise ValueError(f"latents are {tuple(latents.shape)}, not (M, {self.channels}, h, w)")
+        assert latents.dim() == 4 and latents.shape[1] == self.channels, latents.shape
         pictures = []
         for z in latents.split(batch):
             x = self.pixels(z.float() / self.config.scaling_factor + self.config.shift_factor).float()
@@ -253,17 +245,16 @@ def resolve_vae(folder_or_hub_id: str | Path) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            patterns = files + [f"vae/{name}" for name in files]
-            folder = Path(snapshot_download(str(folder_or_hub_id), allow_patterns=patterns))
+            files += [f"vae/{name}" for name in files]
+            folder = Path(snapshot_download(str(folder_or_hub_id), allow_patterns=files))
         except Exception as error:  # the hub raises many kinds; for the user they are one
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{folder_or_hub_id}: no such folder, and not on the hub: {reason}") from None
     if not (folder / WEIGHTS).is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
     if not (folder / WEIGHTS).is_file():
-        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".ckpt", ".pt", ".pth")]
-        only = f", only {pickles[0]}: {PICKLE}" if pickles else ""
-        raise ValueError(f"{folder}: has no {WEIGHTS}{only}")
+        names = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+        raise ValueError(f"{folder}: has no {WEIGHTS}" + (f", only {names[0]}: {PICKLE}" if names else ""))
     return folder
 
 
@@ -315,16 +306,14 @@ def read_vae_tensors(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[s
                 raise ValueError(f"{file}: tensor {stored} is not one that this AutoencoderKL has")
             if name in state:
                 raise ValueError(f"{file}: tensor {name} is there twice, once by its old name")
-            shape, wanted = tuple(f.get_slice(stored).get_shape()), expected[name]
-            if shape != wanted and not (len(wanted) == 2 and shape == (*wanted, 1, 1)):  # 1 x 1 convolution
-                raise ValueError(f"{file}: tensor {stored} is {shape}, not {wanted}")
-            tensor = f.get_tensor(stored)
-            if not tensor.is_floating_point():
-                raise ValueError(f"{file}: tensor {stored} is {tensor.dtype}, not a floating-point type")
+            tensor, wanted = f.get_tensor(stored), expected[name]
+            shape = tuple(tensor.shape)
+            fits = shape == wanted or (len(wanted) == 2 and shape == (*wanted, 1, 1))  # a 1 x 1 convolution
+            if not fits or not tensor.is_floating_point():
+                raise ValueError(f"{file}: tensor {stored} is {tensor.dtype} {shape}, not floats {wanted}")
             state[name] = tensor.reshape(wanted)
-    for name in expected:
-        if name not in state:
-            raise ValueError(f"{file}: tensor {name} is missing")
+    for name in sorted(expected.keys() - state.keys()):
+        raise ValueError(f"{file}: tensor {name} is missing")
     return state
 
 
@@ -413,5 +402,4 @@ def make_codec(
 
 def vae_entry(path: str, codec: AutoencoderKL) -> dict[str, str]:
     """What a checkpoint keeps of a VAE: where it lies, and its fingerprint."""
-    place = str(Path(path).resolve()) if Path(path).is_dir() else path
-    return {"path": place, "fingerprint": codec.fingerprint()}
+    return {"path": address(path), "fingerprint": codec.fingerprint()}

@@ -17,17 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import BEHIND, DROPPED, FIRST, arrange
+from load_qwen3 import known_config
 from model import ModelConfig
 from scale import budget
 
 CAPTION = 5
 FIXED = train.TrainConfig(batch_size=4, unet_channels=(16, 32), optimizer="adamw")
-QWEN3 = {  # hidden, intermediate, layers, heads, tied
-    "0.6B": (1024, 3072, 28, 16, True),
-    "1.7B": (2048, 6144, 28, 16, True),
-    "4B": (2560, 9728, 36, 32, True),
-    "8B": (4096, 12288, 36, 32, False),
-}
 
 
 def with_fields(config: train.TrainConfig, **changes) -> train.TrainConfig:
@@ -37,11 +32,6 @@ def with_fields(config: train.TrainConfig, **changes) -> train.TrainConfig:
     for name in set(changes) - known:
         object.__setattr__(out, name, changes[name])
     return out
-
-
-def qwen3(size: str) -> ModelConfig:
-    hidden, intermediate, layers, heads, tied = QWEN3[size]
-    return ModelConfig(151936, hidden, intermediate, layers, heads, 8, 128, tie_word_embeddings=tied)
 
 
 def real_step(model, config: train.TrainConfig, batch) -> tuple[list, torch.Tensor]:
@@ -69,7 +59,9 @@ def test_parameters_are_those_of_a_real_model_and_shared_ones_count_once(make_mo
 
 
 def test_the_unet_of_the_paper_has_0_27_billion_parameters_at_8B():
-    counted = budget.count_parameters(budget.Books().model(qwen3("8B"), train.TrainConfig()))
+    counted = budget.count_parameters(
+        budget.Books().model(known_config("Qwen/Qwen3-8B"), train.TrainConfig())
+    )
     assert counted["unet"] == pytest.approx(0.2675e9, rel=1e-3)
     assert counted["text"] == pytest.approx(8.19e9, rel=1e-3)
 
@@ -354,6 +346,6 @@ def test_three_real_steps_take_the_memory_that_was_predicted():
 @pytest.mark.slow
 def test_three_real_steps_of_qwen3_0_6b_take_the_memory_that_was_predicted():
     """Needs 15 GiB of memory and a few minutes."""
-    config = dataclasses.replace(qwen3("0.6B"), boi_id=1, eoi_id=2, eos_id=3)
+    config = known_config("Qwen/Qwen3-0.6B")
     predicted = budget.training_bytes(config, train.TrainConfig(batch_size=1), 1, 30)["peak"]
     assert predicted == pytest.approx(measure(config), rel=0.15)

@@ -235,17 +235,18 @@ def test_inputs_move_to_the_vaes_device_and_results_come_back():
     assert (pictures.device.type, pictures.dtype) == ("cpu", torch.uint8)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 8, 10), (1, 3, 6, 8), (2, 3, 0, 8), (1, 4, 8, 8), (3, 8, 8)])
+@pytest.mark.parametrize("shape", [(1, 3, 8, 10), (1, 3, 6, 8), (2, 3, 0, 8)])
 def test_pictures_that_do_not_fit_are_refused(shape):
     with pytest.raises(ValueError, match=rf"{shape[-2]}.*{shape[-1]}"):
         load_vae(FIXTURES / "vae_flux").encode(random_pictures(*shape))
 
 
-def test_pictures_that_are_not_uint8_and_latents_of_other_channels_are_refused():
+def test_pictures_that_are_not_uint8_and_latents_of_other_channels_are_a_bug():
     vae = load_vae(FIXTURES / "vae_sd")
-    with pytest.raises(ValueError, match="float32.*uint8"):
-        vae.encode(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"\(1, 16, 4, 4\).*4"):
+    for wrong in (torch.zeros(1, 3, 8, 8), random_pictures(1, 4, 8, 8), random_pictures(3, 8, 8)):
+        with pytest.raises(AssertionError):
+            vae.encode(wrong)
+    with pytest.raises(AssertionError):
         vae.decode(torch.zeros(1, 16, 4, 4))
 
 
