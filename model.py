@@ -248,7 +248,7 @@ class Hidden:
 
     text: Tensor | None  # (T_text, D), after the text final norm, in the order of the slots
     image: Tensor | None  # (T_image, D), after the image final norm
-    unet: tuple | None  # h_in and the skips, for UNet-Up
+    unet: tuple[Tensor, list[Tensor], Tensor] | None  # h_in, the skips and t, for UNet-Up
     cache: Cache | None  # of these tokens alone
 
 
