@@ -6,15 +6,13 @@
     python -m lab.ablate --quick            # every cell for a few steps, in under a minute
     python -m lab.ablate --tables           # figures and tables of the results that are there
 
-A cell is the `small` configuration with a few flags changed. All cells train on the same pictures in the same
-order, which follow from the seed, and start from one pretrained tiny Qwen3. A result is one JSON file: the
-curve over training (without guidance, as in the paper's Figure 3), the final figures, the FLOPs of a step
-(torch.utils.flop_counter), and the commit and the command that made it.
+A cell is the `small` configuration with a few flags changed. All cells of a seed train on the same pictures
+in the same order, from one pretrained tiny Qwen3. A result is one JSON file: the curve over training (without
+guidance, as in the paper's Figure 3), the final figures, the FLOPs of a step, the commit and the command.
 
 A text side that learns also reads text alone (Section 5.1.1), until its step takes about twice the FLOPs of
-ours: half of the data is text in the paper's Table 1. A frozen text side would learn nothing from it. So the
-language-model loss of a frozen cell is that of captions alone, which are a tenth of a learning cell's. The
-cells "light" are frozen ones whose captions weigh a tenth.
+ours. A frozen text side would learn nothing from it: its language-model loss is that of captions alone, which
+are a tenth of a learning cell's. The cells "light" are frozen ones whose captions weigh a tenth.
 """
 
 from __future__ import annotations
@@ -187,9 +185,10 @@ def open_run(config: TrainConfig) -> Run:
 
 def run_cell(plan: Plan, name: str, seed: int) -> None:
     """Train and measure one cell, or go on where it stopped; its result is written when it is whole."""
-    start, base = time.perf_counter(), ensure_lab_base(plan)
-    config = configure(plan, name, seed, base)
+    start = time.perf_counter()
+    config = configure(plan, name, seed, ensure_lab_base(plan))
     run = open_run(config)
+    trained = sum(p.numel() for p in run.trained.values())
     if run.step < config.steps:
         train(run, watch=lambda run: measure(as_trained(run), plan, seed))
     lines = read_metrics(run.out / "metrics.jsonl")
@@ -201,10 +200,7 @@ def run_cell(plan: Plan, name: str, seed: int) -> None:
         "made_by": {"commit": commit(), "command": f"python {command(plan, name, seed)}"},
         "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("base", "out")},
         "base_fingerprint": run.fingerprint,
-        "parameters": {
-            "trained": sum(p.numel() for p in run.trained.values()),
-            "all": sum(p.numel() for p in run.model.parameters()),
-        },
+        "parameters": {"trained": trained, "all": sum(p.numel() for p in run.model.parameters())},
         **counted,
         "flops": counted["flops_per_step"] * config.steps,
         "pictures_seen": config.steps * config.batch_size,
@@ -212,9 +208,8 @@ def run_cell(plan: Plan, name: str, seed: int) -> None:
         "final": final,
         "cell_seconds": round(time.perf_counter() - start, 1),
     }
-    file = result_file(plan, name, seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, json.dumps(result, indent=1) + "\n")
+    Path(plan.out).mkdir(parents=True, exist_ok=True)
+    write_atomic(result_file(plan, name, seed), json.dumps(result, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------

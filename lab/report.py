@@ -48,11 +48,9 @@ PANELS = {
     "cider": "captions: CIDEr",
     "attributes": "pictures: attributes right",
 }
-# What is compared: its name and its path in a result, as `figure` takes it.
-CIDER = {"CIDEr": "captions/cider"}
-COMPARED = {
-    "images": CIDER | {"attributes": "pictures/1.55/attributes"},
-    "captions": CIDER,
+COMPARED = {  # name: path in a result, as `figure` takes it
+    "images": {"CIDEr": "captions/cider", "attributes": "pictures/1.55/attributes"},
+    "captions": {"CIDEr": "captions/cider"},
     "text": {"reasoning": "text/reasoning", "knowledge": "text/knowledge"},
     "lost": {"reasoning": "lost/reasoning", "knowledge": "lost/knowledge"},
 }
