@@ -1,4 +1,4 @@
-"""config.py: flags, bounds, named configurations, what a second stage inherits, what may change on resuming."""
+"""config.py: flags, bounds, named configurations, a second stage, and what may change on resuming."""
 
 from __future__ import annotations
 

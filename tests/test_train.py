@@ -32,8 +32,8 @@ from torch import Tensor
 
 import data
 import train
-from checkpoint import load_trained, read_metrics, save_run
 from chat.template import encode_plain
+from checkpoint import load_trained, read_metrics, save_run
 from data import (
     CAPTION_DROPPED,
     CAPTION_FIRST,
@@ -579,13 +579,13 @@ def test_the_learning_rate_warms_up_then_falls_along_a_cosine(tmp_path):
 
 @pytest.mark.parametrize("flags", ((), ("--task", TASKS, *SHAPES)), ids=("captions", "tasks"))
 def test_a_step_depends_on_the_seed_and_its_number_only(make_run, flags):
-    runs = [make_run(*flags), make_run(*flags), make_run(*flags, "--seed", 1)]
-    runs[1].documents.tokenise("a caption that another step left in the cache")
+    three = [make_run(*flags), make_run(*flags), make_run(*flags, "--seed", 1)]
+    three[1].documents.tokenise("a caption that another step left in the cache")
     torch.manual_seed(123)  # the global generators have no say in it
     random.seed(123)
-    results = [run.train_step() for run in runs]
+    results = [run.train_step() for run in three]
     assert results[0] == results[1] != results[2]
-    assert runs[0].train_step() != results[0]
+    assert three[0].train_step() != results[0]
 
 
 @pytest.mark.parametrize("task", ("generate", "caption"))
@@ -810,8 +810,8 @@ SCRATCH = ("--from-scratch", True, "--lr-text-ratio", 1)
 
 def test_random_text_weights_have_nothing_of_the_base(make_run, write_qwen3, tmp_path):
     base = write_qwen3(tmp_path / "base")
-    runs = [make_run(*SCRATCH, "--base", base, "--seed", seed, perturb=0) for seed in (0, 0, 1)]
-    text, again, other = (run.model.text_parameters() for run in runs)
+    three = [make_run(*SCRATCH, "--base", base, "--seed", seed, perturb=0) for seed in (0, 0, 1)]
+    text, again, other = (run.model.text_parameters() for run in three)
     former = load_qwen3(base).text_parameters()
     assert len(text) == 24 and not any(torch.equal(p, former[n]) for n, p in text.items())
     for name, p in text.items():
@@ -823,8 +823,8 @@ def test_random_text_weights_have_nothing_of_the_base(make_run, write_qwen3, tmp
             wanted = 0.05 if name == "embed_tokens.weight" else p.shape[1] ** -0.5 / residual
             assert p.std().item() == pytest.approx(wanted, rel=0.1) and not torch.equal(p, other[name]), name
             assert former[name].std().item() == pytest.approx(0.15, rel=0.1)
-    assert runs[0].fingerprint == runs[2].fingerprint  # the base's: what a checkpoint is loaded on
-    image = runs[0].model.image_parameters()
+    assert three[0].fingerprint == three[2].fingerprint  # the base's: what a checkpoint is loaded on
+    image = three[0].model.image_parameters()
     experts = {n: p for n, p in image.items() if n.startswith(("layers.", "norm_image."))}
     assert len(experts) == 11 * 2 + 1
     assert all(torch.equal(p, text[n.replace("image", "text")]) for n, p in experts.items())
