@@ -76,9 +76,10 @@ def reference_error(run: Run, pictures: list, words: str, seed: int, value: int)
     return diffusion.loss(predicted, eps, t[-1:], "v").item()
 
 
-@pytest.mark.parametrize(
-    "flags", ((), ("--task", "edit", "--data", helpers.edits())), ids=("captions", "edits")
-)
+ALONE = ("--task", "edit", "--data", helpers.edits())
+
+
+@pytest.mark.parametrize("flags", ((), ALONE), ids=("captions", "edits"))
 def test_validation_is_the_error_under_the_right_and_under_another_text(make_run, flags):
     run = make_run(*flags, perturb=0.3)
     source = run.documents.source
