@@ -927,18 +927,28 @@ def test_tasks_that_the_data_or_the_tokenizer_do_not_give_are_refused(make_run):
     Documents(dataclasses.replace(config, task="edit"), model, Tokenizer(models.BPE()), source)
 
 
-def test_the_base_is_pretrained_once_and_again_for_another_seed_or_recipe(tmp_path, monkeypatch):
-    from lab import ablate  # here: it takes the whole laboratory
-
-    made, steps = [], pretrain.STEPS
+@pytest.fixture
+def pretrained(tmp_path, monkeypatch) -> list[tuple]:
+    """How each base was pretrained; no base is."""
+    made = []
     monkeypatch.setattr(
         pretrain, "pretrain_base", lambda folder, *how: made.append(how) or folder.mkdir(parents=True)
     )
-    with helpers.inside(tmp_path):
-        folders = [pretrain.ensure_base(seed) for seed in (0, 0, 1)]
-        assert made == [(0, steps), (1, steps)] and folders[0] == folders[1] != folders[2]
-        monkeypatch.setattr(pretrain, "RECIPE", pretrain.RECIPE + 1)
-        folders.append(pretrain.ensure_base(0))
-        folders += [ablate.ensure_lab_base(ablate.Plan()) for _ in range(2)]
-        assert pretrain.ensure_base(0) == folders[3]
-    assert made[2:] == [(0, steps), (0, 2600)] and len(set(folders)) == 4  # the lab's base is another
+    return made
+
+
+def test_the_base_is_pretrained_once_and_again_for_another_seed_or_recipe(pretrained, monkeypatch):
+    steps, first = pretrain.STEPS, pretrain.ensure_base(0)
+    assert first == pretrain.ensure_base(0) != pretrain.ensure_base(1)
+    assert pretrained == [(0, steps), (1, steps)]
+    monkeypatch.setattr(pretrain, "RECIPE", pretrain.RECIPE + 1)
+    assert pretrain.ensure_base(0) == pretrain.ensure_base(0) != first
+    assert pretrained[2:] == [(0, steps)]
+
+
+def test_the_base_of_the_lab_is_another(pretrained):
+    from lab import ablate  # here: it takes the whole laboratory
+
+    folders = [ablate.ensure_lab_base(ablate.Plan()) for _ in range(2)]
+    assert folders[0] == folders[1] != pretrain.ensure_base(0)
+    assert pretrained == [(0, 2600), (0, pretrain.STEPS)]
