@@ -15,6 +15,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import helpers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,6 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from model import LMFusion, ModelConfig
+from scale import sources, vae
 from small import shapes
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # tiny tensors: more threads only wait
@@ -191,17 +193,21 @@ def write_qwen3() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_codec_a_seed() -> Iterator[None]:
-    """PatchPCA is fitted to the built-in pictures once for each seed and size, and not by every run."""
-    fitted, fit = {}, shapes.make_codec
+    """PatchPCA is fitted once for each seed and size to the pictures that tests share, not by every run."""
+    fitted, fit = {}, vae.make_codec
 
     def fit_once(config, sample, device):
-        if config.vae:
+        shared = config.data == "shapes" or config.data.startswith(helpers.session.name)
+        if config.vae or not shared:
             return fit(config, sample, device)
-        key = (config.seed, config.latent_channels, config.latent_patch, config.whiten, device)
+        edits_alone = set(config.tasks) == {"edit"}
+        of_pictures = (config.data, config.val_data, edits_alone, config.image_size, config.seed)
+        key = (*of_pictures, config.latent_channels, config.latent_patch, config.whiten, device)
         if key not in fitted:
             fitted[key] = fit(config, sample, device)
         return fitted[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes, "make_codec", fit_once)
+        for module in (shapes, sources):
+            patch.setattr(module, "make_codec", fit_once)
         yield

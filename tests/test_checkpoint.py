@@ -1,15 +1,23 @@
-"""checkpoint.py: what a checkpoint holds, that it gives back the very model, and that damage is named."""
+"""checkpoint.py: what a checkpoint holds and gives back, exact resumption, second stages, damage, kills."""
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
+from runs import EDITS, FIXTURES, TASKS, Killed, last, metrics_without_clocks, new_run, take_steps
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -18,10 +26,17 @@ from checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_trained,
+    read_metrics,
     read_tensors,
+    resume,
+    save_run,
+    start_from,
     write_atomic,
     write_folder,
 )
+from load_qwen3 import load_qwen3
+from scale import latents
+from scale.vae import load_vae
 from train import Run
 
 FILES = ("model.safetensors", "optimizer.safetensors", "latents.safetensors", "checkpoint.json")
@@ -36,35 +51,29 @@ def own_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def whole(tmp_path) -> Path:
     """A checkpoint of one's own to break, with a moving average."""
-    source = list_checkpoints(helpers.shapes_run())[-1]
+    source = last(helpers.shapes_run())
     return Path(shutil.copytree(source, tmp_path / "run" / source.name))
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(*flags: object) -> Run:
-        with helpers.inside(tmp_path):
-            torch.manual_seed(0)
-            return Run(helpers.photo_config(tmp_path / "run", *flags), "small")
-
-    return make
-
-
-def resume(checkpoint_folder: Path) -> None:
-    """Resume the shapes run from a (damaged) copy."""
-    info = json.loads((checkpoint_folder.parent.parent / "info.json").read_text())
-    config = {**info["config"], "out": str(checkpoint_folder.parent)}
-    config["unet_channels"] = tuple(config["unet_channels"])
-    with helpers.inside(checkpoint_folder.parent):
-        Run(train.TrainConfig(**config), "small").resume(checkpoint_folder)
+    """make_run(*flags) -> a Run on the tiny photos."""
+    return functools.partial(new_run, tmp_path, perturb=0)
 
 
 @pytest.fixture
 def photo_checkpoint(tmp_path) -> Path:
-    """A checkpoint that resumes quickly."""
-    source = list_checkpoints(helpers.photo_run())[-1]
-    shutil.copy(source / "checkpoint.json", tmp_path / "info.json")
+    """A checkpoint of one's own to break that resumes quickly."""
+    source = last(helpers.photo_run())
     return Path(shutil.copytree(source, tmp_path / "run" / source.name))
+
+
+@functools.cache
+def idle_run() -> Run:
+    """A run like the one of `photo_checkpoint`, to resume."""
+    run = new_run(Path(helpers.session.name))
+    run.out.mkdir()
+    return run
 
 
 # ---- what it holds ----
@@ -74,8 +83,8 @@ def photo_checkpoint(tmp_path) -> Path:
 def test_only_trained_tensors_are_stored(make_run, separation):
     run = make_run("--separation", separation, "--ema", 0.5)
     run.train_step()
-    run.save()
-    folder = list_checkpoints(run.out)[-1]
+    save_run(run)
+    folder = last(run.out)
     for name in ("model", "ema"):
         assert set(load_file(folder / f"{name}.safetensors")) == set(run.model.image_parameters())
     text = set(run.model.text_parameters())
@@ -88,8 +97,8 @@ def test_only_trained_tensors_are_stored(make_run, separation):
 def test_text_that_was_trained_is_stored_too(make_run):
     run = make_run("--lr-text-ratio", 0.1)
     run.train_step()
-    run.save()
-    stored = set(load_file(list_checkpoints(run.out)[-1] / "model.safetensors"))
+    save_run(run)
+    stored = set(load_file(last(run.out) / "model.safetensors"))
     assert stored == set(dict(run.model.named_parameters())) - {"norm_text.weight"}
     loaded = load_trained(run.out)  # the fingerprint is of the base, not of the trained text
     for name, p in run.model.named_parameters():
@@ -114,9 +123,9 @@ def test_a_loaded_model_is_the_trained_one_bit_for_bit(make_run, ema, separation
     run = make_run("--ema", ema, "--separation", separation)
     for _ in range(2):
         run.train_step()
-    run.save()
+    save_run(run)
     loaded = load_trained(run.out)
-    wanted = {n: p.detach() for n, p in run.model.named_parameters()} | (run.average or {})
+    wanted = {n: p.detach() for n, p in run.model.named_parameters()} | (run.ema or {})
     got = dict(loaded.model.named_parameters())
     assert set(got) == set(wanted)
     for name, p in got.items():
@@ -125,15 +134,15 @@ def test_a_loaded_model_is_the_trained_one_bit_for_bit(make_run, ema, separation
     if ema:
         assert not torch.equal(got["unet_up.conv_out.weight"], run.model.unet_up.conv_out.weight)
     assert not loaded.model.training and loaded.model.config == run.model.config
-    assert torch.equal(loaded.diffusion.alpha_bar, run.diffusion.alpha_bar)
-    assert loaded.diffusion.prediction == run.diffusion.prediction
+    assert torch.equal(loaded.diffusion.alpha_bar, run.config.diffusion.alpha_bar)
+    assert loaded.diffusion.prediction == run.config.diffusion.prediction
     for name, x in run.codec.tensors().items():
         assert torch.equal(loaded.codec.tensors()[name], x), name
-    assert loaded.tokenizer.to_str() == run.tokenizer.to_str()
+    assert loaded.tokenizer.to_str() == run.documents.tokenizer.to_str()
 
 
 def test_a_run_and_its_checkpoint_name_the_same_model():
-    whole = list_checkpoints(helpers.shapes_run())[-1]
+    whole = last(helpers.shapes_run())
     assert (
         find_checkpoint(helpers.shapes_run())
         == find_checkpoint(whole)
@@ -227,15 +236,19 @@ def test_damaged_latents_are_named(whole, how):
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_weights_are_named_when_a_run_is_resumed(photo_checkpoint, how):
-    resume(photo_checkpoint)  # it can be resumed as long as it is whole
     name = damage(photo_checkpoint / "model.safetensors", how)
-    expect_error(name, lambda: resume(photo_checkpoint))
+    expect_error(name, lambda: resume(idle_run(), photo_checkpoint))
 
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_optimizer_is_named_when_a_run_is_resumed(photo_checkpoint, how):
     name = damage(photo_checkpoint / "optimizer.safetensors", how)
-    expect_error(name, lambda: resume(photo_checkpoint))
+    expect_error(name, lambda: resume(idle_run(), photo_checkpoint))
+
+
+def test_a_whole_checkpoint_is_resumed(photo_checkpoint):
+    resume(idle_run(), photo_checkpoint)
+    assert idle_run().step == 2
 
 
 @pytest.mark.parametrize("how", ("cut", "empty", "noise"))
@@ -317,16 +330,10 @@ def test_the_last_run_file_is_read_and_a_run_that_is_gone_is_named(tmp_path, con
             other.write_text(f"{helpers.photo_run()}\n")
         assert find_checkpoint(None, config).parent == helpers.shapes_run()
         assert load_trained(None, config=config).folder.parent == helpers.shapes_run()
+        assert (find_checkpoint(None).parent == helpers.shapes_run()) == (config == "small")  # the default
         last.write_text("runs/deleted\n")
         with pytest.raises(ValueError, match="runs/deleted: no such checkpoint folder"):
             find_checkpoint(None, config)
-
-
-def test_the_last_run_of_small_is_the_default(tmp_path):
-    with helpers.inside(tmp_path):
-        checkpoint.LAST_RUNS["small"].parent.mkdir()
-        checkpoint.LAST_RUNS["small"].write_text(f"{helpers.shapes_run()}\n")
-        assert find_checkpoint(None).parent == load_trained(None).folder.parent == helpers.shapes_run()
 
 
 # ---- parts of several processes ----
@@ -345,11 +352,283 @@ def test_what_two_processes_write_is_read_back_however_few_the_tensors(tmp_path,
     assert all(torch.equal(read[name], x) for name, x in group.items())
 
 
-def test_a_copied_run_goes_on_where_it_lies_now(tmp_path):
-    helpers.good(train, *helpers.photo_flags(Path("old"), "--steps", 1), folder=tmp_path)
-    before = helpers.files(tmp_path / "old")
-    shutil.copytree(tmp_path / "old", tmp_path / "new")
-    flags = ("--config", "small", "--resume", "--out", "new", "--steps", "2")
+# ---- resuming ----
+
+
+def killed_at(monkeypatch, step: int):
+    """train_step that dies before its `step`-th step."""
+    train_step = Run.train_step
+
+    def dying(run):
+        if run.step + 1 == step:
+            raise Killed
+        return train_step(run)
+
+    monkeypatch.setattr(Run, "train_step", dying)
+
+
+KINDS = {
+    "adamw": ("--optimizer", "adamw"),
+    "average": ("--optimizer", "muon", "--ema", 0.8, "--lr-text-ratio", 0.1),
+    "tasks": ("--init-from", "first", "--task", TASKS, "--micro-batch", 4, "--ema", 0.8, *EDITS),
+    # the last checkpoint lies in the middle of the second stage, and some tensors have not moved by then
+    "stages": ("--optimizer", "muon", "--ema", 0.8, "--stages", "0:unet_*;1:unet_down.*,*.image.mlp.*;3:*"),
+    "scratch": ("--optimizer", "muon", "--from-scratch", True, "--lr-text-ratio", 1, "--text-batch", 3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_steps_a_kill_and_two_more_equal_four_bit_for_bit(tmp_path, monkeypatch, kind):
+    flags = (*KINDS[kind], "--steps", 5, "--checkpoint-every", 2, "--val-every", 2, "--sheet-every", 0)
+    shutil.copytree(helpers.photo_run(), tmp_path / "first")
+    helpers.good(train, *helpers.photo_flags(Path("whole"), *flags), folder=tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, step=4)  # step 3 is done and logged, but the last checkpoint is of step 2
+        helpers.call(train, *helpers.photo_flags(Path("cut"), *flags), folder=tmp_path)
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    assert last(cut).name == "step-000002"
+    assert [m["step"] for m in read_metrics(cut / "metrics.jsonl")] == [1, 2, 3]
+    (cut / "metrics.jsonl").open("a").write('{"step": 4, "lo')  # and a line that the kill cut short
+    shutil.rmtree(tmp_path / "first")  # no more needed
+    again = ("--resume", *(EDITS if kind == "tasks" else ()))
+    helpers.good(train, *helpers.photo_flags(Path("cut"), *again), folder=tmp_path)
+    files = {p.name for p in last(whole).iterdir()}
+    assert files == {p.name for p in last(cut).iterdir()}
+    assert ("ema.safetensors" in files) == ("--ema" in KINDS[kind])
+    for name in files - {"checkpoint.json"}:
+        assert (last(cut) / name).read_bytes() == (last(whole) / name).read_bytes(), name
+    assert metrics_without_clocks(cut) == metrics_without_clocks(whole)
+    assert [m["step"] for m in read_metrics(cut / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    info = [json.loads((last(f) / "checkpoint.json").read_text()) for f in (cut, whole)]
+    assert {k for k in info[0] if info[0][k] != info[1][k]} == {"config"}
+    assert {k for k in info[0]["config"] if info[0]["config"][k] != info[1]["config"][k]} == {"out"}
+
+
+@pytest.fixture
+def begun(tmp_path) -> Path:
+    """A copy of the run of two steps, below the folder of the test."""
+    return Path(shutil.copytree(helpers.photo_run(), tmp_path / "some" / "run"))
+
+
+def test_a_copied_run_goes_on_where_it_lies_now_and_may_be_made_longer(tmp_path, begun):
+    before = helpers.files(helpers.photo_run())
+    flags = ("--config", "small", "--resume", "--out", "some/run", "--checkpoint-every", 1)
+    out = helpers.good(train, *flags, "--steps", 4, folder=tmp_path)
+    assert "2 steps" in out and helpers.files(helpers.photo_run()) == before
+    assert [p.name for p in list_checkpoints(begun)] == ["step-000004"]  # the last one alone is kept
+    assert (tmp_path / "runs" / "last-small").read_text() == "some/run\n"
+    before = helpers.files(tmp_path)
+    out = helpers.good(train, *flags, folder=tmp_path)
+    assert "nothing is left" in out and helpers.files(tmp_path) == before
+
+
+def test_resuming_on_other_data_keeps_the_latents_of_the_run(tmp_path, begun):
+    before = (last(begun) / "latents.safetensors").read_bytes()
+    helpers.write_photos(tmp_path / "others", seed=7)
+    flags = ("--config", "small", "--resume", "--out", "some/run", "--steps", 3, "--data", "others")
     helpers.good(train, *flags, folder=tmp_path)
-    assert helpers.files(tmp_path / "old") == before
-    assert [p.name for p in list_checkpoints(tmp_path / "new")] == ["step-000002"]
+    assert last(begun).name == "step-000003"
+    assert (last(begun) / "latents.safetensors").read_bytes() == before
+
+
+# ---- a second stage ----
+
+
+def begin(monkeypatch, folder: Path, *flags: object) -> Run:
+    """The run of a command, as it stands before its first step."""
+    runs = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", runs.append)
+        helpers.good(train, *flags, folder=folder)
+    return runs[0]
+
+
+@pytest.mark.parametrize("first", (helpers.photo_run, helpers.shapes_run), ids=("weights", "average"))
+def test_a_second_stage_starts_from_exactly_the_image_side_and_the_latents_of_the_first(
+    tmp_path, monkeypatch, first
+):
+    folder = last(first())
+    averaged = (folder / "ema.safetensors").is_file()
+    assert averaged == (first is helpers.shapes_run)
+    data = "shapes" if averaged else helpers.write_photos(tmp_path / "others", seed=7)
+    flags = ("--config", "small", "--init-from", first(), "--out", "second", "--data", data)
+    run = begin(monkeypatch, tmp_path, *flags, "--seed", 5, "--ema", 0.5)
+    wanted, plain = (
+        load_file(folder / f"{n}.safetensors") for n in ("ema" if averaged else "model", "model")
+    )
+    assert run.step == 0 and run.trained.keys() == wanted.keys() == run.model.image_parameters().keys()
+    for name, p in run.trained.items():
+        assert torch.equal(p, wanted[name]) and torch.equal(run.ema[name], p), name
+        assert run.ema[name].data_ptr() != p.data_ptr() and p.requires_grad
+    assert averaged == any(not torch.equal(x, plain[n]) for n, x in wanted.items())
+    base = load_qwen3(helpers.base())
+    assert all(torch.equal(p, base.get_parameter(n)) for n, p in run.model.text_parameters().items())
+    codec, source = load_file(folder / "latents.safetensors"), run.documents.source
+    assert all(torch.equal(x, codec[n]) for n, x in run.codec.tensors().items())
+    assert not torch.equal(source.make_codec(run.config, "cpu")[1].basis, run.codec.basis)
+    assert not any(o.state for o in run.optimizers)
+
+
+def test_a_first_stage_that_trained_other_tensors_is_refused(make_run):
+    runs = {ratio: make_run("--lr-text-ratio", ratio) for ratio in (0, 0.1)}
+    for ratio, run in runs.items():
+        run.out = run.out / str(ratio)
+        run.train_step()
+        save_run(run)
+    with pytest.raises(ValueError, match="tensor .*(text|embed_tokens).* is not expected"):
+        start_from(runs[0], last(runs[0.1].out))
+    with pytest.raises(ValueError, match="tensor .*(text|embed_tokens).* is missing"):
+        start_from(runs[0.1], last(runs[0].out))
+    start_from(runs[0], last(runs[0].out))
+
+
+def test_a_first_stage_on_latents_gives_its_vae_to_a_second_on_pictures(tmp_path, monkeypatch):
+    vae = FIXTURES / "vae_sd"
+    words = ("encode", "--data", helpers.photos(), "--vae", vae, "--base", helpers.base(), "--image-size", 16)
+    helpers.good(latents, *words, "--out", "encoded", folder=tmp_path)
+    flags = (*helpers.SHAPES_FLAGS, "--base", helpers.base(), "--image-size", 16, "--steps", 1)
+    helpers.good(train, *flags, "--data", "encoded", "--out", "first", "--val-every", 9, folder=tmp_path)
+    flags = ("--config", "small", "--init-from", "first", "--data", helpers.edits(), "--task", "edit")
+    for more in ((), ("--vae", shutil.copytree(vae, tmp_path / "moved"))):
+        run = begin(monkeypatch, tmp_path, *flags, *more)
+        assert run.codec.fingerprint() == load_vae(vae).fingerprint()
+        assert torch.equal(
+            run.codec.bound, load_file(last(tmp_path / "first") / "latents.safetensors")["bound"]
+        )
+
+
+def test_a_second_stage_is_remembered_by_the_name_of_its_configuration(tmp_path):
+    flags = ("--config", "small-chat", "--init-from", helpers.shapes_run(), "--steps", 1, "--batch-size", 4)
+    helpers.good(train, *flags, "--sheet-every", 0, "--out", "second", folder=tmp_path)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["last-small-chat"]
+    info = load_trained(None, config="small-chat").info
+    assert info["name"] == "small-chat" and info["config"]["task"] == TASKS
+    assert info["config"]["init_from"] == str(helpers.shapes_run()) and info["step"] == 1
+
+
+# ---- kills ----
+
+
+@pytest.mark.parametrize("moment", ("optimizer.safetensors", "checkpoint.json", "rename"))
+@pytest.mark.parametrize("kind", (OSError, Killed))
+def test_a_crash_while_a_checkpoint_is_written_leaves_the_last_one(tmp_path, monkeypatch, moment, kind):
+    with helpers.inside(tmp_path):
+        torch.manual_seed(0)
+        run = Run(helpers.photo_config(tmp_path / "run"), "small")
+        take_steps(run, 1)
+        save_run(run)
+        before, good = (
+            helpers.files(tmp_path / "run"),
+            {n: p.detach().clone() for n, p in run.trained.items()},
+        )
+        take_steps(run, 1)
+        with monkeypatch.context() as patch:
+            break_writing(patch, moment, kind)
+            with pytest.raises(kind):
+                save_run(run)
+        whole = {k: v for k, v in helpers.files(tmp_path / "run").items() if "/." not in k}
+        assert whole == before
+        if kind is OSError:  # a process that lives on cleans up behind itself
+            assert helpers.files(tmp_path / "run") == before
+        again = Run(run.config, "small")
+        resume(again, last(tmp_path / "run"))
+        assert again.step == 1 and all(torch.equal(again.trained[n], x) for n, x in good.items())
+        again.train_step()
+        save_run(again)  # what the crash left lying does not stand in the way
+        assert [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(("step", "."))] == [
+            "step-000002"
+        ]
+
+
+def break_writing(patch, moment: str, kind: type[BaseException]) -> None:
+    """Writing a checkpoint fails at `moment`, half-way through a file; a killed process cleans nothing up."""
+    save_file, write_text, rmtree, dead = checkpoint.save_file, Path.write_text, shutil.rmtree, []
+
+    def fail():
+        dead.append(kind is Killed)
+        raise kind("No space left on device")
+
+    patch.setattr(shutil, "rmtree", lambda *a, **k: None if any(dead) else rmtree(*a, **k))
+
+    def broken_save(tensors, path, **options):
+        save_file(tensors, path, **options)
+        if Path(path).name == moment:
+            data = Path(path).read_bytes()
+            Path(path).write_bytes(data[: len(data) // 2])
+            fail()
+
+    def broken_write(path, text, **options):
+        if path.name == moment:
+            write_text(path, text[: len(text) // 2], **options)
+            fail()
+        return write_text(path, text, **options)
+
+    patch.setattr(checkpoint, "save_file", broken_save)
+    patch.setattr(Path, "write_text", broken_write)
+    if moment == "rename":
+        patch.setattr(checkpoint.os, "rename", lambda *_: fail())
+
+
+KILL_FLAGS = ("--steps", 14, "--checkpoint-every", 1, "--sheet-every", 0, "--ema", 0.8)
+
+
+def start_training(folder: Path, resume: bool) -> subprocess.Popen:
+    command = [sys.executable, str(helpers.ROOT / "train.py"), *helpers.photo_flags(Path("run"), *KILL_FLAGS)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        command + ["--resume"] * resume,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def newest(folder: Path) -> int:
+    """The step of the last whole checkpoint; 0 if there is none."""
+    return max([0, *(int(p.name.removeprefix("step-")) for p in list_checkpoints(folder / "run"))])
+
+
+def kill_at_a_random_moment(folder: Path, rng: random.Random) -> None:
+    """Start or resume training in a process of its own, and kill it a few checkpoints and moments later."""
+    wanted = newest(folder) + rng.randint(1, 3)
+    process = start_training(folder, resume=newest(folder) > 0)
+    try:
+        for _ in range(10_000):
+            if process.poll() is not None or newest(folder) >= wanted:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.1)
+    finally:
+        process.kill()  # SIGKILL; nothing if it has ended already
+        error = process.communicate()[1].decode()
+    assert process.returncode in (-signal.SIGKILL, 0), error
+
+
+def check_kills(folder: Path, kills: int, seed: int) -> None:
+    rng, steps = random.Random(seed), [0]
+    for _ in range(kills):
+        kill_at_a_random_moment(folder, rng)
+        steps.append(newest(folder))
+        assert steps[-1] > steps[-2]
+        assert load_trained(folder / "run").info["step"] == steps[-1]
+        if steps[-1] == 14:
+            break
+    assert 0 < steps[1] < 14, "the first kill came too early or too late to show anything"
+    helpers.good(train, *helpers.photo_flags(Path("run"), *KILL_FLAGS, "--resume"), folder=folder)
+    helpers.good(train, *helpers.photo_flags(Path("whole"), *KILL_FLAGS), folder=folder)
+    for name in ("model", "ema", "optimizer", "latents"):
+        file = f"step-000014/{name}.safetensors"
+        assert (folder / "run" / file).read_bytes() == (folder / "whole" / file).read_bytes(), file
+    assert metrics_without_clocks(folder / "run") == metrics_without_clocks(folder / "whole")
+    assert [p.name for p in list_checkpoints(folder / "run")] == ["step-000014"]
+
+
+def test_a_run_killed_by_the_system_at_a_random_moment_ends_as_if_it_had_not_been(tmp_path):
+    check_kills(tmp_path, kills=1, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_twenty_kills_end_as_if_there_had_been_none(tmp_path, seed):
+    check_kills(tmp_path, kills=2, seed=100 + seed)

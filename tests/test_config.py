@@ -1,0 +1,235 @@
+"""config.py: flags, bounds, named configurations, a second stage, and what may change on resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import helpers
+import pytest
+
+import train
+from config import (
+    CONFIGS,
+    Rule,
+    TrainConfig,
+    flag_name,
+    parse_stages,
+    parse_tasks,
+    restore_config,
+    resumed_config,
+    rules,
+)
+
+
+def flags_of(values: dict) -> list[str]:
+    """A configuration as a command line gives it."""
+    texts = {k: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in values.items()}
+    return [x for name, text in texts.items() for x in (flag_name(name), text)]
+
+
+# ---- flags ----
+
+
+def other_values() -> dict:
+    """For every field another value than `small` has; together they are a configuration."""
+    values = dict(base="b", data="d", val_data="v", device="meta", out="o", vae="w", init_from="first")
+    values |= dict(task="edit", text_data="t", stages="0:*", dtype="bfloat16", separation="shallow")
+    values |= dict(unet_channels=(6, 10), prediction="eps", loss_weighting="none", optimizer="adamw")
+    values |= dict(image_size=48, latent_patch=8)
+    for i, (name, value) in enumerate(asdict(CONFIGS["small"]).items()):
+        if name not in values and isinstance(value, bool):
+            values[name] = not value
+        elif name not in values:
+            values[name] = value + 1 + i if isinstance(value, int) else min(value / 2 + 0.125, 0.75)
+    assert all(value != getattr(CONFIGS["small"], name) for name, value in values.items())
+    return values
+
+
+def test_every_field_of_the_configuration_is_a_flag(tmp_path):
+    values = other_values()
+    with helpers.inside(tmp_path):  # what the first stage was and what is asked for are the same
+        Path("first").mkdir()
+        Path("first/checkpoint.json").write_text(json.dumps({"config": values}))
+        config, name, resuming, dry = train.parse(["--config", "small", *flags_of(values)])
+    assert asdict(config) == values and (name, resuming, dry) == ("small", False, False)
+
+
+def test_the_paper_s_recipe_is_the_default():
+    config = TrainConfig()
+    recipe = (config.lr, config.lr_final, config.warmup, config.weight_decay, config.clip, config.lambda_ddpm)
+    assert recipe == (1e-4, 1.5e-5, 4000, 0.1, 1.0, 5.0) and config.lr_text_ratio == 0
+    assert config.tasks == pytest.approx({"generate": 0.8, "caption": 0.2}) and config.caption_drop == 0.1
+    assert (config.noise_limit, config.diffusion.prediction) == (500, "eps")
+    for name in CONFIGS:
+        if name.startswith("qwen3"):
+            given = asdict(train.parse(["--config", name])[0])
+            for field in ("lr", "lr_final", "warmup", "weight_decay", "clip", "lambda_ddpm", "lr_text_ratio"):
+                assert given[field] == getattr(config, field), (name, field)
+
+
+@pytest.mark.parametrize(
+    "rule, fits, breaks, words",
+    (
+        (dict(above=0), (1, 0.5), (0, -1, float("nan")), "above 0"),
+        (dict(low=0), (0, 7), (-1, -0.1, float("nan")), "at least 0"),
+        (dict(low=0, high=1), (0, 0.5, 1), (-0.1, 1.5, float("nan")), "at least 0 and at most 1"),
+        (dict(low=0, below=1), (0, 0.9), (-0.1, 1, float("nan")), "at least 0 and below 1"),
+        (dict(above=0, high=1000), (1, 1000), (0, 1001), "above 0 and at most 1000"),
+        (dict(choices=("adamw", "muon")), ("muon",), ("sgd", ""), "one of adamw, muon"),
+    ),
+)
+def test_a_value_outside_of_its_rule_is_refused_in_the_words_of_the_rule(rule, fits, breaks, words):
+    for value in fits:
+        Rule("help", **rule).check("--flag", value)
+    for value in breaks:
+        with pytest.raises(ValueError) as error:
+            Rule("help", **rule).check("--flag", value)
+        shown = repr(value) if isinstance(value, str) else value
+        assert str(error.value) == f"--flag is {shown}; it must be {words}"
+
+
+def test_no_number_of_a_configuration_may_be_negative():
+    for name, value in asdict(TrainConfig()).items():
+        if type(value) in (int, float):
+            with pytest.raises(ValueError, match=f"{flag_name(name)} is -1; it must be (above|at least) 0"):
+                dataclasses.replace(TrainConfig(), **{name: -1})
+
+
+# ---- stages and tasks ----
+
+
+def test_stages_are_read_as_steps_and_patterns():
+    assert parse_stages("") == parse_stages(" ") == []
+    assert parse_stages("0:*") == [(0, ["*"])]
+    text = " 0 : unet_* ;500:unet_*, *.self_attn.*,;900:*"
+    assert parse_stages(text) == [(0, ["unet_*"]), (500, ["unet_*", "*.self_attn.*"]), (900, ["*"])]
+
+
+@pytest.mark.parametrize("text", ("unet_*", "0", "0:", "0: , ", ":*", "x:*", "-1:*", "0.5:*", "²:*", "0:*;"))
+def test_a_stage_of_another_form_is_refused(text):
+    with pytest.raises(ValueError) as error:
+        TrainConfig(stages=text)
+    last_item = text.split(";")[-1].strip()
+    assert str(error.value) == f"--stages: {last_item!r} is not of the form STEP:PATTERN,PATTERN"
+
+
+@pytest.mark.parametrize("text", ("5:*", "1:unet_*;0:*", "0:unet_*;0:*", "0:*;9:unet_*;5:*"))
+def test_stages_begin_with_the_first_step_and_follow_each_other(text):
+    with pytest.raises(ValueError, match="--stages .*: the steps must begin with 0 and grow") as error:
+        TrainConfig(stages=text)
+    assert text in str(error.value)
+
+
+def test_tasks_are_read_as_shares_and_a_first_stage_is_a_mixture_of_two():
+    assert parse_tasks("edit") == {"edit": 1}
+    assert parse_tasks("generate=2, caption=1,edit = 3,chat=6.0") == pytest.approx(
+        {"generate": 1 / 6, "caption": 1 / 12, "edit": 1 / 4, "chat": 1 / 2}
+    )
+    assert parse_tasks("caption,generate=3") == {"caption": 0.25, "generate": 0.75}
+    assert TrainConfig(caption_first=0.7).tasks == pytest.approx({"generate": 0.7, "caption": 0.3})
+    assert TrainConfig(caption_first=1).tasks == TrainConfig(task="generate").tasks == {"generate": 1}
+    assert TrainConfig(caption_first=0).tasks == TrainConfig(task="caption").tasks == {"caption": 1}
+
+
+# ---- what a checkpoint holds ----
+
+
+def test_a_configuration_comes_back_from_a_checkpoint_and_a_newer_field_gets_its_default():
+    values = other_values()
+    saved = json.loads(json.dumps(values))
+    assert restore_config(saved, Path("x")) == values
+    del saved["stages"], saved["micro_batch"]
+    assert restore_config(saved, Path("x")) == values | {"stages": "", "micro_batch": 0}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    (
+        (dict(colour=3), "field colour of config is unknown"),
+        (dict(steps="many"), "field steps of config is 'many'"),
+        (dict(steps=0.5), "field steps of config is 0.5"),
+        (dict(unet_channels="8,12"), "field unet_channels of config is '8,12'"),
+        (dict(base=None), "field base of config is None"),
+    ),
+)
+def test_a_field_that_is_unknown_or_of_another_type_is_named(change, words):
+    with pytest.raises(ValueError) as error:
+        restore_config(asdict(TrainConfig()) | {"unet_channels": [8, 12]} | change, Path("x.json"))
+    assert str(error.value) == f"x.json: {words}"
+    for none in (None, [], "config"):
+        with pytest.raises(ValueError, match="x.json: config is missing or not a JSON object"):
+            restore_config(none, Path("x.json"))
+
+
+# Where the data and the base lie, how the work is divided, how long it goes on, and what is written.
+FREE = {"base", "data", "val_data", "text_data", "vae", "init_from", "out", "device", "dtype", "steps"}
+FREE |= {"micro_batch", "pack", "activation_checkpointing"}
+FREE |= {"log_every", "val_every", "sheet_every", "checkpoint_every"}
+
+
+@pytest.mark.parametrize("field", rules(TrainConfig))
+def test_what_a_step_computes_may_not_change_when_a_run_is_resumed(field):
+    saved, other = other_values(), getattr(CONFIGS["small"], field)
+    assert asdict(resumed_config(saved, {field: saved[field]})) == saved  # to say it again is no change
+    if field in FREE:
+        assert asdict(resumed_config(saved, {field: other})) == saved | {field: other}
+    else:
+        with pytest.raises(ValueError) as error:
+            resumed_config(saved, {field: other})
+        was = f"{field} was {saved[field]} in this run"
+        assert str(error.value) == f"--resume: {was} and cannot become {other}"
+
+
+# ---- a second stage ----
+
+OF_THE_MODEL = dict(
+    separation="shallow",
+    image_size=48,
+    latent_patch=6,
+    latent_channels=5,
+    whiten=0.25,
+    unet_channels=(12, 20),
+    unet_attention=True,
+    patch_positions=False,
+    prediction="eps",
+    loss_weighting="none",
+    schedule_shift=3.0,
+    noise_limit=77,
+)
+
+
+@pytest.fixture
+def odd_first(tmp_path) -> Path:
+    """A folder with the checkpoint.json of a first stage of which every field is another than `small` has."""
+    config = asdict(CONFIGS["small"]) | OF_THE_MODEL | dict(steps=77, lr=0.5, seed=9, ema=0.5)
+    folder = tmp_path / "first"
+    folder.mkdir()
+    vae = {"path": "/its/vae", "fingerprint": "0"}
+    (folder / "checkpoint.json").write_text(json.dumps({"config": config, "base": "/its/base", "vae": vae}))
+    return folder
+
+
+def test_a_second_stage_takes_over_what_the_model_is_and_nothing_else(odd_first):
+    assert all(getattr(CONFIGS["small-chat"], f) != value for f, value in OF_THE_MODEL.items())
+    config, name, resume, dry = train.parse(["--config", "small-chat", "--init-from", str(odd_first)])
+    assert (name, resume, dry) == ("small-chat", False, False)
+    taken = OF_THE_MODEL | {"base": "/its/base", "vae": "/its/vae", "init_from": str(odd_first)}
+    assert asdict(config) == asdict(CONFIGS["small-chat"]) | taken
+    flags = ["--config", "small", "--init-from", str(odd_first), "--base", "b", "--vae", "w", "--seed", "3"]
+    moved = asdict(CONFIGS["small"]) | taken | {"base": "b", "vae": "w", "seed": 3}
+    assert asdict(train.parse(flags)[0]) == moved
+
+
+@pytest.mark.parametrize("field", OF_THE_MODEL)
+def test_what_the_first_stage_was_may_be_said_again_and_not_be_contradicted(odd_first, field):
+    same = {"image_size": 48, "latent_patch": 6}  # the two must fit together
+    start = ["--config", "small", "--init-from", str(odd_first), *flags_of(same)]
+    parsed = train.parse([*start, *flags_of({field: OF_THE_MODEL[field]})])[0]
+    assert getattr(parsed, field) == OF_THE_MODEL[field]
+    other = {"image_size": 24, "latent_patch": 4}.get(field) or getattr(CONFIGS["small"], field)
+    with pytest.raises(ValueError, match=f"first: {field} was .* there and cannot become ") as error:
+        train.parse([*start, *flags_of({field: other})])
+    assert str(OF_THE_MODEL[field]) in str(error.value) and str(other) in str(error.value)

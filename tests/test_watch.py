@@ -1,0 +1,277 @@
+"""lab/watch.py and the loop of train.py: validation, sheets, curves, and the lines of metrics.jsonl."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import helpers
+import pytest
+import torch
+from PIL import Image
+from runs import EDITS, SHAPES, Killed, change, documents_that, last, new_run, take_steps
+
+import train
+from attention import IMAGE, Tokens
+from checkpoint import load_trained, read_metrics
+from data import draw_noise, make_batches
+from evaluate import TIMESTEPS
+from lab import watch
+from lab.watch import draw_sheets, ema_weights, validate
+from train import Run
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Runs leave their name in runs/last-small: below the test's folder, not in the user's."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run(*flags) -> a Run on the tiny photos, all parameters perturbed unless told otherwise."""
+    return functools.partial(new_run, tmp_path)
+
+
+def colours(path: Path) -> int:
+    """How many colours a PNG has."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return len(image.convert("RGB").getcolors(2**24))
+
+
+# ---- the moving average ----
+
+
+def test_inside_ema_weights_the_model_has_the_average_and_its_own_weights_again_behind_it(make_run):
+    run = make_run("--ema", 0.9)
+    take_steps(run, 2)
+    own = {n: p.detach().clone() for n, p in run.trained.items()}
+    average = {n: x.clone() for n, x in run.ema.items()}
+    with pytest.raises(Killed), ema_weights(run):
+        assert all(torch.equal(run.trained[n], x) for n, x in average.items())
+        raise Killed
+    assert all(torch.equal(run.trained[n], x) for n, x in own.items())
+    assert all(torch.equal(run.ema[n], x) for n, x in average.items())
+
+
+# ---- validation ----
+
+
+def reference_error(run: Run, pictures: list, words: str, seed: int, value: int) -> float:
+    """The error of the last of one or two pictures at one timestep; the first of two is clean."""
+    config, diffusion, n = run.model.config, run.config.diffusion, len(pictures)
+    ids = [*run.documents.tokenise(words, n), config.boi_id, IMAGE]
+    ids = ids if n == 1 else [config.boi_id, IMAGE, config.eoi_id, *ids]
+    latents = run.codec.encode(torch.stack(pictures))
+    eps, t = draw_noise(latents.shape, seed)[1][-1:], torch.tensor([0] * (n - 1) + [value])
+    noisy = diffusion.q_sample(latents[-1:], t[-1:], eps)
+    with torch.no_grad():
+        hidden = run.model.encode(Tokens.rows([ids], config.num_patches), torch.cat((latents[:-1], noisy)), t)
+        output = run.model.unet_output(hidden)[-1:]
+    predicted = diffusion.eps_from_output(output, noisy, t[-1:])
+    return diffusion.loss(predicted, eps, t[-1:], "v").item()
+
+
+ALONE = ("--task", "edit", "--data", helpers.edits())
+
+
+@pytest.mark.parametrize("flags", ((), ALONE), ids=("captions", "edits"))
+def test_validation_is_the_error_under_the_right_and_under_another_text(make_run, flags):
+    run = make_run(*flags, perturb=0.3)
+    source = run.documents.source
+    examples = source.validation_edits(96) if flags else source.validation(96)
+    report, words = validate(run), [example[-1] for example in examples]
+    assert len(words) == 2 and report["t"] == list(TIMESTEPS)
+    for key, texts in (("right", words), ("permuted", words[1:] + words[:1])):
+        for k, value in enumerate(TIMESTEPS):
+            errors = [
+                reference_error(run, list(pictures), text, number, value)
+                for number, ((*pictures, _), text) in enumerate(zip(examples, texts, strict=True))
+            ]
+            assert report[key][k] == pytest.approx(sum(errors) / 2, rel=1e-4)
+    assert all(abs(a - b) > 1e-6 for a, b in zip(report["right"], report["permuted"], strict=True))
+    assert validate(run) == report and all(p.grad is None for p in run.model.parameters())
+    change(run, micro_batch=1)
+    for key, errors in validate(run).items():
+        assert errors == pytest.approx(report[key], rel=1e-5)
+
+
+def test_edits_of_validation_are_none_of_training_and_a_mixture_is_validated_on_captions(make_run):
+    run = make_run(*ALONE)
+    seen = {tuple(d.ids[3:-2]) for d in documents_that(run, lambda d: len(d.ids) > 5, n=200)}
+    held_out = [tuple(run.documents.tokenise(e[-1], 2)) for e in run.documents.source.validation_edits(96)]
+    assert len(held_out) == 2 and len(seen) == 22 and not seen & set(held_out)
+    run = make_run("--task", "edit,generate", *EDITS)
+    documents, c = run.documents.validation(96)[0], run.model.config
+    captions = [caption for _, caption in run.documents.source.validation(96)]
+    assert [d.ids for d in documents] == [[*run.documents.tokenise(x), c.boi_id, IMAGE] for x in captions]
+
+
+def test_a_sheet_and_a_validation_leave_no_trace_in_the_training(make_run):
+    first, second = make_run("--ema", 0.5), make_run("--ema", 0.5)
+    first.out.mkdir()
+    for run in (first, second):
+        run.train_step()
+        if run is first:
+            validate(run)
+            draw_sheets(run)
+    assert first.train_step() == second.train_step()
+    assert all(torch.equal(p, second.trained[n]) for n, p in first.trained.items())
+    assert all(torch.equal(p, second.ema[n]) for n, p in first.ema.items())
+
+
+# ---- sheets ----
+
+
+@pytest.mark.parametrize("data", (SHAPES, EDITS), ids=("shapes", "pictures"))
+def test_a_sheet_of_edits_has_the_pictures_before_and_what_the_averaged_weights_make_of_them(
+    make_run, monkeypatch, data
+):
+    run, seen = make_run("--task", "edit,generate", *data, "--ema", 0.5), {}
+    run.out.mkdir()
+    own = {n: p.detach().clone() for n, p in run.trained.items()}
+
+    def edited(trained, pictures, words, seeds):
+        assert trained.codec is run.codec and len(set(seeds)) == len(words)
+        assert all(torch.equal(run.trained[n], x) for n, x in run.ema.items())
+        seen.update(before=pictures, words=words)
+        return 255 - pictures
+
+    def generated(trained, prompts, seeds):
+        assert all(torch.equal(run.trained[n], x) for n, x in run.ema.items())
+        assert len(set(seeds)) == len(prompts)
+        return torch.zeros(len(prompts), 3, 16, 16)
+
+    monkeypatch.setattr(watch, "edit_images", edited)
+    monkeypatch.setattr(watch, "generate_images", generated)
+    monkeypatch.setattr(watch.figures, "sheet", lambda pictures, texts: (pictures, texts))
+    monkeypatch.setattr(watch.figures, "save_image", lambda page, path: seen.update({path.name: page}))
+    draw_sheets(run)
+    source = run.documents.source
+    before, _, words = map(list, zip(*source.validation_edits(9), strict=True))
+    assert seen["words"] == words and torch.equal(seen["before"], source.pixels(before))
+    pictures, texts = seen["edits-000000.png"]
+    assert torch.equal(pictures[::2], seen["before"]) and torch.equal(pictures[1::2], 255 - seen["before"])
+    assert texts[1::2] == words and set(texts[::2]) == {""}
+    assert seen["sheet-000000.png"][1] == source.prompts()
+    assert all(torch.equal(run.trained[n], x) for n, x in own.items())
+
+
+def test_edits_alone_run_from_end_to_end(tmp_path):
+    flags = ("--init-from", helpers.photo_run(), "--task", "edit", "--data", helpers.edits(), "--steps", 2)
+    helpers.good(train, *helpers.photo_flags(Path("run"), *flags), folder=tmp_path)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "curves.png",
+        "edits-000002.png",
+        "metrics.jsonl",
+        "step-000002",
+    }
+    assert colours(tmp_path / "run" / "edits-000002.png") > 10
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [m["lm_loss"] for m in lines] == [None, None] and all(m["ddpm_loss"] > 0 for m in lines)
+    assert lines[-1]["val"]["right"] != lines[-1]["val"]["permuted"]
+    assert load_trained(tmp_path / "run").info["step"] == 2
+
+
+def test_an_instruction_longer_than_the_context_does_not_end_the_run(tmp_path):
+    folder = helpers.write_edits(tmp_path / "edits")
+    rows = [json.loads(x) for x in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows[1:]:
+        row["text"] += " make it red" * 60
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with helpers.inside(tmp_path):
+        flags = ("--task", "edit", "--data", folder, "--steps", 1)
+        run = Run(helpers.photo_config(tmp_path / "run", *flags), "small")
+        run.out.mkdir()
+        train.train(run)
+    assert (tmp_path / "run" / "edits-000001.png").is_file()
+    context = helpers.SIZES["max_position_embeddings"]
+    for document in documents_that(run, lambda d: len(d.ids) > 5):
+        assert len(document.ids) - 2 + 2 * run.model.config.num_patches <= context
+    documents = run.documents.validation(2)[0]
+    (batch,) = make_batches(documents, run.documents.source, run.codec, run.model.config)
+    assert context / 2 < batch.rest.position[batch.rest.ids != -2].max() < context
+
+
+def test_a_caption_longer_than_the_context_does_not_end_the_run(tmp_path):
+    photos = helpers.write_photos(tmp_path / "photos", n=10)
+    for path in photos.glob("*.txt"):
+        if path.name > "002":
+            path.write_text("a photo of a red circle " * 40)
+    flags = helpers.photo_flags(Path("run"), "--data", photos, "--steps", 2, "--caption-drop", 0)
+    helpers.good(train, *flags, folder=tmp_path)
+    assert (tmp_path / "run" / "sheet-000002.png").is_file()
+
+
+# ---- metrics.jsonl and curves.png ----
+
+
+def test_metrics_have_their_fields_and_are_numbers():
+    lines = [json.loads(x) for x in (helpers.shapes_run() / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines] == [1, 2, 3]
+    fields = ("loss", "lm_loss", "ddpm_loss", "draw_loss", "lr", "images_per_second", "seconds")
+    for m in lines:
+        assert all(isinstance(m[f], float) and math.isfinite(m[f]) for f in fields), m
+        assert m["loss"] == pytest.approx(m["lm_loss"] + 5 * m["ddpm_loss"], rel=1e-4)
+        assert m["images_per_second"] > 0
+    assert [m["lr"] for m in lines] == pytest.approx([1e-3, 1e-3, (1e-3 + 3e-5) / 2])
+    assert lines[0]["seconds"] <= lines[1]["seconds"] <= lines[2]["seconds"]
+    assert not any("watched" in m or "val" in m for m in lines[:2]) and "watched" not in lines[2]
+    val = lines[-1]["val"]
+    assert val["t"] == [100, 300, 500, 700, 900] and len(val["right"]) == len(val["permuted"]) == 5
+
+
+def test_a_logged_line_is_the_mean_of_the_steps_since_the_last_and_sheets_have_their_steps(tmp_path):
+    lines = []
+    for name, every, sheets in (("each", 1, 0), ("pairs", 2, 3)):
+        flags = ("--steps", 4, "--log-every", every, "--sheet-every", sheets)
+        helpers.good(train, *helpers.photo_flags(Path(name), *flags), folder=tmp_path)
+        lines.append(read_metrics(tmp_path / name / "metrics.jsonl"))
+    each, pairs = lines
+    assert [m["step"] for m in pairs] == [2, 4]
+    for field in ("loss", "ddpm_loss"):
+        means = [(each[i][field] + each[i + 1][field]) / 2 for i in (0, 2)]
+        assert [m[field] for m in pairs] == pytest.approx(means)
+    assert [p.name for p in (tmp_path / "each").glob("*.png")] == ["curves.png"]
+    pages = sorted((tmp_path / "pairs").glob("*.png"))
+    assert [p.name for p in pages] == ["curves.png", "sheet-000003.png", "sheet-000004.png"]
+    assert min(map(colours, pages)) > 10
+
+
+def test_a_run_whose_captions_all_come_first_logs_no_lm_loss_and_still_draws_its_curves(tmp_path):
+    flags = helpers.photo_flags(Path("run"), "--steps", 2, "--caption-first", 1, "--sheet-every", 0)
+    helpers.good(train, *flags, folder=tmp_path)
+    assert [m["lm_loss"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [None, None]
+    assert colours(tmp_path / "run" / "curves.png") > 10
+
+
+def test_what_is_watched_stands_in_the_metrics_at_each_validation_and_nowhere_else(make_run):
+    run = make_run("--steps", 5, "--val-every", 2, "--sheet-every", 0)
+    run.out.mkdir()
+    train.train(run, watch=lambda r: {"seen": [r is run, r.step]})
+    lines = read_metrics(run.out / "metrics.jsonl")
+    assert [m["step"] for m in lines] == [1, 2, 3, 4, 5]
+    watched = {m["step"]: m["watched"] for m in lines if "watched" in m}
+    assert watched == {step: {"seen": [True, step]} for step in (2, 4, 5)}
+    assert set(watched) == {m["step"] for m in lines if "val" in m}
+    assert b"seen" not in (last(run.out) / "checkpoint.json").read_bytes()
+
+
+def test_a_line_for_people_says_what_was_measured_and_a_validation_gets_a_line_of_its_own():
+    window = [{"loss": 1.0, "ddpm_loss": 0.2}, {"loss": 2.0, "ddpm_loss": 0.4, "lm_loss": 3.0}]
+    line = watch.log_line(7, window, lr=0.5, rate=123.456, seconds=7.8912)
+    wanted = dict(step=7, loss=1.5, lm_loss=3.0, ddpm_loss=pytest.approx(0.3), draw_loss=None)
+    assert line == wanted | dict(lr=0.5, images_per_second=123.5, seconds=7.89)
+    told, behind = [], {}
+    bar = SimpleNamespace(write=told.append, set_postfix=lambda **values: behind.update(values))
+    watch.show(bar, line | {"lm_loss": None})
+    assert behind == dict(ddpm="0.3000", lm="nan", ips="124") and not told
+    val = {"right": [0, 0, 0.25, 0, 0], "permuted": [0, 0, 0.75, 0, 0]}
+    watch.show(bar, line | {"val": val})
+    (text,) = told
+    assert text.startswith("step 7: ddpm 0.3000, lm 3.0000; validation at t = 500: 0.2500 under the right ")
+    assert "0.7500 under another" in text
