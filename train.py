@@ -18,18 +18,15 @@ import json
 import math
 import re
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from attention import Tokens
 from checkpoint import (
-    append_metrics,
     check_device,
     find_checkpoint,
     first_stage,
@@ -52,7 +49,7 @@ from config import (
     tune_torch,
 )
 from data import Batch, Documents, make_batches, next_tokens
-from lab.watch import draw_curves, draw_sheets, log_line, show, validate
+from lab.watch import Progress, draw_curves, draw_sheets, validate
 from load_qwen3 import base_fingerprint, fingerprint, load_qwen3, load_tokenizer, read_json, resolve
 from model import Hidden, LMFusion
 from scale.muon import Muon
@@ -301,49 +298,24 @@ class Run:
 
 def train(run: Run, watch: Callable[[Run], dict] | None = None) -> None:
     """Train to the end. At each validation, what `watch` says goes into metrics.jsonl as "watched"."""
-    config, first, start = run.config, run.step, time.perf_counter()
-    window: list[dict[str, float]] = []
-    window_start, waited = start, 0.0  # pictures a second count training alone, without sheets and validation
-    bar = tqdm(
-        total=config.steps,
-        initial=run.step,
-        unit="step",
-        desc="training",
-        disable=None if run.team.is_main else True,  # None: only on a terminal
-    )
+    config, progress = run.config, Progress(run)
     while run.step < config.steps:
-        window.append(run.train_step())
-        bar.update()
-        pause, last, line = time.perf_counter(), run.step == config.steps, {}
-        if last or run.step % config.val_every == 0:
-            line["val"] = validate(run)
-            if watch is not None:
-                line["watched"] = watch(run)
-        if config.sheet_every and (last or run.step % config.sheet_every == 0):
-            draw_sheets(run)
-        waited += time.perf_counter() - pause
+        progress.add(run.train_step())
+        last, line = run.step == config.steps, {}
+        with progress.paused():
+            if last or run.step % config.val_every == 0:
+                line["val"] = validate(run)
+                if watch is not None:
+                    line["watched"] = watch(run)
+            if config.sheet_every and (last or run.step % config.sheet_every == 0):
+                draw_sheets(run)
         if last or line or run.step % config.log_every == 0:
-            now = time.perf_counter()
-            rate = len(window) * config.batch_size / max(1e-9, now - window_start - waited)
-            lr = config.lr * lr_factor(run.step - 1, config)
-            line = log_line(run.step, window, lr, rate, run.seconds + now - start) | line
-            if run.team.is_main:
-                append_metrics(run.out, line)
-                show(bar, line)
-            window, window_start, waited = [], now, 0.0
+            progress.log(line, lr=config.lr * lr_factor(run.step - 1, config))
         if last or run.step % config.checkpoint_every == 0:
-            pause = time.perf_counter()
-            save_run(run)
-            if run.team.is_main:
+            with progress.paused():
+                save_run(run)
                 draw_curves(run)
-            waited += time.perf_counter() - pause
-    bar.close()
-    if run.team.is_main:
-        steps, seconds = run.step - first, time.perf_counter() - start
-        print(
-            f"{steps} steps, {steps * config.batch_size} pictures in {seconds:.0f} s; "
-            f"checkpoint and sheets in {run.out}"
-        )
+    progress.close()
 
 
 # ------------------------------------------------------------------------------------------------------------

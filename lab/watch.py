@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import Trained, read_metrics
+from checkpoint import Trained, append_metrics, read_metrics
 from data import make_batches
 from evaluate import TIMESTEPS, errors_by_timestep
 from generate import edit_images, generate_images
@@ -86,9 +87,53 @@ def draw_sheets(run: Run) -> None:
 
 
 def draw_curves(run: Run) -> None:
-    """OUT/curves.png from metrics.jsonl."""
+    """OUT/curves.png from metrics.jsonl, by the main process."""
+    if not run.team.is_main:
+        return
     page = figures.training_curves(read_metrics(run.out / "metrics.jsonl"), TIMESTEPS)
     figures.save_image(page, run.out / "curves.png")
+
+
+class Progress:
+    """The bar of a run, and its lines in metrics.jsonl; the main process writes them."""
+
+    def __init__(self, run: Run):
+        self.run, self.first, self.start = run, run.step, time.perf_counter()
+        self.window: list[dict[str, float]] = []  # the losses of the steps since the last line
+        self.window_start, self.waited = self.start, 0.0
+        disable = None if run.team.is_main else True  # None: only on a terminal
+        bar = dict(total=run.config.steps, initial=run.step, unit="step", desc="training")
+        self.bar = tqdm(**bar, disable=disable)
+
+    def add(self, losses: dict[str, float]) -> None:
+        """One more step."""
+        self.window.append(losses)
+        self.bar.update()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside does not count: pictures a second are those of training alone."""
+        pause = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - pause
+
+    def log(self, more: dict, lr: float) -> None:
+        """A line about the steps since the last one, with what `more` has to say."""
+        now = time.perf_counter()
+        pictures = len(self.window) * self.run.config.batch_size
+        rate = pictures / max(1e-9, now - self.window_start - self.waited)
+        line = log_line(self.run.step, self.window, lr, rate, self.run.seconds + now - self.start) | more
+        if self.run.team.is_main:
+            append_metrics(self.run.out, line)
+            show(self.bar, line)
+        self.window, self.window_start, self.waited = [], now, 0.0
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.run.team.is_main:
+            steps, seconds = self.run.step - self.first, time.perf_counter() - self.start
+            pictures = steps * self.run.config.batch_size
+            print(f"{steps} steps, {pictures} pictures in {seconds:.0f} s; all of it is in {self.run.out}")
 
 
 def log_line(

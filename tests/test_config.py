@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import helpers
 import pytest
 
+import config
 import train
 from config import (
     CONFIGS,
@@ -137,11 +138,15 @@ def test_tasks_are_read_as_shares_and_a_first_stage_is_a_mixture_of_two():
 # ---- what a checkpoint holds ----
 
 
-def test_a_configuration_comes_back_from_a_checkpoint_and_a_newer_field_gets_its_default():
+def test_a_configuration_comes_back_from_a_checkpoint_and_a_newer_field_gets_its_default(monkeypatch):
     values = other_values()
     saved = json.loads(json.dumps(values))
     assert restore_config(saved, Path("x")) == values
     del saved["stages"], saved["micro_batch"]
+    with pytest.raises(ValueError, match="x: field micro_batch of config is missing"):
+        restore_config(saved, Path("x"))
+    newer = {n: replace(r, newer=n in ("stages", "micro_batch")) for n, r in rules(TrainConfig).items()}
+    monkeypatch.setattr(config, "rules", lambda cls: newer)  # as if the checkpoint were older than these two
     assert restore_config(saved, Path("x")) == values | {"stages": "", "micro_batch": 0}
 
 
