@@ -200,19 +200,14 @@ class TrainConfig:
         for name, rule in rules(TrainConfig).items():
             rule.check(flag_name(name), getattr(self, name))
         if len(self.unet_channels) != 2 or min(self.unet_channels) < 1:
+            raise ValueError(f"--unet-channels is {self.unet_channels}; it takes two numbers, like 48,96")
+        side, numbers = 2 * self.latent_patch, 3 * self.latent_patch**2
+        if not self.vae and self.image_size % side:
             raise ValueError(
-                f"--unet-channels is {self.unet_channels}; it takes two positive numbers, like 48,96"
+                f"--image-size {self.image_size} is not a multiple of twice --latent-patch, {side}"
             )
-        if not self.vae and self.image_size % (2 * self.latent_patch):
-            raise ValueError(
-                f"--image-size {self.image_size} is not a multiple of twice --latent-patch "
-                f"{self.latent_patch}"
-            )
-        if not self.vae and self.latent_channels > 3 * self.latent_patch**2:
-            raise ValueError(
-                f"--latent-channels {self.latent_channels} is more than the {3 * self.latent_patch**2} "
-                "numbers of a patch"
-            )
+        if not self.vae and self.latent_channels > numbers:
+            raise ValueError(f"--latent-channels {self.latent_channels}: a patch has {numbers} numbers")
         if self.lr_text_ratio == 0 and (self.text_batch or self.from_scratch):
             flag = "--text-batch" if self.text_batch else "--from-scratch"
             raise ValueError(f"{flag} trains nothing while the text is frozen: give --lr-text-ratio as well")
@@ -225,7 +220,7 @@ class TrainConfig:
         """The fields of ModelConfig that this run sets, for latents of so many channels and pixels a side."""
         if self.image_size % (2 * factor):
             raise ValueError(
-                f"--image-size {self.image_size} is not a multiple of {2 * factor}, twice the VAE's"
+                f"--image-size {self.image_size} is no multiple of {2 * factor}, twice the VAE's"
             )
         return dict(
             separation=self.separation,
@@ -305,9 +300,7 @@ def resumed_config(saved: dict, given: dict) -> TrainConfig:
     """The configuration of a run that goes on; ValueError for a flag that may not change."""
     for name, rule in rules(TrainConfig).items():
         if name in given and not rule.resumable and given[name] != saved[name]:
-            raise ValueError(
-                f"--resume: {name} was {saved[name]} in this run and cannot become {given[name]}"
-            )
+            raise ValueError(f"--resume: {name} was {saved[name]} and cannot become {given[name]}")
     return TrainConfig(**saved | given)
 
 
@@ -319,9 +312,8 @@ def inherited_config(config: TrainConfig, info: dict, saved: dict, given: dict) 
     inherited = {name: saved[name] for name, rule in rules(TrainConfig).items() if rule.inherited}
     for name, value in inherited.items():
         if name in given and given[name] != value:
-            raise ValueError(
-                f"--init-from {config.init_from}: {name} was {value} there and cannot become {given[name]}"
-            )
+            change = f"{name} was {value} there and cannot become {given[name]}"
+            raise ValueError(f"--init-from {config.init_from}: {change}")
     if "base" not in given:
         inherited["base"] = info.get("base", "")
     if "vae" not in given:  # another path is fine: the fingerprint tells
