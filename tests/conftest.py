@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-import train
 from model import LMFusion, ModelConfig
+from small import shapes
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # tiny tensors: more threads only wait
 
@@ -192,23 +192,16 @@ def write_qwen3() -> Callable[..., Path]:
 @pytest.fixture(scope="session", autouse=True)
 def one_codec_a_seed() -> Iterator[None]:
     """PatchPCA is fitted to the built-in pictures once for each seed and size, and not by every run."""
-    fitted, fit = {}, train.open_codec
+    fitted, fit = {}, shapes.make_codec
 
-    def fit_once(config, source, device):
-        key = (
-            config.seed,
-            config.image_size,
-            config.latent_channels,
-            config.latent_patch,
-            config.whiten,
-            device,
-        )
-        if config.data != "shapes" or config.vae:
-            return fit(config, source, device)
+    def fit_once(config, sample, device):
+        key = (config.seed, config.latent_channels, config.latent_patch, config.whiten)
+        if config.vae:
+            return fit(config, sample, device)
         if key not in fitted:
-            fitted[key] = fit(config, source, device)
+            fitted[key] = fit(config, sample, device)
         return fitted[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "open_codec", fit_once)
+        patch.setattr(shapes, "make_codec", fit_once)
         yield

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from data import Shapes
 from load_qwen3 import BOI, EOI, STOCK, known_config, load_qwen3, load_tokenizer
 from small import pretrain
 from small.pretrain import SPECIAL, draw_document, init_text, pretrain_base, random_base, save_base
@@ -96,7 +95,7 @@ def test_documents_fit_the_context_of_the_real_base(saved):
     tokenizer, rng = load_tokenizer(saved[0]), random.Random(0)
     lengths = [len(tokenizer.encode(text_document(rng)).ids) for _ in range(500)]
     assert max(lengths) < pretrain.SIZES["max_position_embeddings"]
-    captions = [len(tokenizer.encode(c).ids) for c in Shapes().validation(100)[1]]
+    captions = [len(tokenizer.encode(c).ids) for c in helpers.held_out_pictures(100)[1]]
     assert max(captions) < 20
 
 
