@@ -138,6 +138,30 @@ def test_conversations_around_real_pictures_are_half_edits_where_there_are_some(
     assert count[True, 1] == n - count[True, 2] and count[False, 1] == n
 
 
+def test_a_source_of_pictures_is_told_from_another_by_whatever_it_holds():
+    def changed(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[-1, -1, -1, -1] += 1
+        return x
+
+    pictures, val, edits = some_pictures(5), some_pictures(3), some_edits(4)
+    sources = [
+        (pictures, val, edits),
+        (pictures, val),
+        (pictures, pictures, edits),
+        (dataclasses.replace(pictures, captions=list("abcde")), val, edits),
+        (dataclasses.replace(pictures, pixels=changed(pictures.pixels)), val, edits),
+        (pictures, dataclasses.replace(val, pixels=changed(val.pixels)), edits),
+        (pictures, dataclasses.replace(val, captions=list("abc")), edits),
+        (pictures, val, dataclasses.replace(edits, sources=changed(edits.sources))),
+        (pictures, val, dataclasses.replace(edits, targets=changed(edits.targets))),
+        (pictures, val, dataclasses.replace(edits, instructions=list("abcd"))),
+    ]
+    found = [PictureSource(*parts).fingerprint() for parts in sources]
+    assert len(set(found)) == len(sources)
+    assert PictureSource(some_pictures(5), some_pictures(3), some_edits(4)).fingerprint() == found[0]
+
+
 # ---- latents ----
 
 
