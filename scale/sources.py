@@ -103,8 +103,10 @@ class PictureSource:
         if train is None:  # the pictures of the edits, and what was asked for
             train = Pictures(edits.targets, edits.instructions, edits.names, [])
         self.train, self.val, self.edits = train, val or train, edits
-        self.edit_rows, self.val_edit_rows = set_aside(len(edits.instructions), "edit") if edits else ([], [])
-        self.rows, self.val_rows = set_aside(len(train.captions), "picture", val and len(val.captions))
+        self.edit_rows, self.val_edit_rows = (
+            set_aside(len(edits.instructions), "one edit") if edits else ([], [])
+        )
+        self.rows, self.val_rows = set_aside(len(train.captions), "one picture", val and len(val.captions))
 
     def captioned(self, rng: random.Random) -> tuple[Tensor, str]:
         i = rng.choice(self.rows)
@@ -162,12 +164,12 @@ class PictureSource:
         return digest.digest()
 
 
-def set_aside(n: int, what: str, others: int | None = None) -> tuple[list[int], list[int]]:
+def set_aside(n: int, one: str, others: int | None = None) -> tuple[list[int], list[int]]:
     """Numbers of the examples (of n) to train on, and to validate with: every 20th, or all `others`."""
     if others is not None:
         return list(range(n)), list(range(others))
     if n < 2:
-        raise ValueError(f"one {what} is too few: training and validation need one each at least")
+        raise ValueError(f"{one} is too few: training and validation need one each at least")
     return [i for i in range(n) if i % 20], list(range(0, n, 20))
 
 
@@ -181,7 +183,7 @@ class LatentSource:
             if ours != theirs:
                 found = f"{name} is {ours} and {theirs}"
                 raise ValueError(f"{train.folder} and {self.val.folder} were not encoded alike: {found}")
-        self.rows, self.val_rows = set_aside(len(train), "picture", val and len(val))
+        self.rows, self.val_rows = set_aside(len(train), f"{train.folder}: one picture", val and len(val))
 
     def captioned(self, rng: random.Random) -> tuple[int, list[int]]:
         i = rng.choice(self.rows)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 import train
 from checkpoint import Trained, load_trained
@@ -137,6 +138,12 @@ def write_photos(folder: Path, n: int = 24, seed: int = 0) -> Path:
         Image.fromarray(x.numpy()).resize((16, 16), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
         (folder / f"{i:03d}.txt").write_text(f"a {['small', 'big'][i % 2]} photo of number {i}\n")
     return folder
+
+
+def held_out_pictures(n: int) -> tuple[Tensor, list[str]]:
+    """Up to n built-in pictures that training never shows: uint8 (n, 3, 32, 32), and their captions."""
+    shots, captions = zip(*Shapes().validation(n), strict=True)
+    return Shapes().pixels(list(shots)), list(captions)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""data.py: sources, the linear latents, targets, sequences and their proportions, documents of tasks."""
+"""data.py: targets, sequences, packing, noise; which documents a step has, and what their seeds decide."""
 
 from __future__ import annotations
 
@@ -8,43 +8,38 @@ import math
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 
-import helpers
 import pytest
 import torch
 from conftest import build_tokenizer
-from test_world import HELD_OUT, TRAIN, check_edit, differing
 from tokenizers import AddedToken, Tokenizer
 
-import data
 from attention import IMAGE, Tokens
-from chat.template import apply_chat_template, check_messages, encode, text_of
+from chat.template import apply_chat_template, encode, text_of
+from config import SMALL, TASKS, TrainConfig, parse_tasks
 from data import (
-    BEHIND,
-    DROPPED,
-    FIRST,
-    TASKS,
+    CAPTION_DROPPED,
+    CAPTION_FIRST,
+    IMAGE_FIRST,
     Batch,
     Document,
-    PatchPCA,
-    PictureSource,
-    Recipe,
-    Shapes,
-    arrange,
+    Documents,
+    Paragraphs,
     caption_document,
     chat_document,
     collate,
+    draw_noise,
     edit_document,
-    make_batch,
+    make_batches,
     next_tokens,
-    parse_tasks,
     split_phases,
 )
-from diffusion import Diffusion
+from diffusion import Diffusion, T
+from load_qwen3 import encode_plain
 from model import ModelConfig
-from scale.pictures import Edits, Pictures, load_pictures
-from small.dialogues import THINK_PROMPT, Shot
-from small.world import COLORS, PLACES, Edit, all_scenes, render
+from scale.parallel import Team
+from small.shapes import Shapes
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -62,147 +57,14 @@ CONFIG = ModelConfig(
 BOI, EOI, EOS, P = 1, 2, 3, 4
 
 
-# ---- the built-in pictures as a source ----
+def document(ids: list[int], own: list[bool] | None = None) -> Document:
+    """A document with noisy images, of which everything is learned, or what is the model's `own`."""
+    n = ids.count(IMAGE)
+    return Document(ids, [None] * n, [T] * n, own or [True] * len(ids))
 
 
-def test_training_never_shows_a_held_out_combination_and_validation_shows_nothing_else():
-    held_out = {s.caption for s in all_scenes(held_out=True)}
-    rng, seen = random.Random(0), Counter()
-    for _ in range(20):
-        seen.update(Shapes().sample(500, rng)[1])
-    assert not held_out & set(seen)
-    assert len(seen) > 0.9 * len(all_scenes(held_out=False))  # and nearly all of the others
-    assert set(Shapes().validation(10**6)[1]) == held_out
-
-
-def test_validation_pictures_are_the_same_ones_whenever_asked():
-    first, again = Shapes().validation(50), Shapes().validation(50)
-    assert first[1] == again[1] and torch.equal(first[0], again[0])
-    assert len(set(first[1])) == 50
-
-
-def test_sampled_pictures_show_what_their_captions_say():
-    pictures, captions = Shapes().sample(200, random.Random(1))
-    scenes = {s.caption: s for s in all_scenes(held_out=False)}
-    for picture, caption in zip(pictures, captions, strict=True):
-        scene = scenes[caption]
-        assert tuple(picture[:, 0, 31].tolist()) == COLORS[scene.background]  # no shape reaches this corner
-        middle = picture[:, PLACES[scene.place][0], PLACES[scene.place][1]]  # every shape covers its middle
-        assert min(COLORS, key=lambda c: (middle - torch.tensor(COLORS[c])).square().sum()) == scene.color
-
-
-def test_one_picture_of_the_built_in_world_and_its_caption():
-    rng, seen, shifts = random.Random(0), set(), set()
-    for _ in range(1000):
-        shot, caption = Shapes().captioned(rng)
-        assert caption == shot.scene.caption and shot.scene in TRAIN
-        seen.add(shot.scene)
-        shifts.add(shot.shift)
-    assert len(seen) > 700 and len(shifts) == 9
-
-
-def test_shots_are_rendered_where_they_say():
-    shots = [Shapes().captioned(random.Random(n))[0] for n in range(20)]
-    pixels = Shapes().pixels(shots)
-    assert pixels.shape == (20, 3, 32, 32) and pixels.dtype == torch.uint8
-    for shot, picture in zip(shots, pixels, strict=True):
-        assert torch.equal(picture, render([shot.scene])[0].roll(shot.shift, (1, 2)))
-
-
-def check_shots(before: Shot, after: Shot, instruction: str) -> None:
-    """An edit moves nothing but what it says."""
-    assert before.shift == after.shift
-    check_edit(Edit(before.scene, after.scene, *differing(before.scene, after.scene), instruction))
-
-
-def test_built_in_edits_are_of_training_pictures():
-    rng, shifts = random.Random(0), set()
-    for _ in range(300):
-        before, after, instruction = Shapes().edited(rng)
-        check_shots(before, after, instruction)
-        assert {before.scene, after.scene} <= TRAIN
-        shifts.add(before.shift)
-    assert len(shifts) == 9
-
-
-def test_built_in_validation_edits_lead_to_held_out_scenes_and_stay_the_same():
-    found, again = Shapes().validation_edits(96), Shapes().validation_edits(96)
-    assert found == again and [len(x) for x in found] == [96] * 3
-    for before, after, instruction in zip(*found, strict=True):
-        check_shots(before, after, instruction)
-        assert after.scene in HELD_OUT
-    assert len({s.shift for s in found[0]}) == 9
-
-
-def test_two_fifths_of_the_built_in_conversations_are_with_thoughts():
-    rng, n = random.Random(0), 1500
-    prompts = [Shapes().conversation(rng)[0] for _ in range(n)]
-    thinking = [p == {"role": "system", "content": THINK_PROMPT} for p in prompts]
-    assert sum(thinking) / n == pytest.approx(0.4, abs=0.05)
-    assert all(p["role"] == "user" for p, t in zip(prompts, thinking, strict=True) if not t)
-
-
-# ---- linear latents ----
-
-
-def fit(whiten: float = 0.5) -> PatchPCA:
-    return PatchPCA.fit(Shapes().sample(1000, random.Random(0))[0], channels=16, patch=4, whiten=whiten)
-
-
-@pytest.mark.parametrize("whiten", (0.0, 0.5, 1.0))
-def test_latents_have_about_unit_variance(whiten):
-    z = fit(whiten).encode(render(list(all_scenes(held_out=True)), random.Random(1)))  # (M, C, h, w)
-    assert z.shape[1:] == (16, 8, 8)
-    assert 0.85 < z.square().mean() < 1.15
-    per_channel = z.square().mean((0, 2, 3))
-    if whiten == 1:  # all components alike
-        assert per_channel.min() > 0.5 and per_channel.max() < 2
-    else:
-        assert per_channel.argmax() == 0 and per_channel[0] > 2 * per_channel[-1]
-
-
-def test_the_round_trip_of_held_out_pictures_is_nearly_exact():
-    codec, pictures = fit(), render(list(all_scenes(held_out=True)), random.Random(1))
-    error = (codec.decode(codec.encode(pictures)).float() - pictures.float()).square().mean()
-    assert error < 0.01 * pictures.float().var()  # 10 channels of 48 would not do
-    assert fit_channels(48).decode(fit_channels(48).encode(pictures)).sub(pictures.float()).abs().max() <= 1
-
-
-def fit_channels(channels: int) -> PatchPCA:
-    return PatchPCA.fit(Shapes().sample(200, random.Random(0))[0], channels, patch=4, whiten=0.0)
-
-
-def test_the_bound_is_the_largest_latent_of_the_pictures_it_was_fitted_on():
-    pictures = Shapes().sample(1000, random.Random(0))[0]
-    codec = fit()
-    z = codec.encode(pictures).abs().amax((0, 2, 3))
-    assert codec.bound.shape == (16, 1, 1)
-    assert torch.allclose(z, codec.bound.flatten(), rtol=1e-4, atol=1e-4)
-    held_out = codec.encode(render(list(all_scenes(held_out=True)))).abs().amax((0, 2, 3))
-    assert (held_out < 1.25 * codec.bound.flatten()).all()
-
-
-def test_encoding_inverts_decoding_within_the_rounding_to_whole_levels():
-    codec = fit()
-    z = 0.2 * torch.randn(20, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    z[:, 3:] *= 0.3
-    pictures = codec.decode(z)
-    inside = (
-        ((pictures > 0) & (pictures < 255)).unflatten(2, (8, 4)).unflatten(4, (8, 4)).all(5).all(3).all(1)
-    )
-    assert inside.float().mean() > 0.3  # patches that no clamping touched
-    limit = 0.5 / 127.5 * codec.basis.abs().sum(0) * codec.scale  # every pixel off by half a level
-    error = (codec.encode(pictures) - z).abs() / limit[:, None, None]
-    assert error.amax(1)[inside].max() < 1.01
-
-
-def test_a_patch_stays_where_it_is():
-    codec = fit()
-    black = codec.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    dotted = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    dotted[0, :, 8:12, 20:24] = 255
-    changed = (codec.encode(dotted) != black).any(1)[0].nonzero().tolist()
-    assert changed == [[2, 5]]  # row 8 / 4, column 20 / 4
+def phases(sequences: list[list[int]], pack: int = 0) -> tuple[Tokens, Tokens]:
+    return split_phases([document(ids) for ids in sequences], P, pack)
 
 
 # ---- targets ----
@@ -253,14 +115,14 @@ def test_targets_equal_a_loop_over_the_sequences():
 
 def test_targets_of_a_captioned_picture_written_out():
     """BOI | patches EOI 7 8 EOS: nothing at BOI, no patch predicts EOI, nothing behind EOS or at padding."""
-    _, rest = split_phases([[BOI, IMAGE, EOI, 7, 8, EOS], [BOI, IMAGE, EOI, 9, EOS]], P)
+    _, rest = phases([[BOI, IMAGE, EOI, 7, 8, EOS], [BOI, IMAGE, EOI, 9, EOS]])
     word, draw = next_tokens(rest, BOI)
     assert word.tolist() == [7, 8, EOS, -100, 9, EOS, -100]  # one for each text token, none for a patch
     assert draw.tolist() == [0, 0, 0, -100, 0, 0, -100]
 
 
 def test_targets_of_a_caption_before_its_picture_written_out():
-    prefix, rest = split_phases([[7, 8, 9, BOI, IMAGE], [BOI, IMAGE]], P)
+    prefix, rest = phases([[7, 8, 9, BOI, IMAGE], [BOI, IMAGE]])
     word, draw = next_tokens(prefix, BOI)
     assert word.tolist() == [8, 9, -100, -100, -100]  # BOI is no target of the frozen head
     assert draw.tolist() == [0, 0, 1, -100, -100]  # but of the row that decides when to draw
@@ -293,12 +155,12 @@ def test_targets_of_two_speakers_written_out():
     """5 6 7 are another's, 8 9 and the picture the model's, and so are 10 and EOS behind it."""
     row = [5, 6, 7, 8, 9, BOI, IMAGE, EOI, 10, EOS, 11]
     own = [False] * 3 + [True] * 7 + [False]
-    prefix, rest = split_phases([row], P, loss_mask=[own])
+    prefix, rest = split_phases([document(row, own)], P)
     word, draw = next_tokens(prefix, BOI)
     assert word.tolist() == [-100, -100, 8, 9, -100, -100] and draw.tolist() == [-100, -100, 0, 0, 1, -100]
     word, draw = next_tokens(rest, BOI)
     assert word.tolist() == [10, EOS, -100, -100] and draw.tolist() == [0, 0, -100, -100]
-    nobody = split_phases([row], P, loss_mask=[[False] * len(row)])
+    nobody = split_phases([document(row, [False] * len(row))], P)
     assert all((x == -100).all() for tokens in nobody for x in next_tokens(tokens, BOI))
 
 
@@ -316,132 +178,9 @@ def row_ids(tokens: Tokens, r: int) -> list[int]:
     return [i for i in tokens.ids[r].tolist() if i >= IMAGE]
 
 
-def alike(a: Tokens, b: Tokens, but: str = "") -> bool:
-    """Do two plans agree, apart from one field?"""
-    pairs = [(x, vars(b)[name]) for name, x in vars(a).items() if name != but]
-    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
-
-
-def kinds(batch, captions: list[list[int]]) -> list[str]:
-    """What became of each sample; fails for anything else."""
-    out = []
-    for r, caption in enumerate(captions):
-        whole = row_ids(batch.prefix, r), row_ids(batch.rest, r)
-        forms = {
-            "first": (caption + [BOI], [IMAGE] * P),
-            "dropped": ([BOI], [IMAGE] * P),
-            "behind": ([BOI], [IMAGE] * P + [EOI] + caption + [EOS]),
-        }
-        out.append(next(name for name, form in forms.items() if form == whole))
-    return out
-
-
-def latents(n: int) -> torch.Tensor:
-    return torch.zeros(n, 1, 1, 1)
-
-
-def test_four_fifths_of_the_captions_come_first_and_a_tenth_of_these_are_dropped():
-    rng, captions, count = random.Random(0), [[10, 11], [12, 13, 14]] * 40, Counter()
-    batches = [kinds(make_batch(captions, latents(80), Recipe(), CONFIG, rng), captions) for _ in range(100)]
-    for batch in batches:
-        count.update(batch)
-    n = sum(count.values())
-    first = count["first"] + count["dropped"]
-    assert abs(first / n - 0.8) < 4 * math.sqrt(0.8 * 0.2 / n)
-    assert abs(count["dropped"] / first - 0.1) < 4 * math.sqrt(0.1 * 0.9 / first)
-    # drawn for each sample: every batch holds both orders, and hardly any fails to hold a dropped caption
-    assert all({"first", "behind"} <= set(batch) for batch in batches)
-    assert sum("dropped" in batch for batch in batches) > 95
-
-
-def test_order_and_drop_do_not_hang_together_with_the_place_in_the_batch():
-    rng, captions = random.Random(0), [[10, 11]] * 20
-    at = [Counter() for _ in captions]
-    for _ in range(400):
-        for counter, kind in zip(
-            at, kinds(make_batch(captions, latents(20), Recipe(), CONFIG, rng), captions), strict=True
-        ):
-            counter[kind] += 1
-    for counter in at:
-        assert 0.65 < counter["first"] / 400 < 0.79 and 0.12 < counter["behind"] / 400 < 0.28
-
-
-def test_only_a_picture_before_its_caption_has_the_noise_limit():
-    rng, captions = random.Random(0), [[10, 11], [12, 13, 14]] * 40
-    batch = make_batch(captions, latents(80), Recipe(noise_limit=321), CONFIG, rng)
-    limits = {"first": 1000, "dropped": 1000, "behind": 321}
-    assert batch.max_t.tolist() == [limits[k] for k in kinds(batch, captions)]
-    assert set(batch.max_t.tolist()) == {1000, 321}
-
-
-def test_a_dropped_caption_leaves_no_trace():
-    always, never = Recipe(caption_first=1, caption_drop=1), Recipe(caption_first=1, caption_drop=0)
-    dropped = [
-        make_batch([c], latents(1), always, CONFIG, random.Random(0)) for c in ([10, 11, 12], [20], [])
-    ]
-    empty = make_batch([[]], latents(1), never, CONFIG, random.Random(0))
-    for batch in dropped:
-        for tokens, wanted in ((batch.prefix, empty.prefix), (batch.rest, empty.rest)):
-            assert alike(tokens, wanted)
-
-
-def test_positions_and_image_numbers_go_on_where_the_first_phase_ended():
-    rows = [[5, 6, 7, BOI, IMAGE, EOI, 8, BOI, IMAGE], [BOI, IMAGE, EOS], [9, BOI, IMAGE, IMAGE]]
-    prefix, rest = split_phases(rows, P)
-    whole = Tokens.rows(rows, P)
-    for r in range(len(rows)):
-        for field in ("ids", "image", "position", "document"):
-            halves = [getattr(t, field)[r][t.document[r] >= 0] for t in (prefix, rest)]
-            assert torch.equal(torch.cat(halves), getattr(whole, field)[r][whole.document[r] >= 0]), field
-    assert not (prefix.ids == IMAGE).any()
-    assert (rest.ids[:, 0] == IMAGE).all()
-
-
-def test_what_is_the_models_own_goes_with_its_tokens_into_both_phases():
-    rng = random.Random(3)
-    for pack in (0, 40):
-        rows = captioned(rng, 8)
-        own = [[rng.random() < 0.5 for _ in row] for row in rows]
-        prefix, rest = split_phases(rows, P, pack, own)
-        for tokens in (prefix, rest):
-            assert (
-                tokens.loss_mask.shape == tokens.ids.shape and not tokens.loss_mask[tokens.document < 0].any()
-            )
-        halves = [
-            flags
-            for r, row in enumerate(documents_of(prefix, rest))
-            for d in range(len(row))
-            for flags in [[x for t in (prefix, rest) for x in t.loss_mask[r][t.document[r] == d].tolist()]]
-        ]
-        wanted = [
-            [x for i, x in zip(row, mine, strict=True) for _ in range(P if i == IMAGE else 1)]
-            for row, mine in zip(rows, own, strict=True)
-        ]
-        assert halves == wanted
-    plain = split_phases(rows, P, pack)
-    for tokens, with_own in zip(plain, (prefix, rest), strict=True):
-        assert tokens.loss_mask is None
-        assert alike(tokens, with_own, but="loss_mask")
-
-
-def test_a_sequence_without_a_picture_is_all_in_the_first_phase():
-    prefix, rest = split_phases([[5, 6, 7], [8, BOI, IMAGE, EOI], [9]], P)
-    assert [row_ids(prefix, r) for r in range(3)] == [[5, 6, 7], [8, BOI], [9]]
-    assert [row_ids(rest, r) for r in range(3)] == [[], [IMAGE] * P + [EOI], []]
-    assert (rest.document[[0, 2]] == -1).all() and len(prefix.ids) == len(rest.ids) == 3
-    assert next_tokens(prefix, BOI)[0].tolist() == [6, 7, -100, -100, -100, -100]
-    packed = split_phases([[5, 6, 7], [8, BOI, IMAGE, EOI], [9]], P, pack=40)
-    assert documents_of(*packed) == [[[5, 6, 7], [8, BOI, *[IMAGE] * P, EOI], [9]]]
-    assert rest.position[1, : P + 1].tolist() == list(range(2, P + 3))
-    own = packed[1].document[0] == 1
-    assert packed[1].position[0][own].tolist() == list(range(2, P + 3))
-
-
-# ---- packing ----
-
-
-def span(row: list[int]) -> int:
-    return len(row) + (P - 1) * row.count(IMAGE)
+def alike(a: Tokens, b: Tokens) -> bool:
+    """Do two plans agree?"""
+    return all(torch.equal(x, vars(b)[name]) for name, x in vars(a).items())
 
 
 def documents_of(prefix: Tokens, rest: Tokens) -> list[list[list[int]]]:
@@ -457,8 +196,8 @@ def documents_of(prefix: Tokens, rest: Tokens) -> list[list[list[int]]]:
     return out
 
 
-def spread(row: list[int]) -> list[int]:
-    return [i for token in row for i in ([IMAGE] * P if token == IMAGE else [token])]
+def spread(row: list[int], num_patches: int = P) -> list[int]:
+    return [i for token in row for i in ([IMAGE] * num_patches if token == IMAGE else [token])]
 
 
 def captioned(rng: random.Random, n: int) -> list[list[int]]:
@@ -472,12 +211,66 @@ def captioned(rng: random.Random, n: int) -> list[list[int]]:
     return out
 
 
+def test_positions_and_image_numbers_go_on_where_the_first_phase_ended():
+    rows = [[5, 6, 7, BOI, IMAGE, EOI, 8, BOI, IMAGE], [BOI, IMAGE, EOS], [9, BOI, IMAGE, IMAGE]]
+    prefix, rest = phases(rows)
+    whole = Tokens.rows(rows, P)
+    for r in range(len(rows)):
+        for field in ("ids", "image", "position", "document"):
+            halves = [getattr(t, field)[r][t.document[r] >= 0] for t in (prefix, rest)]
+            assert torch.equal(torch.cat(halves), getattr(whole, field)[r][whole.document[r] >= 0]), field
+    assert not (prefix.ids == IMAGE).any()
+    assert (rest.ids[:, 0] == IMAGE).all()
+
+
+def test_what_is_the_models_own_goes_with_its_tokens_into_both_phases():
+    rng = random.Random(3)
+    for pack in (0, 40):
+        rows = captioned(rng, 8)
+        own = [[rng.random() < 0.5 for _ in row] for row in rows]
+        prefix, rest = split_phases(list(map(document, rows, own)), P, pack)
+        for tokens in (prefix, rest):
+            assert tokens.loss_mask.shape == tokens.ids.shape
+            assert not tokens.loss_mask[tokens.document < 0].any()
+        halves = [
+            flags
+            for r, row in enumerate(documents_of(prefix, rest))
+            for d in range(len(row))
+            for flags in [[x for t in (prefix, rest) for x in t.loss_mask[r][t.document[r] == d].tolist()]]
+        ]
+        wanted = [
+            [x for i, x in zip(row, mine, strict=True) for _ in range(P if i == IMAGE else 1)]
+            for row, mine in zip(rows, own, strict=True)
+        ]
+        assert halves == wanted
+
+
+def test_a_sequence_without_a_picture_is_all_in_the_first_phase():
+    prefix, rest = phases([[5, 6, 7], [8, BOI, IMAGE, EOI], [9]])
+    assert [row_ids(prefix, r) for r in range(3)] == [[5, 6, 7], [8, BOI], [9]]
+    assert [row_ids(rest, r) for r in range(3)] == [[], [IMAGE] * P + [EOI], []]
+    assert (rest.document[[0, 2]] == -1).all() and len(prefix.ids) == len(rest.ids) == 3
+    assert next_tokens(prefix, BOI)[0].tolist() == [6, 7, -100, -100, -100, -100]
+    packed = phases([[5, 6, 7], [8, BOI, IMAGE, EOI], [9]], pack=40)
+    assert documents_of(*packed) == [[[5, 6, 7], [8, BOI, *[IMAGE] * P, EOI], [9]]]
+    assert rest.position[1, : P + 1].tolist() == list(range(2, P + 3))
+    own = packed[1].document[0] == 1
+    assert packed[1].position[0][own].tolist() == list(range(2, P + 3))
+
+
+# ---- packing ----
+
+
+def span(row: list[int]) -> int:
+    return len(row) + (P - 1) * row.count(IMAGE)
+
+
 def test_packing_fills_rows_in_order_as_long_as_there_is_room():
     rng = random.Random(0)
     for pack in (1, 5, 17, 24, 60, 200, 10**6):
         for _ in range(10):
             sequences = captioned(rng, 12)
-            prefix, rest = split_phases(sequences, P, pack)
+            prefix, rest = phases(sequences, pack)
             rows = documents_of(prefix, rest)
             assert [d for row in rows for d in row] == [
                 spread(s) for s in sequences
@@ -508,21 +301,27 @@ def test_rows_of_packed_documents_written_out(pack, rows):
         [9, BOI, IMAGE, EOI],
     ]  # 5, 6, 7, 7 tokens
     assert [span(s) for s in sequences] == [5, 6, 7, 7]
-    assert [len(row) for row in documents_of(*split_phases(sequences, P, pack))] == rows
+    assert [len(row) for row in documents_of(*phases(sequences, pack))] == rows
 
 
-def test_without_packing_each_document_has_its_row():
+def test_a_row_that_holds_one_document_is_that_of_a_batch_without_packing():
     sequences = captioned(random.Random(0), 10)
-    for pack in (0, 1):
-        for tokens, wanted in zip(split_phases(sequences, P, pack), split_phases(sequences, P), strict=True):
-            assert alike(tokens, wanted)
+    for tokens, wanted in zip(phases(sequences, 1), phases(sequences), strict=True):
+        assert alike(tokens, wanted)
 
 
 def test_a_packed_batch_holds_what_an_unpacked_one_holds():
-    rng, captions = random.Random(0), [[10, 11], [12, 13, 14], [], [15]] * 5
-    orders, x = Recipe(0.6, 0.2).draw(20, rng), torch.randn(20, 1, 4, 4)
-    alone, packed = (arrange(captions, x, orders, CONFIG, 321, pack) for pack in (0, 40))
-    assert torch.equal(packed.latents, x) and torch.equal(packed.max_t, alone.max_t)
+    rng, orders = random.Random(0), (CAPTION_FIRST, CAPTION_DROPPED, IMAGE_FIRST)
+    documents = [
+        caption_document("x", caption, rng.choice(orders), CONFIG, 321)
+        for caption in [[10, 11], [12, 13, 14], [], [15]] * 5
+    ]
+    for number, d in enumerate(documents):
+        d.seed = number
+    x = torch.randn(20, 4, 4, 4)
+    alone, packed = (collate(documents, x, CONFIG, pack) for pack in (0, 40))
+    for name in ("latents", "max_t", "u", "eps"):
+        assert torch.equal(getattr(packed, name), getattr(alone, name)), name
     assert set(packed.max_t.tolist()) == {321, 1000} and 1 < len(packed.rest.ids) < 10
     assert [d for row in documents_of(packed.prefix, packed.rest) for d in row] == [
         row[0] for row in documents_of(alone.prefix, alone.rest)
@@ -532,73 +331,42 @@ def test_a_packed_batch_holds_what_an_unpacked_one_holds():
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-# ---- real pictures as a source ----
-
-
-def test_pictures_set_aside_for_validation_are_never_trained_on(tmp_path):
-    pictures = load_pictures(str(helpers.write_photos(tmp_path / "many", n=45)), 16)
-    source = PictureSource(pictures, None)
-    assert len(source.val.captions) == 3 and len(source.train.captions) == 42
-    assert sorted(source.val.names + source.train.names) == sorted(pictures.names)
-    drawn = set()
-    for seed in range(10):
-        drawn |= set(source.sample(100, random.Random(seed))[1])
-    assert drawn == set(source.train.captions) and not drawn & set(source.validation(96)[1])
-    for part in (source.train, source.val):  # each picture keeps its caption
-        for pixels, caption in zip(part.pixels, part.captions, strict=True):
-            assert torch.equal(pixels, pictures.pixels[pictures.captions.index(caption)])
-
-
-def test_pictures_of_their_own_for_validation_leave_all_others_to_training(tmp_path):
-    first = load_pictures(str(helpers.write_photos(tmp_path / "a", n=21)), 16)
-    second = load_pictures(str(helpers.write_photos(tmp_path / "b", n=3, seed=1)), 16)
-    source = PictureSource(first, second)
-    assert source.train.names == first.names
-    assert sorted(source.validation(96)[1]) == sorted(second.captions)
-    assert torch.equal(source.validation(2)[0], source.validation(2)[0])
-
-
-def test_one_picture_alone_is_an_error():
-    one = load_pictures(str(helpers.photos()), 16)
-    with pytest.raises(ValueError, match="one picture is too few"):
-        PictureSource(data.pick(one, [0]), None)
-
-
 # ---- noise ----
 
 
-def noisy_batch(max_t: list[int]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+def noisy_batch(max_t: list[int]) -> tuple[Batch, torch.Tensor]:
     generator = torch.Generator().manual_seed(len(max_t))
     x, eps = torch.randn(2, len(max_t), 3, 4, 4, generator=generator)
     t = torch.randint(1, 1000, (len(max_t),), generator=generator)
-    batch = Batch(*split_phases([[BOI] + [IMAGE] * len(max_t)], P), x, torch.tensor(max_t))
-    return batch, t, eps
+    u = torch.zeros(len(max_t))  # t is given
+    batch = Batch(*phases([[BOI] + [IMAGE] * len(max_t)]), x, torch.tensor(max_t), u, eps)
+    return batch, t
 
 
 def test_clean_images_stay_clean_and_the_others_get_noise():
-    batch, t, eps = noisy_batch([0, 1000, 0, 500, 1, 0])
+    batch, t = noisy_batch([0, 1000, 0, 500, 1, 0])
     diffusion = Diffusion()
-    x_t, times, which = batch.noised(diffusion, t, eps)
+    x_t, times, which = batch.noised(diffusion, t)
     assert which.tolist() == [1, 3, 4]
     for i, limit in enumerate(batch.max_t.tolist()):
         if limit:
             a = diffusion.alpha_bar[t[i]].item()
-            expected = math.sqrt(a) * batch.latents[i] + math.sqrt(1 - a) * eps[i]
+            expected = math.sqrt(a) * batch.latents[i] + math.sqrt(1 - a) * batch.eps[i]
             assert torch.allclose(x_t[i], expected, atol=1e-6) and times[i] == t[i]
         else:
             assert torch.equal(x_t[i], batch.latents[i]) and times[i] == 0
 
 
 def test_where_all_images_are_noisy_nothing_is_picked_out():
-    batch, t, eps = noisy_batch([1000, 500])
-    x_t, times, which = batch.noised(Diffusion(), t, eps)
+    batch, t = noisy_batch([1000, 500])
+    x_t, times, which = batch.noised(Diffusion(), t)
     assert which is None and torch.equal(times, t)
-    assert torch.equal(x_t, Diffusion().q_sample(batch.latents, t, eps))
+    assert torch.equal(x_t, Diffusion().q_sample(batch.latents, t, batch.eps))
 
 
 def test_where_no_image_is_noisy_the_first_stands_for_them_and_all_are_clean():
-    batch, t, eps = noisy_batch([0, 0, 0])
-    x_t, times, which = batch.noised(Diffusion(), t, eps)
+    batch, t = noisy_batch([0, 0, 0])
+    x_t, times, which = batch.noised(Diffusion(), t)
     assert which.tolist() == [0] and torch.equal(x_t, batch.latents) and times.tolist() == [0] * 3
 
 
@@ -647,45 +415,54 @@ def test_wrong_tasks_are_errors_in_words(text, what):
     assert str(error.value).startswith(f"--task {text}: ")
 
 
-@pytest.mark.parametrize("order", (FIRST, DROPPED, BEHIND))
-def test_a_captioned_picture_is_the_same_document_in_both_stages(order):
-    recipe, captions = Recipe(noise_limit=321), [[10, 11, 12], [20], []]
-    documents = [caption_document(f"{c}", c, order, CONFIG, recipe) for c in captions]
-    x = torch.randn(3, 4, 4, 4)
-    batch, wanted = collate(documents, x, CONFIG), arrange(captions, x, [order] * 3, CONFIG, 321)
-    assert torch.equal(batch.latents, x) and torch.equal(batch.max_t, wanted.max_t)
-    for phase in ("prefix", "rest"):
-        assert alike(getattr(batch, phase), getattr(wanted, phase), but="loss_mask")
-    assert [d.pictures for d in documents] == [["[10, 11, 12]"], ["[20]"], ["[]"]]
-    word, draw = taught(batch, BOI)
-    assert not (draw == 1).any()  # nothing is said about when to draw
-    learned = word[word >= 0].tolist()
-    assert learned == ([10, 11, 12, EOS, 20, EOS, EOS] if order == BEHIND else [])
+# ---- documents of captioned pictures and edits ----
 
 
 def test_documents_of_a_captioned_picture_written_out():
-    forms = {o: caption_document("x", [10, 11], o, CONFIG, Recipe()) for o in (FIRST, DROPPED, BEHIND)}
-    assert forms[FIRST] == Document([10, 11, BOI, IMAGE], ["x"], [1000], [False] * 4)
-    assert forms[DROPPED] == Document([BOI, IMAGE], ["x"], [1000], [False] * 2)
-    assert forms[BEHIND].ids == [BOI, IMAGE, EOI, 10, 11, EOS] and forms[BEHIND].max_t == [500]
-    assert forms[BEHIND].loss_mask[3:] == [True] * 3  # of what stands before these nothing can be learned
-    assert [len(forms[o]) for o in forms] == [1, 1, 5]
+    forms = {
+        order: caption_document("x", [10, 11], order, CONFIG, 321)
+        for order in (CAPTION_FIRST, CAPTION_DROPPED, IMAGE_FIRST)
+    }
+    assert forms[CAPTION_FIRST] == Document([10, 11, BOI, IMAGE], ["x"], [1000], [True] * 4)
+    assert forms[CAPTION_DROPPED] == Document([BOI, IMAGE], ["x"], [1000], [True] * 2)
+    # only a picture before its caption has the noise limit
+    assert forms[IMAGE_FIRST] == Document([BOI, IMAGE, EOI, 10, 11, EOS], ["x"], [321], [True] * 6)
+
+
+def test_what_captions_say_about_when_to_draw_is_learned_unless_conversations_do():
+    for learn in (True, False):
+        for order in (CAPTION_FIRST, CAPTION_DROPPED, IMAGE_FIRST):
+            d = caption_document("x", [10, 11], order, CONFIG, learn_caption=learn)
+            word, draw = taught(collate([d], torch.zeros(1, 4, 4, 4), CONFIG), BOI)
+            words = {CAPTION_FIRST: [11] * learn, CAPTION_DROPPED: [], IMAGE_FIRST: [10, 11, EOS]}[order]
+            assert word[word >= 0].tolist() == words
+            # one decision, that a picture comes next; behind a picture, only that none does
+            decisions = {CAPTION_FIRST: [0, 1] * learn, CAPTION_DROPPED: [], IMAGE_FIRST: [0] * 3}[order]
+            assert draw[draw >= 0].tolist() == decisions
+
+
+def test_a_dropped_caption_leaves_no_trace():
+    empty = collate([caption_document("x", [], CAPTION_FIRST, CONFIG)], torch.zeros(1, 4, 4, 4), CONFIG)
+    for caption in ([10, 11, 12], [20], []):
+        dropped = [caption_document("x", caption, CAPTION_DROPPED, CONFIG)]
+        batch = collate(dropped, torch.zeros(1, 4, 4, 4), CONFIG)
+        assert alike(batch.prefix, empty.prefix) and alike(batch.rest, empty.rest)
 
 
 def test_an_edit_written_out():
-    document = edit_document("before", "after", [10, 11], False, CONFIG)
-    assert document.ids == [BOI, IMAGE, EOI, 10, 11, BOI, IMAGE]
-    assert document.pictures == ["before", "after"] and document.max_t == [0, 1000]
-    assert document.loss_mask == [False] * 7 and len(document) == 6
-    dropped = edit_document("before", "after", [10, 11], True, CONFIG)  # nothing to change: the source again
+    d = edit_document("before", "after", [10, 11], CONFIG)
+    assert d.ids == [BOI, IMAGE, EOI, 10, 11, BOI, IMAGE]
+    assert d.pictures == ["before", "after"] and d.max_t == [0, 1000]
+    assert d.loss_mask == [False] * 7
+    dropped = edit_document("before", "after", [10, 11], CONFIG, dropped=True)  # nothing to change
     assert dropped == Document([BOI, IMAGE, EOI, BOI, IMAGE], ["before"] * 2, [0, 1000], [False] * 5)
 
 
 def test_a_batch_of_documents_holds_them_in_order():
     documents = [
-        edit_document("a", "b", [10, 11], False, CONFIG),
+        edit_document("a", "b", [10, 11], CONFIG),
         Document([5, 6, 7], [], [], [False, True, True]),
-        caption_document("c", [12], BEHIND, CONFIG, Recipe(noise_limit=7)),
+        caption_document("c", [12], IMAGE_FIRST, CONFIG, 7),
     ]
     x = torch.randn(3, 4, 4, 4)
     for pack in (0, 60):
@@ -704,12 +481,12 @@ def test_a_batch_without_a_picture_gets_an_empty_clean_one():
     for pack in (0, 60):
         batch = collate(documents, torch.zeros(0, 4, 4, 4), CONFIG, pack)
         assert batch.max_t.tolist() == [0] and torch.equal(batch.latents, torch.zeros(1, 4, 4, 4))
+        assert batch.u.shape == (1,) and batch.eps.shape == (1, 4, 4, 4)
         found = [d for row in documents_of(batch.prefix, batch.rest) for d in row]
         assert found == [[5, 6, 7], [8], [BOI] + [IMAGE] * P]
         word, draw = next_tokens(batch.prefix, BOI)
         assert word.tolist() == [6, 7] + [-100] * 3 and draw.tolist() == [0, 0] + [-100] * 3
     assert documents[0].ids == [5, 6, 7] and len(documents) == 2  # and the caller's are what they were
-    assert [len(d) for d in documents] == [0, 0]
 
 
 # ---- conversations ----
@@ -762,7 +539,7 @@ TWO_TURNS = [
 
 def documents(messages: list[dict], n: int = 400, dropped: bool = False) -> list[Document]:
     rng = random.Random(0)
-    return [chat_document(messages, dropped, TOKENIZER, CHAT, rng) for _ in range(n)]
+    return [chat_document(messages, TOKENIZER, CHAT, rng, dropped) for _ in range(n)]
 
 
 def test_one_picture_of_the_last_message_is_painted_and_what_stands_behind_it_is_cut_off():
@@ -779,7 +556,6 @@ def test_one_picture_of_the_last_message_is_painted_and_what_stands_behind_it_is
             assert d.ids == whole[: at[n - 1] + 1]
         else:  # read to the end
             assert n == 4 and d.ids == whole
-        assert len(d) == len(d.ids) - at[0]
     shares = [count[t] / 400 for t in ((0, 0, 0, 0), (0, 0, 1000), (0, 0, 0, 1000))]
     assert len(count) == 3 and shares == pytest.approx([0.25, 0.1875, 0.5625], abs=0.07)
 
@@ -801,7 +577,7 @@ def test_a_conversation_that_ends_in_words_is_read_to_its_end(dropped):
         assert d.pictures == ["shown", "first", "second", "third"]
     silent = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello."}]
     for d in documents(silent, 10, dropped):
-        assert (d.pictures, d.max_t, len(d)) == ([], [], 0)
+        assert (d.pictures, d.max_t) == ([], []) and d.ids[-1] in d.ids[:-1]
 
 
 def test_only_what_the_assistant_says_is_spoken():
@@ -835,7 +611,7 @@ def test_a_painted_picture_teaches_what_stands_before_it():
     d = next(d for d in documents(TWO_TURNS) if d.max_t == [0, 0, 1000])
     batch = collate([d], torch.zeros(3, 4, 4, 4), CHAT)
     assert (next_tokens(batch.rest, CHAT.boi_id)[1] == 1).sum() == 2
-    which = batch.noised(Diffusion(), torch.full((3,), 400), torch.ones(3, 4, 4, 4))[2]
+    which = batch.noised(Diffusion(), torch.full((3,), 400))[2]
     assert which.tolist() == [2]
 
 
@@ -844,7 +620,7 @@ def test_documents_of_the_built_in_conversations():
     rng, read = random.Random(0), Counter()
     for _ in range(300):
         messages = Shapes().conversation(rng)
-        d = chat_document(messages, False, TOKENIZER, CHAT, rng)
+        d = chat_document(messages, TOKENIZER, CHAT, rng)
         parts = [p for m in messages if isinstance(m["content"], list) for p in m["content"]]
         shots = [p["image"] for p in parts if "image" in p]
         own = [p for p in messages[-1]["content"] if "image" in p]
@@ -859,83 +635,266 @@ def test_documents_of_the_built_in_conversations():
     assert read[False] / read.total() == pytest.approx(0.25, abs=0.1)
 
 
-# ---- edits of real pictures ----
+# ---- which documents a step has ----
 
 
-def some_edits(n: int) -> Edits:
-    """Edits that differ in every pixel: sources are even, targets odd."""
-    pixels = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 16, 16)
-    words, names = [f"make it {i}" for i in range(n)], [f"e{i}" for i in range(n)]
-    return Edits(2 * pixels, 2 * pixels + 1, words, names, [])
+class Numbers:
+    """A source whose pictures are numbers, and their latents these numbers everywhere."""
+
+    def captioned(self, rng: random.Random) -> tuple[int, str]:
+        i = rng.randrange(10**6)
+        return i, " ".join(f"red {i}" for _ in range(1 + i % 7))
+
+    def edited(self, rng: random.Random) -> tuple[int, int, str]:
+        i = rng.randrange(10**6)
+        return i, i + 1, f"make it {i}"
+
+    def conversation(self, rng: random.Random) -> list[dict]:
+        i, picture = rng.randrange(10**6), [image(rng.randrange(10**6))]
+        question, answer = [text(f"paint {i}")], picture if i % 2 else [text("no")]
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    def validation(self, n: int) -> list[tuple[int, str]]:
+        return [(i, f"number {i}") for i in range(min(n, 5))]
+
+    def validation_edits(self, n: int) -> list[tuple[int, int, str]]:
+        return [(10 * i, 10 * i + 1, f"make it {i}") for i in range(min(n, 5))]
+
+    def latents(self, pictures: list[int], codec: object) -> torch.Tensor:
+        return torch.tensor(pictures, dtype=torch.float32)[:, None, None, None].expand(-1, 4, 4, 4)
 
 
-def some_pictures(n: int) -> Pictures:
-    """Pictures as bright as their numbers, and 200."""
-    pixels = 200 + torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 16, 16)
-    return Pictures(pixels, [f"photo {i}" for i in range(n)], [f"p{i}" for i in range(n)], [])
+MIXTURE = "generate=2,caption=1,edit=3,chat=6"
+PARAGRAPHS = [f"grass number {i} is {'green ' * (i % 9)}" for i in range(1000)]
 
 
-def test_every_twentieth_edit_is_held_out():
-    source, rng, seen = PictureSource(some_pictures(40), None, some_edits(45)), random.Random(0), set()
-    for _ in range(1500):
-        before, after, instruction = source.edited(rng)
-        number = int(instruction.split()[-1])
-        assert (before == 2 * number).all() and (after == 2 * number + 1).all()
-        assert before.shape == after.shape == (3, 16, 16)
-        seen.add(number)
-    held_out = {0, 20, 40}
-    assert seen == set(range(45)) - held_out
-    before, after, instructions = source.validation_edits(96)
-    assert instructions == [f"make it {i}" for i in sorted(held_out)]
-    assert before[:, 0, 0, 0].tolist() == [0, 40, 80] and after[:, 0, 0, 0].tolist() == [1, 41, 81]
-    assert source.validation_edits(2)[2] == instructions[:2]
-    assert len(source.train.captions) == 38  # the pictures are set aside on their own
+def make_documents(source: object = None, model: ModelConfig = CHAT, **changes: object) -> Documents:
+    config = dataclasses.replace(SMALL, lr_text_ratio=1.0, **changes)
+    text = Paragraphs(PARAGRAPHS, TOKENIZER, model.eos_id)
+    return Documents(config, model, TOKENIZER, source or Numbers(), text)
 
 
-def test_edits_alone_are_pictures_as_well_and_none_held_out_is_shown():
-    source, rng = PictureSource(None, None, some_edits(45)), random.Random(0)
-    held_out = set(source.validation_edits(96)[2])
-    assert source.size == 16 and len(held_out) == 3
-    seen = {source.captioned(rng)[1] for _ in range(1500)}
-    assert seen == {f"make it {i}" for i in range(45)} - held_out
-    picture, words = source.captioned(rng)
-    assert (picture == 2 * int(words.split()[-1]) + 1).all()  # after the edit
-    assert set(source.validation(96)[1]) == held_out
-    assert not held_out & set(source.sample(1000, rng)[1])
+def kind(d: Document) -> str:
+    """What became of a captioned picture."""
+    if d.ids[:3] == [CHAT.boi_id, IMAGE, CHAT.eoi_id]:
+        return IMAGE_FIRST
+    assert d.ids[-2:] == [CHAT.boi_id, IMAGE] and d.ids.count(IMAGE) == 1
+    return CAPTION_FIRST if len(d.ids) > 2 else CAPTION_DROPPED
 
 
-def test_one_edit_alone_is_an_error_and_two_are_not():
-    for train in (None, some_pictures(5)):
-        with pytest.raises(ValueError, match="one edit is too few"):
-            PictureSource(train, None, some_edits(1))
-        source = PictureSource(train, None, some_edits(2))
-        assert source.edited(random.Random(0))[2] == "make it 1"
-        assert source.validation_edits(9)[2] == ["make it 0"]
+def near(count: int, n: int, share: float) -> bool:
+    return abs(count - n * share) < 4 * math.sqrt(share * (1 - share) * n)
 
 
-def test_conversations_around_real_pictures_are_half_edits_where_there_are_some():
-    rng, n = random.Random(0), 600
-    with_edits = PictureSource(some_pictures(30), None, some_edits(30))
-    without, count = PictureSource(some_pictures(30), None), Counter()
-    for source in (with_edits, without):
-        for _ in range(n):
-            messages = source.conversation(rng)
-            check_messages(messages)
-            found = [p["image"] for m in messages for p in m["content"] if "image" in p]
-            count[source is with_edits, len(found)] += 1
-            assert len(found) == 1 or (found[0] + 1 == found[1]).all()
-            pixels = source.pixels(found)
-            assert pixels.shape == (len(found), 3, 16, 16) and pixels.dtype == torch.uint8
-            assert all(torch.equal(a, b) for a, b in zip(pixels, found, strict=True))
-    assert count[True, 2] / n == pytest.approx(0.5, abs=0.08)
-    assert count[True, 1] == n - count[True, 2] and count[False, 1] == n
+def test_four_fifths_of_the_captions_come_first_and_a_tenth_of_these_are_dropped():
+    documents, n = make_documents(Shapes(), batch_size=80), 8000
+    batches = [[kind(d) for d in documents.of_step(step, slice(None))] for step in range(n // 80)]
+    count = Counter(itertools.chain(*batches))
+    first = count[CAPTION_FIRST] + count[CAPTION_DROPPED]
+    assert near(first, n, 0.8) and near(count[CAPTION_DROPPED], first, 0.1)
+    # drawn for each sample: every batch holds both orders, and hardly any fails to hold a dropped caption
+    assert all({CAPTION_FIRST, IMAGE_FIRST} <= set(batch) for batch in batches)
+    assert sum(CAPTION_DROPPED in batch for batch in batches) > 95
+    for number in range(0, 80, 8):  # whatever the place in the batch
+        at = [batch[number] for batch in batches]
+        assert near(at.count(CAPTION_FIRST), 100, 0.72) and near(at.count(IMAGE_FIRST), 100, 0.2)
 
 
-def test_captioned_pictures_keep_their_captions():
-    source, rng = PictureSource(some_pictures(41), None), random.Random(0)
-    seen = set()
-    for _ in range(800):
-        picture, caption = source.captioned(rng)
-        assert (picture == 200 + int(caption.split()[-1])).all()
-        seen.add(caption)
-    assert seen == {f"photo {i}" for i in range(41) if i % 20}
+def test_a_document_holds_the_caption_of_its_picture():
+    documents = make_documents(Shapes(), batch_size=60)
+    for d in documents.of_step(0, slice(None)):
+        (shot,) = d.pictures
+        caption = encode_plain(TOKENIZER, shot.scene.caption)
+        assert [i for i in d.ids if i not in (CHAT.boi_id, CHAT.eoi_id, CHAT.eos_id, IMAGE)] in (caption, [])
+        assert d.max_t == [200 if kind(d) == IMAGE_FIRST else 1000]
+
+
+@pytest.mark.parametrize("task", ("generate", "caption"))
+def test_a_task_of_captions_and_pictures_alone_is_a_recipe_of_the_first_stage(task):
+    shares = make_documents(caption_first=float(task == "generate"), batch_size=30)
+    named = make_documents(task=task, batch_size=30)
+    drawn = named.of_step(0, slice(None))
+    assert drawn == shares.of_step(0, slice(None))
+    wanted = {IMAGE_FIRST} if task == "caption" else {CAPTION_FIRST, CAPTION_DROPPED}
+    assert {kind(d) for d in drawn} == wanted
+    assert make_documents(task="generate=4,caption=1").config.tasks == pytest.approx(TrainConfig().tasks)
+
+
+def task_of(d: Document) -> str:
+    """Which task of MIXTURE a document of `Numbers` came from."""
+    words = said(d.ids)
+    return "chat" if "<|im_start|>" in words else "edit" if d.max_t == [0, 1000] else kind(d)
+
+
+def test_a_mixture_draws_its_tasks_in_proportion_and_drops_what_guidance_nulls():
+    n = 3000
+    documents = make_documents(task=MIXTURE, edit_drop=0.3, batch_size=n).of_step(0, slice(None))
+    count = Counter(map(task_of, documents))
+    assert near(count[IMAGE_FIRST], n, 1 / 12) and near(count["edit"], n, 3 / 12)
+    assert near(count[CAPTION_FIRST], n, 0.9 * 2 / 12)
+    # half of the conversations end in a picture, which can be dropped as a caption can
+    assert near(count["chat"], n, 6 / 12 * 0.95) and near(count[CAPTION_DROPPED], n, 0.1 * (2 + 3) / 12)
+    edits = [d for d in documents if task_of(d) == "edit"]
+    dropped = [d for d in edits if d.pictures[0] == d.pictures[1]]
+    assert near(len(dropped), len(edits), 0.3) and {len(d.ids) for d in dropped} == {5}
+    for d in edits:
+        before, after = d.pictures
+        assert d in dropped or (after == before + 1 and f"make it {before}" in said(d.ids))
+
+
+@pytest.mark.parametrize(
+    ("task", "learned"),
+    [
+        ("", True),
+        ("generate", True),
+        ("generate=1,caption=1", True),
+        (MIXTURE, False),
+        ("generate,edit", False),
+    ],
+)
+def test_a_bare_caption_says_when_to_draw_in_the_first_stage_and_not_beside_other_tasks(task, learned):
+    documents = make_documents(task=task, batch_size=200).of_step(0, slice(None))
+    captions = [d for d in documents if task_of(d) == CAPTION_FIRST]
+    assert len(captions) > 15
+    batch = collate(captions, torch.zeros(len(captions), 4, 4, 4), CHAT)
+    words, draw = taught(batch, CHAT.boi_id)
+    assert (draw == 1).sum() == len(captions) * learned  # once for each
+    assert ((draw == 0).sum() > 0) == ((words >= 0).sum() > 0) == learned
+
+
+def every_draw(documents: Documents, step: int, shares: list[slice]) -> tuple[list[Document], list[Document]]:
+    """Documents of all shares of a step, and those of text alone."""
+    both = (documents.of_step, documents.text_of_step)
+    return tuple([d for share in shares for d in of_step(step, share)] for of_step in both)
+
+
+def test_a_document_follows_from_the_seed_the_step_and_its_number_alone():
+    documents = make_documents(task=MIXTURE, batch_size=12, text_batch=12, micro_batch=3)
+    whole, texts = every_draw(documents, 7, [slice(None)])
+    assert len(whole) == len(texts) == 12 and len({d.seed for d in whole}) == 12
+    assert len({str(d.ids) for d in texts}) == 12 and {str(d.pictures) for d in texts} == {"[]"}
+    assert every_draw(documents, 7, [slice(None)]) == (whole, texts)  # whatever was drawn before
+    for number in range(12):
+        assert every_draw(documents, 7, [slice(number, number + 1)]) == ([whole[number]], [texts[number]])
+    changes = dict(batch_size=24, text_batch=36, micro_batch=0, steps=9, val_every=3)
+    larger = make_documents(task=MIXTURE, **changes)
+    assert every_draw(larger, 7, [slice(0, 12)]) == (whole, texts)
+    for others in (
+        every_draw(documents, 8, [slice(None)]),
+        every_draw(make_documents(task=MIXTURE, batch_size=12, text_batch=12, seed=1), 7, [slice(None)]),
+        every_draw(larger, 7, [slice(12, 24)]),
+    ):
+        assert not {d.seed for d in others[0]} & {d.seed for d in whole}
+        assert not {str(d.pictures) for d in others[0] if d.pictures} & {str(d.pictures) for d in whole}
+        assert len({str(d.ids) for d in others[1]} & {str(d.ids) for d in texts}) <= 1  # of 1,000 paragraphs
+
+
+@pytest.mark.parametrize("size", (2, 3, 6))
+def test_what_processes_draw_together_is_what_one_draws(size):
+    documents = make_documents(Shapes(), task=MIXTURE, batch_size=12, text_batch=6)
+    pictures, texts = (
+        [documents_of_share(step, Team(rank, size).share(n)) for rank in range(size)]
+        for documents_of_share, n, step in ((documents.of_step, 12, 3), (documents.text_of_step, 6, 3))
+    )
+    assert [len(x) for x in pictures] == [12 // size] * size and [len(x) for x in texts] == [6 // size] * size
+    alone = every_draw(documents, 3, [slice(None)])
+    assert (list(itertools.chain(*pictures)), list(itertools.chain(*texts))) == alone
+
+
+def test_text_alone_is_learned_word_by_word_and_cut_to_the_context():
+    short = dataclasses.replace(CHAT, max_position_embeddings=40)
+    for pack, room in ((0, 40), (30, 30), (400, 40)):
+        documents = make_documents(model=short, text_batch=50, pack=pack).text_of_step(0, slice(None))
+        whole = {tuple([*encode_plain(TOKENIZER, p), CHAT.eos_id]) for p in PARAGRAPHS}
+        assert {tuple(d.ids) for d in documents} <= {ids[:room] for ids in whole}
+        assert max(len(d.ids) for d in documents) == room and len({len(d.ids) for d in documents}) > 1
+        assert all(d.loss_mask == [True] * len(d.ids) and d.max_t == [] for d in documents)
+
+
+def test_a_caption_is_cut_where_it_leaves_no_room_for_its_pictures():
+    documents = make_documents(model=dataclasses.replace(CHAT, max_position_embeddings=24))
+    ids = encode_plain(TOKENIZER, "red blue " * 20)
+    assert documents.tokenise("red blue " * 20) == documents.tokenise(ids) == ids[: 24 - P - 3]
+    longest = caption_document("x", documents.tokenise(ids), IMAGE_FIRST, CHAT)
+    assert len(spread(longest.ids)) == 24
+    edit = edit_document("a", "b", documents.tokenise(ids, 2), CHAT)
+    assert len(spread(edit.ids)) == 24 - 1  # it has no EOS
+    assert documents.fits("red") and not documents.fits("red blue " * 20)
+    says = "context of 7 tokens .* no room for a caption beside the 4 patches"
+    for changes in (dict(model=dataclasses.replace(CHAT, max_position_embeddings=P + 3)), dict(pack=P + 3)):
+        with pytest.raises(ValueError, match=says):
+            make_documents(**changes)
+
+
+def test_conversations_need_a_base_with_chat_tokens():
+    half = Tokenizer.from_str(build_tokenizer().to_str().replace("<|im_end|>", "<|other|>"))
+    with pytest.raises(ValueError, match=r"--task chat: .* no chat tokens .*<\|im_end\|>"):
+        Documents(dataclasses.replace(SMALL, task="generate,chat"), CHAT, half, Numbers())
+    Documents(dataclasses.replace(SMALL, task="generate,edit"), CHAT, half, Numbers())
+
+
+@pytest.mark.parametrize("task", ("", "edit", "generate,edit"))
+def test_validation_shows_each_picture_under_its_own_caption_and_under_the_next_one_s(task):
+    documents = make_documents(task=task)
+    right, permuted = documents.validation(96)
+    assert len(right) == len(permuted) == 5 and documents.validation(96) == (right, permuted)
+    for number in range(5):
+        other = (number + 1) % 5
+        for d, words in ((right[number], number), (permuted[number], other)):
+            if task == "edit":
+                assert d.pictures == [10 * number, 10 * number + 1] and d.max_t == [0, 1000]
+                assert f"<|vision_end|>make it {words}<|vision_start|>" in said(d.ids)
+            else:
+                assert d.pictures == [number] and d.max_t == [1000] and kind(d) == CAPTION_FIRST
+                assert said(d.ids[:-2]) == f"number {words}"
+        assert right[number].seed == permuted[number].seed == number  # and under the same noise
+    assert len(documents.validation(2)[0]) == 2
+
+
+# ---- the noise of a document ----
+
+
+def placed(batch: Batch) -> Iterator[tuple[list[int], list[int], slice]]:
+    """Each document of a batch in order: its ids, the numbers its pictures are, and its images' rows."""
+    first = 0
+    for d in itertools.chain(*documents_of(batch.prefix, batch.rest)):
+        here = slice(first, first + d.count(IMAGE) // P)
+        first = here.stop
+        yield d, [int(x) for x in batch.latents[here, 0, 0, 0]], here
+    assert first == len(batch.latents) == len(batch.max_t) == len(batch.u) == len(batch.eps)
+
+
+@pytest.mark.parametrize(("size", "pack"), [(0, 0), (1, 0), (5, 0), (0, 60), (5, 60)])
+def test_everything_of_a_document_goes_with_it_through_sorting_and_packing(size, pack):
+    documents = make_documents(task=MIXTURE, batch_size=32).of_step(0, slice(None))
+    before = [dataclasses.replace(d) for d in documents]
+    batches = make_batches(documents, Numbers(), None, CHAT, size, pack)
+    assert len(batches) == (math.ceil(32 / size) if size else 1) and documents == before
+    waiting, lengths, empty = list(documents), [], [CHAT.boi_id] + [IMAGE] * P
+    for batch in batches:
+        for ids, numbers, here in placed(batch):
+            if ids == empty and numbers == [0]:  # of a batch without a picture
+                assert size and batch.max_t.tolist() == [0]
+                continue
+            # a dropped caption is told by its picture
+            (found,) = (d for d in waiting if spread(d.ids) == ids and d.pictures == numbers)
+            waiting.remove(found)
+            lengths.append(len(ids))
+            assert batch.max_t[here].tolist() == found.max_t
+            if numbers:
+                u, eps = draw_noise((len(numbers), 4, 4, 4), found.seed)
+                assert torch.equal(batch.u[here], u) and torch.equal(batch.eps[here], eps)
+    assert not waiting
+    if size:  # those of like length together, which saves padding
+        assert lengths == sorted(lengths)
+    else:
+        assert lengths == [len(spread(d.ids)) for d in documents]
+
+
+def test_noise_is_uniform_and_normal_and_another_for_each_seed_and_picture():
+    u, eps = (torch.cat(x) for x in zip(*(draw_noise((2, 4, 4, 4), n) for n in range(500)), strict=True))
+    assert u.shape == (1000,) and eps.shape == (1000, 4, 4, 4)
+    assert len(set(u.tolist())) > 990 and len({str(x.tolist()) for x in eps[:, 0]}) == 1000
+    assert ((u >= 0) & (u < 1)).all() and abs(u.mean() - 0.5) < 4 / math.sqrt(12 * 1000)
+    assert u.sort().values.sub(torch.linspace(0, 1, 1000)).abs().max() < 0.06
+    assert abs(eps.mean()) < 4 / math.sqrt(64000) and abs(eps.square().mean() - 1) < 4 * math.sqrt(2 / 64000)

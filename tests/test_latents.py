@@ -29,10 +29,9 @@ from torch import Tensor
 
 import checkpoint
 import data
-from data import PictureSource
 from load_qwen3 import load_tokenizer
 from scale import latents
-from scale.latents import EncodeConfig, LatentShards, LatentSource, encode_source
+from scale.latents import EncodeConfig, LatentShards, encode_source
 from scale.pictures import load_pictures
 from scale.vae import PatchPCA, load_vae
 
@@ -603,70 +602,6 @@ def test_what_does_not_fit_the_model_is_named():
         with pytest.raises(ValueError) as error:
             shards.check_fits(*args)
         assert says in str(error.value) and str(error.value).startswith(str(encoded()))
-
-
-# ---- as a data source ----
-
-
-@functools.cache
-def second() -> tuple[Path, Path]:
-    """Other photos, and their latents."""
-    photos = helpers.write_photos(Path(helpers.session.name) / "second", n=7, seed=1)
-    out = Path(helpers.session.name) / "second-latents"
-    encode_source(config(out, data=str(photos), store="float32"), linear())
-    return photos, out
-
-
-@pytest.mark.parametrize("own", [False, True])
-def test_the_source_draws_what_the_source_of_pictures_draws(own):
-    photos, out = second()
-    pictures = PictureSource(
-        load_pictures(str(source()), 16), load_pictures(str(photos), 16) if own else None
-    )
-    ours = LatentSource(LatentShards(encoded()), LatentShards(out) if own else None)
-    tokenizer = load_tokenizer(helpers.base())
-    tokenizer.encode_special_tokens = True
-
-    def check(z: Tensor, ids: list[list[int]], pixels: Tensor, captions: list[str]) -> None:
-        torch.testing.assert_close(z, PatchPCA.encode(linear(), pixels), rtol=1e-3, atol=1e-3)
-        assert ids == [tokenizer.encode(c, add_special_tokens=False).ids for c in captions]
-
-    for seed in range(3):
-        z, ids = ours.load(ours.indices(40, random.Random(seed)))
-        check(z, ids, *pictures.sample(40, random.Random(seed)))
-    for n in (1, 4, 96):
-        z, ids, captions = ours.validation(n)
-        pixels, wanted = pictures.validation(n)
-        assert captions == wanted
-        check(z, ids, pixels, captions)
-    assert ours.prompts() == pictures.prompts()
-
-
-def test_pictures_set_aside_for_validation_are_never_trained_on():
-    ours = LatentSource(LatentShards(encoded()), None)
-    drawn = set(ours.indices(2000, random.Random(0)))
-    assert drawn == set(range(GOOD)) - {0, 20}
-    assert sorted(ours.validation(96)[2]) == sorted(ours.train.caption(i) for i in (0, 20))
-
-
-def test_folders_that_were_not_encoded_alike_are_refused(tmp_path):
-    train = LatentShards(encoded())
-    for name, changes, codec in (
-        ("vae_fingerprint", {}, linear(seed=1)),
-        ("tokenizer_fingerprint", {"base": str(helpers.other_base())}, linear()),
-        ("image_size", {"image_size": 8}, linear()),
-    ):
-        other = encode_source(config(tmp_path / name, **changes), codec)
-        with pytest.raises(ValueError, match=f"{encoded()} and {tmp_path / name} were not .*: {name} is "):
-            LatentSource(train, other)
-
-
-def test_one_picture_alone_is_an_error(tmp_path):
-    photos = helpers.write_photos(tmp_path / "photos", n=1)
-    one = encode_source(config(tmp_path / "out", data=str(photos)), linear())
-    with pytest.raises(ValueError, match="out: one picture is too few"):
-        LatentSource(one, None)
-    assert len(LatentSource(one, one).validation(9)[2]) == 1
 
 
 # ---- the command ----

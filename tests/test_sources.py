@@ -1,0 +1,252 @@
+"""scale/sources.py: what is set aside for validation is never trained on, for pictures, edits and latents."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from test_latents import GOOD, config, encoded, linear, source
+from torch import Tensor
+
+from chat.template import check_messages
+from config import TrainConfig
+from load_qwen3 import load_tokenizer
+from scale.latents import LatentShards, encode_source
+from scale.pictures import Edits, Pictures, load_pictures
+from scale.sources import LatentSource, PictureSource
+from scale.vae import PatchPCA
+
+# ---- real pictures ----
+
+
+def some_pictures(n: int) -> Pictures:
+    """Pictures as bright as their numbers, and 200."""
+    pixels = 200 + torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 16, 16)
+    return Pictures(pixels, [f"photo {i}" for i in range(n)], [f"p{i}" for i in range(n)], [])
+
+
+def check_pair(picture: Tensor, caption: str) -> str:
+    """The caption of a picture that it belongs to."""
+    assert picture.shape == (3, 16, 16) and (picture == 200 + int(caption.split()[-1])).all()
+    return caption
+
+
+def test_every_twentieth_picture_is_set_aside_and_each_keeps_its_caption():
+    source, rng = PictureSource(some_pictures(45), None), random.Random(0)
+    captions, held_out = {f"photo {i}" for i in range(45)}, {"photo 0", "photo 20", "photo 40"}
+    assert {check_pair(*source.captioned(rng)) for _ in range(800)} == captions - held_out
+    pixels, words = source.sample(800, rng)
+    assert pixels.shape == (800, 3, 16, 16) and pixels.dtype == torch.uint8
+    assert {check_pair(*pair) for pair in zip(pixels, words, strict=True)} == captions - held_out
+    found = source.validation(96)
+    assert len(found) == 3 and {check_pair(*pair) for pair in found} == held_out
+    assert [check_pair(*pair) for pair in source.validation(2)] == [words for _, words in found][:2]
+    prompts = source.prompts()
+    assert len(prompts) == 12 and not held_out & set(prompts[:9]) and set(prompts[9:]) == held_out
+
+
+def test_pictures_of_their_own_for_validation_leave_all_others_to_training(tmp_path):
+    first = load_pictures(str(helpers.write_photos(tmp_path / "a", n=21)), 16)
+    second = load_pictures(str(helpers.write_photos(tmp_path / "b", n=3, seed=1)), 16)
+    source, rng = PictureSource(first, second), random.Random(0)
+    assert {source.captioned(rng)[1] for _ in range(500)} == set(first.captions)
+    found, again = source.validation(96), source.validation(96)
+    assert sorted(caption for _, caption in found) == sorted(second.captions)
+    for (picture, caption), (same, words) in zip(found, again, strict=True):
+        assert torch.equal(picture, second.pixels[second.captions.index(caption)])
+        assert torch.equal(picture, same) and caption == words
+
+
+def test_one_picture_alone_is_an_error():
+    with pytest.raises(ValueError, match="one picture is too few"):
+        PictureSource(some_pictures(1), None)
+    assert len(PictureSource(some_pictures(1), some_pictures(1)).validation(9)) == 1
+
+
+# ---- edits of real pictures ----
+
+
+def some_edits(n: int) -> Edits:
+    """Edits that differ in every pixel: sources are even, targets odd."""
+    pixels = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 16, 16)
+    words, names = [f"make it {i}" for i in range(n)], [f"e{i}" for i in range(n)]
+    return Edits(2 * pixels, 2 * pixels + 1, words, names, [])
+
+
+def test_every_twentieth_edit_is_held_out():
+    source, rng, seen = PictureSource(some_pictures(40), None, some_edits(45)), random.Random(0), set()
+    for _ in range(1500):
+        before, after, instruction = source.edited(rng)
+        number = int(instruction.split()[-1])
+        assert (before == 2 * number).all() and (after == 2 * number + 1).all()
+        assert before.shape == after.shape == (3, 16, 16)
+        seen.add(number)
+    held_out = {0, 20, 40}
+    assert seen == set(range(45)) - held_out
+    found = source.validation_edits(96)
+    assert [words for *_, words in found] == [f"make it {i}" for i in sorted(held_out)]
+    assert [int(before[0, 0, 0]) for before, *_ in found] == [0, 40, 80]
+    assert [int(after[0, 0, 0]) for _, after, _ in found] == [1, 41, 81]
+    assert [words for *_, words in source.validation_edits(2)] == ["make it 0", "make it 20"]
+    captions = {source.captioned(rng)[1] for _ in range(1500)}  # the pictures are set aside on their own
+    assert captions == {f"photo {i}" for i in range(40) if i % 20}
+
+
+def test_edits_alone_are_pictures_as_well_and_none_held_out_is_shown():
+    source, rng = PictureSource(None, None, some_edits(45)), random.Random(0)
+    held_out = {words for *_, words in source.validation_edits(96)}
+    assert len(held_out) == 3
+    seen = {source.captioned(rng)[1] for _ in range(1500)}
+    assert seen == {f"make it {i}" for i in range(45)} - held_out
+    picture, words = source.captioned(rng)
+    assert (picture == 2 * int(words.split()[-1]) + 1).all()  # after the edit
+    assert {words for _, words in source.validation(96)} == held_out
+    assert not held_out & set(source.sample(1000, rng)[1])
+
+
+def test_one_edit_alone_is_an_error_and_two_are_not():
+    for train in (None, some_pictures(5)):
+        with pytest.raises(ValueError, match="one edit is too few"):
+            PictureSource(train, None, some_edits(1))
+        source = PictureSource(train, None, some_edits(2))
+        assert source.edited(random.Random(0))[2] == "make it 1"
+        assert [words for *_, words in source.validation_edits(9)] == ["make it 0"]
+
+
+def test_conversations_around_real_pictures_are_half_edits_where_there_are_some():
+    rng, n = random.Random(0), 600
+    with_edits = PictureSource(some_pictures(30), None, some_edits(30))
+    without, count = PictureSource(some_pictures(30), None), Counter()
+    for ours in (with_edits, without):
+        for _ in range(n):
+            messages = ours.conversation(rng)
+            check_messages(messages)
+            found = [p["image"] for m in messages for p in m["content"] if "image" in p]
+            count[ours is with_edits, len(found)] += 1
+            assert len(found) == 1 or (found[0] + 1 == found[1]).all()
+            pixels = ours.pixels(found)
+            assert pixels.shape == (len(found), 3, 16, 16) and pixels.dtype == torch.uint8
+            assert all(torch.equal(a, b) for a, b in zip(pixels, found, strict=True))
+    assert count[True, 2] / n == pytest.approx(0.5, abs=0.08)
+    assert count[True, 1] == n - count[True, 2] and count[False, 1] == n
+
+
+def test_a_source_of_pictures_is_told_from_another_by_whatever_it_holds():
+    def changed(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[-1, -1, -1, -1] += 1
+        return x
+
+    pictures, val, edits = some_pictures(5), some_pictures(3), some_edits(4)
+    sources = [
+        (pictures, val, edits),
+        (pictures, val),
+        (pictures, pictures, edits),
+        (dataclasses.replace(pictures, captions=list("abcde")), val, edits),
+        (dataclasses.replace(pictures, pixels=changed(pictures.pixels)), val, edits),
+        (pictures, dataclasses.replace(val, pixels=changed(val.pixels)), edits),
+        (pictures, dataclasses.replace(val, captions=list("abc")), edits),
+        (pictures, val, dataclasses.replace(edits, sources=changed(edits.sources))),
+        (pictures, val, dataclasses.replace(edits, targets=changed(edits.targets))),
+        (pictures, val, dataclasses.replace(edits, instructions=list("abcd"))),
+    ]
+    found = [PictureSource(*parts).fingerprint() for parts in sources]
+    assert len(set(found)) == len(sources)
+    assert PictureSource(some_pictures(5), some_pictures(3), some_edits(4)).fingerprint() == found[0]
+
+
+# ---- latents ----
+
+
+@functools.cache
+def second() -> tuple[Path, Path]:
+    """Other photos, and their latents."""
+    photos = helpers.write_photos(Path(helpers.session.name) / "second", n=7, seed=1)
+    out = Path(helpers.session.name) / "second-latents"
+    encode_source(config(out, data=str(photos), store="float32"), linear())
+    return photos, out
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_source_draws_what_the_source_of_pictures_draws(own):
+    photos, out = second()
+    pictures = PictureSource(
+        load_pictures(str(source()), 16), load_pictures(str(photos), 16) if own else None
+    )
+    ours = LatentSource(LatentShards(encoded()), LatentShards(out) if own else None)
+    tokenizer = load_tokenizer(helpers.base())
+    tokenizer.encode_special_tokens = True
+
+    def check(z: Tensor, ids: list[list[int]], pixels: Tensor, captions: list[str]) -> None:
+        torch.testing.assert_close(z, PatchPCA.encode(linear(), pixels), rtol=1e-3, atol=1e-3)
+        assert ids == [tokenizer.encode(c, add_special_tokens=False).ids for c in captions]
+
+    def unzip(examples: list[tuple]) -> list[list]:
+        return [list(part) for part in zip(*examples, strict=True)]
+
+    for seed in range(3):  # of training
+        (numbers, ids), (pixels, captions) = (
+            unzip([x.captioned(random.Random(100 * seed + i)) for i in range(40)]) for x in (ours, pictures)
+        )
+        check(ours.latents(numbers, None), ids, pictures.pixels(pixels), captions)
+    for n in (1, 4, 96):
+        (numbers, ids), (pixels, captions) = (unzip(x.validation(n)) for x in (ours, pictures))
+        check(ours.latents(numbers, None), ids, pictures.pixels(pixels), captions)
+    assert ours.prompts() == pictures.prompts()
+
+
+def test_latents_set_aside_for_validation_are_never_trained_on():
+    ours, rng = LatentSource(LatentShards(encoded())), random.Random(0)
+    drawn = {ours.captioned(rng)[0] for _ in range(2000)}
+    assert drawn == set(range(GOOD)) - {0, 20}
+    held_out, trained = ([z.tolist() for z in ours.latents(x, None)] for x in ([-1, -21], list(drawn)))
+    found = [z.tolist() for z in ours.latents([i for i, _ in ours.validation(96)], None)]
+    assert sorted(found) == sorted(held_out) and not any(z in trained for z in found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"task": "edit"}, "--task edit: {data} holds captioned latents; this takes pictures"),
+        ({"task": "generate,chat"}, "--task generate,chat: {data} holds captioned latents; this takes"),
+        ({"image_size": 32}, "{data} holds pictures of 16 pixels; --image-size is 32"),
+    ],
+)
+def test_what_latents_cannot_be_used_for_is_named(changes, says, make_config):
+    run = TrainConfig(data=str(encoded()), **{"image_size": 16, **changes})
+    vocabulary = load_tokenizer(helpers.base()).get_vocab_size()
+    model = make_config(latent_channels=3, latent_size=4, vocab_size=vocabulary)
+    ours = LatentSource(LatentShards(encoded()))
+    with pytest.raises(ValueError, match=re.escape(says.format(data=encoded()))):
+        ours.check(run, model, str(helpers.base()))
+    ours.check(dataclasses.replace(run, task="caption", image_size=16), model, str(helpers.base()))
+    with pytest.raises(ValueError, match="latents of 3 channels, the model takes 4"):
+        wide = dataclasses.replace(model, latent_channels=4)
+        ours.check(dataclasses.replace(run, task="", image_size=16), wide, str(helpers.base()))
+
+
+def test_folders_that_were_not_encoded_alike_are_refused(tmp_path):
+    train = LatentShards(encoded())
+    for name, changes, codec in (
+        ("vae_fingerprint", {}, linear(seed=1)),
+        ("tokenizer_fingerprint", {"base": str(helpers.other_base())}, linear()),
+        ("image_size", {"image_size": 8}, linear()),
+    ):
+        other = encode_source(config(tmp_path / name, **changes), codec)
+        with pytest.raises(ValueError, match=f"{encoded()} and {tmp_path / name} were not .*: {name} is "):
+            LatentSource(train, other)
+
+
+def test_latents_of_one_picture_alone_are_an_error_that_names_the_folder(tmp_path):
+    photos = helpers.write_photos(tmp_path / "photos", n=1)
+    one = encode_source(config(tmp_path / "out", data=str(photos)), linear())
+    with pytest.raises(ValueError, match="out: one picture is too few"):
+        LatentSource(one)
+    assert len(LatentSource(one, one).validation(9)) == 1
