@@ -182,9 +182,10 @@ def make_fake_batch(
 
 
 def order_shares(train: TrainConfig) -> tuple[float, float, float]:
-    """How often a run draws each of ORDERS; of other tasks than captioned pictures nothing is known here."""
-    tasks = {name: train.tasks.get(name, 0.0) for name in ("generate", "caption")}
-    first, drop = tasks["generate"] / (sum(tasks.values()) or 1.0), train.caption_drop
+    """How often a run draws each of ORDERS; all other tasks count as captioned pictures."""
+    generate, caption = (train.tasks.get(name, 0.0) for name in ("generate", "caption"))
+    first = generate / (generate + caption) if generate + caption else train.caption_first
+    drop = train.caption_drop
     return first * (1 - drop), first * drop, 1 - first
 
 

@@ -124,12 +124,6 @@ def other_base() -> Path:
     return folder
 
 
-def held_out_pictures(n: int) -> tuple[torch.Tensor, list[str]]:
-    """Up to n held-out pictures of the built-in world, uint8 (n, 3, 32, 32), and their captions."""
-    shots, captions = zip(*Shapes().validation(n), strict=True)
-    return Shapes().pixels(list(shots)), list(captions)
-
-
 def write_photos(folder: Path, n: int = 24, seed: int = 0) -> Path:
     """A folder of `n` pictures of 16 x 16 pixels, name.png beside name.txt; every picture is another."""
     folder.mkdir(parents=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import IMAGE, PAD, Tokens
+from data import Document, split_phases
 from model import Hidden, LMFusion
 
 BOI, EOI = 1, 2  # conftest.TINY
@@ -123,3 +124,9 @@ def ddpm_loss(model: LMFusion, hidden: Hidden, eps: Tensor) -> Tensor:
 def with_gradient(model: LMFusion) -> set[str]:
     """Parameters that a loss reached: a gradient is there, and not zero."""
     return {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+def in_phases(rows: list[list[int]], num_patches: int, pack: int = 0) -> tuple[Tokens, Tokens]:
+    """Rows of ids as the two phases of `LMFusion.forward`; every token may be learned."""
+    documents = [Document(row, [], [], [True] * len(row)) for row in rows]
+    return split_phases(documents, num_patches, pack)

@@ -26,6 +26,7 @@ from sequences import (
     count_images,
     draw,
     features,
+    in_phases,
     pack,
     to_slots,
     with_gradient,
@@ -37,7 +38,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention as attention_file
 from attention import IMAGE, PAD, Cache, Layout, Tokens, attention, hybrid_mask, make_block_mask
-from data import split_phases
 from model import LMFusion, ModelConfig, rope_angles
 
 
@@ -879,7 +879,7 @@ def test_two_phases_packed_equal_one_encode_of_each_sequence(make_model, monkeyp
             expected.append((hidden, model.unet_output(hidden), row.index(IMAGE)))
         force(monkeypatch, form)
         for size in (0, 1, 60, 120, 1000):  # 0: a row each
-            prefix, rest = split_phases(RAGGED, P, pack=size)
+            prefix, rest = in_phases(RAGGED, P, pack=size)
             before, after = model(prefix, rest, latents, t)
             noise = torch.cat([noise for _, noise, _ in expected])
             torch.testing.assert_close(model.unet_output(after), noise, **TOLERANCE)

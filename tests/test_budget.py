@@ -16,7 +16,7 @@ from conftest import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import BEHIND, DROPPED, FIRST, arrange
+from data import CAPTION_DROPPED, CAPTION_FIRST, IMAGE_FIRST, caption_document, collate
 from load_qwen3 import known_config
 from model import ModelConfig
 from scale import budget
@@ -34,9 +34,18 @@ def with_fields(config: train.TrainConfig, **changes) -> train.TrainConfig:
     return out
 
 
+STEP = budget.TrainingStep(train.step_loss, train.make_optimizers)
+
+
+def arrange(captions: list[list[int]], latents: torch.Tensor, orders: list[str], config: ModelConfig):
+    """A batch of captioned pictures."""
+    rows = zip(captions, orders, strict=True)
+    return collate([caption_document(None, *row, config) for row in rows], latents, config)
+
+
 def real_step(model, config: train.TrainConfig, batch) -> tuple[list, torch.Tensor]:
     """One step of training with gradients kept."""
-    loss = budget.total_loss(model, batch, config)
+    loss = train.step_loss(model, batch, config)
     loss.backward()
     optimizers = train.make_optimizers(model, config)
     for optimizer in optimizers:
@@ -71,10 +80,10 @@ def test_weights_gradients_and_optimizer_have_the_bytes_of_a_real_step(make_mode
     config = with_fields(FIXED, optimizer=optimizer, ema=0.9)
     model = make_model()
     latents = torch.randn(1, 4, 8, 8)
-    optimizers, _ = real_step(model, config, arrange([[5] * CAPTION], latents, [BEHIND], model.config))
+    optimizers, _ = real_step(model, config, arrange([[5] * CAPTION], latents, [IMAGE_FIRST], model.config))
     trained = [p for p in model.parameters() if p.requires_grad]
     state = [x for o in optimizers for s in o.state.values() for x in s.values() if x.dim()]
-    predicted = budget.training_bytes(model.config, config, 1, CAPTION)
+    predicted = budget.training_bytes(model.config, config, STEP, 1, CAPTION)
     weights = sum(p.nbytes for p in model.parameters())
     assert predicted["frozen_weights"] + predicted["trained_weights"] == weights
     assert predicted["moving_average"] == predicted["trained_weights"] == sum(p.nbytes for p in trained)
@@ -83,7 +92,9 @@ def test_weights_gradients_and_optimizer_have_the_bytes_of_a_real_step(make_mode
     assert (predicted["optimizer_step"] > 0) == (optimizer == "muon")  # fused AdamW takes nothing
 
 
-@pytest.mark.parametrize("orders", [[FIRST], [BEHIND], [FIRST, DROPPED, BEHIND]])
+@pytest.mark.parametrize(
+    "orders", [[CAPTION_FIRST], [IMAGE_FIRST], [CAPTION_FIRST, CAPTION_DROPPED, IMAGE_FIRST]]
+)
 def test_fake_tensors_cost_what_real_ones_cost(make_model, orders):
     """The same books kept on a real model, and the tensors that autograd says it saves."""
     real, fake = budget.Books(), budget.Books()
@@ -102,7 +113,7 @@ def test_fake_tensors_cost_what_real_ones_cost(make_model, orders):
         latents = torch.randn(len(orders), 4, 8, 8) if books is real else books.latents(len(orders), m.config)
         batch = arrange([[5] * CAPTION] * len(orders), latents, orders, m.config)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), books:
-            loss = budget.total_loss(m, batch, FIXED)
+            loss = train.step_loss(m, batch, FIXED)
             live = books.live
             if books is real:
                 owned = {id(p.untyped_storage()) for p in m.parameters()}
@@ -117,7 +128,7 @@ def test_fake_tensors_cost_what_real_ones_cost(make_model, orders):
 @functools.cache
 def flops(layers: int, caption_first: float, caption_drop: float, **changes) -> dict[str, float]:
     config = with_fields(FIXED, caption_first=caption_first, caption_drop=caption_drop, **changes)
-    return budget.training_flops(ModelConfig(**{**TINY, "num_hidden_layers": layers}), config, CAPTION)
+    return budget.training_flops(ModelConfig(**{**TINY, "num_hidden_layers": layers}), config, STEP, CAPTION)
 
 
 def layer_flops(caption_first: float, caption_drop: float) -> dict[str, float]:
@@ -153,9 +164,9 @@ def test_flops_of_a_picture_are_the_recipes_average_and_a_step_has_all_pictures(
 
 def test_the_flops_are_those_of_torchs_own_counter(make_model):
     model, latents = make_model(num_hidden_layers=2), torch.randn(1, 4, 8, 8)
-    batch = arrange([[5] * CAPTION], latents, [BEHIND], model.config)
+    batch = arrange([[5] * CAPTION], latents, [IMAGE_FIRST], model.config)
     with FlopCounterMode(display=False) as counter:
-        budget.total_loss(model, batch, FIXED).backward()
+        train.step_loss(model, batch, FIXED).backward()
     ours = flops(2, 0.0, 0.0)
     assert counter.get_total_flops() == ours["picture"]
 
@@ -174,11 +185,11 @@ def test_fused_attention_on_a_cpu_is_counted():
 
 def test_processes_share_what_is_kept_and_gather_a_part(make_config, make_model):
     config = make_config(num_hidden_layers=2)
-    one, four = (budget.training_bytes(config, FIXED, n, CAPTION) for n in (1, 4))
+    one, four = (budget.training_bytes(config, FIXED, STEP, n, CAPTION) for n in (1, 4))
     for name in ("frozen_weights", "trained_weights", "gradients", "optimizer"):
         assert four[name] == one[name] / 4
     assert one["gathered"] == 0
-    alone = budget.training_bytes(config, with_fields(FIXED, batch_size=1), 1, CAPTION)
+    alone = budget.training_bytes(config, with_fields(FIXED, batch_size=1), STEP, 1, CAPTION)
     assert four["activations"] == alone["activations"]  # of one picture
     assert four["computing"] < alone["gradients"] <= alone["computing"]
     model = make_model(num_hidden_layers=2, dtype=torch.bfloat16)
@@ -192,7 +203,7 @@ def test_processes_share_what_is_kept_and_gather_a_part(make_config, make_model)
 def test_half_precision_keeps_masters_and_halves_activations(make_config):
     config = make_config(num_hidden_layers=2)
     full, half = (
-        budget.training_bytes(config, with_fields(FIXED, dtype=d), 1, CAPTION)
+        budget.training_bytes(config, with_fields(FIXED, dtype=d), STEP, 1, CAPTION)
         for d in ("float32", "bfloat16")
     )
     for name in ("frozen_weights", "trained_weights", "gradients", "optimizer"):
@@ -202,10 +213,10 @@ def test_half_precision_keeps_masters_and_halves_activations(make_config):
 
 def test_small_micro_batches_keep_less_and_checkpointing_computes_again(make_config):
     config = make_config(num_hidden_layers=3)
-    whole = budget.training_bytes(config, FIXED, 1, CAPTION)
-    small = budget.training_bytes(config, with_fields(FIXED, micro_batch=1), 1, CAPTION)
+    whole = budget.training_bytes(config, FIXED, STEP, 1, CAPTION)
+    small = budget.training_bytes(config, with_fields(FIXED, micro_batch=1), STEP, 1, CAPTION)
     again = with_fields(FIXED, activation_checkpointing=True)
-    less = budget.training_bytes(config, again, 1, CAPTION)
+    less = budget.training_bytes(config, again, STEP, 1, CAPTION)
     assert small["activations"] < whole["activations"] / 2
     assert less["activations"] < whole["activations"] / 2
     once, twice = (flops(3, 1.0, 1.0, **c) for c in ({}, {"activation_checkpointing": True}))
@@ -249,7 +260,7 @@ def test_painting_counts_the_prompt_once_and_the_patches_every_step(make_config)
 
 
 def test_the_table_ends_with_the_peak(make_config):
-    report = budget.report(make_config(num_hidden_layers=1), FIXED, 2, CAPTION)
+    report = budget.report(make_config(num_hidden_layers=1), FIXED, STEP, 2, CAPTION)
     json.dumps(report)
     lines = budget.budget_table(report).splitlines()
     peak = report["training_bytes"]["peak"] / 2**30
@@ -270,9 +281,9 @@ def test_the_budget_of_captions_or_pictures_alone_is_that_of_their_recipe(make_c
     found = []
     for task, first in (("generate", 1.0), ("caption", 0.0)):
         ways = with_fields(fixed, task=task), with_fields(fixed, caption_first=first)
-        one, same = (budget.training_flops(config, way, 20) for way in ways)
+        one, same = (budget.training_flops(config, way, STEP, 20) for way in ways)
         assert one == same
-        found.append((one, budget.training_bytes(config, ways[0], 1, 20)["activations"]))
+        found.append((one, budget.training_bytes(config, ways[0], STEP, 1, 20)["activations"]))
     assert found[0][0]["prefill"] > found[1][0]["prefill"] and found[0][1] < found[1][1]
 
 
@@ -285,7 +296,7 @@ def test_a_dry_run_of_a_second_stage_is_of_captioned_pictures_and_says_so(tmp_pa
 @pytest.mark.parametrize("processes", [0, 3])
 def test_processes_that_cannot_share_a_batch_are_refused(make_config, processes):
     with pytest.raises(ValueError, match=f"world_size = {processes}"):
-        budget.report(make_config(), FIXED, processes)
+        budget.report(make_config(), FIXED, STEP, processes)
 
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc says what a process takes")
@@ -297,8 +308,7 @@ def status(name):
 before = status("VmRSS")
 sys.path.insert(0, sys.argv[1])
 import train
-from scale import budget
-from data import BEHIND, FIRST, arrange
+from data import CAPTION_FIRST, IMAGE_FIRST, caption_document, collate
 from load_qwen3 import materialise
 from model import LMFusion, ModelConfig
 torch.set_num_threads(1)
@@ -308,9 +318,10 @@ with torch.device("meta"):
 shapes = {n: p.shape for n, p in model.text_parameters().items()}
 materialise(model, lambda n: torch.randn(shapes[n]) * 0.02 + ("norm" in n), torch.float32)
 optimizers = train.make_optimizers(model, settings)
-for order in (FIRST, BEHIND, FIRST):
+for order in (CAPTION_FIRST, IMAGE_FIRST, CAPTION_FIRST):
     latents = torch.randn(1, 4, config.latent_size, config.latent_size)
-    budget.total_loss(model, arrange([[5] * 30], latents, [order], config), settings).backward()
+    batch = collate([caption_document(None, [5] * 30, order, config)], latents, config)
+    train.step_loss(model, batch, settings).backward()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -338,7 +349,7 @@ def test_three_real_steps_take_the_memory_that_was_predicted():
     config = ModelConfig(
         32000, 512, 1536, 4, 8, 4, 64, boi_id=1, eoi_id=2, eos_id=3, unet_channels=(160, 448)
     )
-    predicted = budget.training_bytes(config, train.TrainConfig(batch_size=1), 1, 30)["peak"]
+    predicted = budget.training_bytes(config, train.TrainConfig(batch_size=1), STEP, 1, 30)["peak"]
     assert predicted == pytest.approx(measure(config), rel=0.25)
 
 
@@ -347,5 +358,5 @@ def test_three_real_steps_take_the_memory_that_was_predicted():
 def test_three_real_steps_of_qwen3_0_6b_take_the_memory_that_was_predicted():
     """Needs 15 GiB of memory and a few minutes."""
     config = known_config("Qwen/Qwen3-0.6B")
-    predicted = budget.training_bytes(config, train.TrainConfig(batch_size=1), 1, 30)["peak"]
+    predicted = budget.training_bytes(config, train.TrainConfig(batch_size=1), STEP, 1, 30)["peak"]
     assert predicted == pytest.approx(measure(config), rel=0.15)

@@ -184,8 +184,7 @@ def test_what_a_step_computes_may_not_change_when_a_run_is_resumed(field):
     else:
         with pytest.raises(ValueError) as error:
             resumed_config(saved, {field: other})
-        was = f"{field} was {saved[field]} in this run"
-        assert str(error.value) == f"--resume: {was} and cannot become {other}"
+        assert str(error.value) == f"--resume: {field} was {saved[field]} and cannot become {other}"
 
 
 # ---- a second stage ----

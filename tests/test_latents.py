@@ -668,4 +668,4 @@ def test_pixels_of_any_shape_become_squares(tmp_path):
 
 
 def test_the_flags_have_a_help_text_each():
-    assert all(f.metadata["help"] for f in dataclasses.fields(EncodeConfig))
+    assert all(f.metadata["rule"].help for f in dataclasses.fields(EncodeConfig))

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from attention import Tokens
-from data import Recipe, make_batch
-from diffusion import Diffusion
+from config import SMALL
+from data import CAPTION_FIRST, IMAGE_FIRST, caption_document, collate
 from load_qwen3 import BOI, EOI, PAIRS, fingerprint, init_image, load_qwen3, load_tokenizer, materialise
 from model import LMFusion, rope_frequencies
 
@@ -233,15 +233,17 @@ def train_image_side(model: LMFusion, captions: list[list[int]], steps: int) -> 
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1
     )
-    diffusion, history = Diffusion(1.0, "eps"), []
+    history = []
     for _ in range(steps):
         latents = torch.randn(
             len(captions), c.latent_channels, c.latent_size, c.latent_size, generator=generator
         )
-        batch = make_batch(captions, latents, Recipe(caption_first=0.5), c, rng)
-        noise = train.draw_noise(latents.shape, generator)
-        out = train.losses(model, diffusion, batch, train.CONFIGS["small"], noise)
-        (out["loss"] + out.get("draw_loss", 0.0)).backward()
+        orders = rng.choices((CAPTION_FIRST, IMAGE_FIRST), k=len(captions))
+        documents = [caption_document(None, x, o, c, 200) for x, o in zip(captions, orders, strict=True)]
+        for document in documents:
+            document.seed = rng.getrandbits(63)
+        out = train.losses(model, collate(documents, latents, c), SMALL)
+        train.total_loss(out, SMALL).backward()
         optimizer.step()
         optimizer.zero_grad()
         history.append(out["ddpm_loss"].item())

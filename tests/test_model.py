@@ -27,6 +27,7 @@ from sequences import (
     ddpm_loss,
     draw,
     features,
+    in_phases,
     to_slots,
     with_gradient,
 )
@@ -36,7 +37,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import model as model_file
 from attention import IMAGE, PAD, Tokens
-from data import split_phases
 from model import Hidden, LMFusion, ModelConfig, RMSNorm, replace
 
 
@@ -131,7 +131,7 @@ def test_forward_without_a_prefix_reads_the_rest_alone(make_model):
 def test_a_batch_whose_sequences_all_begin_with_their_image_can_be_read(make_model):
     model = make_model()
     latents, t = draw(model, 2)
-    prefix, rest = split_phases([[IMAGE, EOI], [IMAGE, EOI, 5]], model.config.num_patches)
+    prefix, rest = in_phases([[IMAGE, EOI], [IMAGE, EOI, 5]], model.config.num_patches)
     after = model(prefix, rest, latents, t)[1]
     assert torch.equal(to_slots(after, rest), features(model, [[IMAGE, EOI], [IMAGE, EOI, 5]], latents, t))
 
@@ -210,7 +210,7 @@ def test_text_logits_do_not_depend_on_any_image_parameter(make_model):
 
 def two_phases(model: LMFusion, rows: list[list[int]]) -> tuple[Hidden, Hidden, Tensor]:
     latents, t = draw(model, sum(map(count_images, rows)))
-    before, after = model(*split_phases(rows, model.config.num_patches), latents, t)
+    before, after = model(*in_phases(rows, model.config.num_patches), latents, t)
     return before, after, latents
 
 
@@ -404,7 +404,7 @@ def test_a_denoising_step_over_a_cached_prompt_costs_the_same_projections_whatev
 def training_step(model: LMFusion, rows: list[list[int]]) -> tuple[WorkByWeight, WorkByWeight]:
     """Work forward and backward of a step with captions before images: the diffusion loss alone."""
     latents, t = draw(model, sum(map(count_images, rows)))
-    phases, losses = split_phases(rows, model.config.num_patches), []
+    phases, losses = in_phases(rows, model.config.num_patches), []
     forward = work_of(model, lambda: losses.append(ddpm_loss(model, model(*phases, latents, t)[1], latents)))
     return forward, work_of(model, losses[0].backward)
 
@@ -454,7 +454,7 @@ def test_activation_checkpointing_changes_no_loss_and_no_gradient_and_keeps_less
     model.freeze_text(frozen)
     if form == "segments":
         monkeypatch.setattr("attention.DENSE", 0)
-    phases = split_phases(RAGGED, model.config.num_patches, pack=120)
+    phases = in_phases(RAGGED, model.config.num_patches, pack=120)
     latents, t = draw(model, sum(map(count_images, RAGGED)))
     found = []
     for on in (False, True):
@@ -498,7 +498,7 @@ def test_encode_keeps_keys_and_values_only_if_it_is_asked_to(make_model):
     kept, dropped = model.encode(tokens, *images), model.encode(tokens, *images, keep=False)
     assert dropped.cache is None and len(kept.cache.k) == len(kept.cache.v) == model.config.num_hidden_layers
     assert torch.equal(kept.text, dropped.text) and torch.equal(kept.image, dropped.image)
-    after = model(*split_phases([STORY], model.config.num_patches), *images)[1]
+    after = model(*in_phases([STORY], model.config.num_patches), *images)[1]
     assert after.cache is None
 
 
