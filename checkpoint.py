@@ -161,7 +161,7 @@ def find_checkpoint(folder: str | Path | None, config: str = "small") -> Path:
     if folder is None:
         if not LAST_RUNS[config].is_file():
             raise ValueError(
-                f"no --checkpoint given, and no run of `python train.py --config {config}` to take it from"
+                f"no --checkpoint given, and no run of `train.py --config {config}` to take it from"
             )
         folder = LAST_RUNS[config].read_text().strip()
     folder = Path(folder)
@@ -206,7 +206,8 @@ def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[
     files, tensors = [path], {}
     parts = sorted(path.parent.glob(f"{path.stem}-*-of-*.safetensors")) if not path.is_file() else []
     if parts:
-        size = int(parts[0].stem.rpartition("-")[2]) if parts[0].stem.rpartition("-")[2].isdigit() else 0
+        count = parts[0].stem.rpartition("-")[2]
+        size = int(count) if count.isdigit() else 0
         files = [path.with_name(part_name(path.name, rank, size)) for rank in range(size)]
     for file in sorted(set(parts) - set(files)):
         raise ValueError(f"{file}: does not belong to the {size} parts beside it")
@@ -217,10 +218,9 @@ def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[
         for name in sorted(set(tensors) ^ set(expected)):
             raise ValueError(f"{path}: tensor {name} is {'missing' if name in expected else 'not expected'}")
         for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape:
-                raise ValueError(
-                    f"{path}: tensor {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-                )
+            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+            if found != wanted:
+                raise ValueError(f"{path}: tensor {name} is {found}, not {wanted}")
     return tensors
 
 
@@ -231,26 +231,22 @@ def load_codec(
 
     vae: where that lies now, if it was moved. ValueError for another VAE than it was.
     """
-    path = folder / "latents.safetensors"
-    made = info.get("vae")
+    made, numbers = info.get("vae"), 3 * info["config"]["latent_patch"] ** 2
+    shapes = dict(bound=(channels, 1, 1))
     if made is None:
         if vae:
             raise ValueError(f"{folder} was trained on linear latents; --vae {vae} does not belong to it")
-        patch = info["config"]["latent_patch"]
-        shapes = {
-            "mean": (3 * patch**2,),
-            "basis": (3 * patch**2, channels),
-            "scale": (channels,),
-            "bound": (channels, 1, 1),
-        }
-        return PatchPCA(**read_tensors(path, {n: torch.empty(s, device="meta") for n, s in shapes.items()}))
+        shapes |= dict(mean=(numbers,), basis=(numbers, channels), scale=(channels,))
+    expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    tensors = read_tensors(folder / "latents.safetensors", expected)
+    if made is None:
+        return PatchPCA(**tensors)
     codec = load_vae(vae or made["path"], device=device)
     if codec.fingerprint() != made["fingerprint"]:
-        raise ValueError(
-            f"{vae or made['path']} is not the VAE that {folder} was trained with (fingerprint "
-            f"{codec.fingerprint()[:12]}, expected {made['fingerprint'][:12]}); name the right one with --vae"
-        )
-    codec.bound = read_tensors(path, {"bound": torch.empty(codec.channels, 1, 1, device="meta")})["bound"]
+        found = f"fingerprint {codec.fingerprint()[:12]}, expected {made['fingerprint'][:12]}"
+        what = f"{vae or made['path']} is not the VAE that {folder} was trained with"
+        raise ValueError(f"{what} ({found}); name the right one with --vae")
+    codec.bound = tensors["bound"]
     return codec
 
 
@@ -278,10 +274,9 @@ def load_trained(
         raise ValueError(f"{folder / 'checkpoint.json'}: not a checkpoint of this program: {error}") from None
     model = load_qwen3(base, **overrides)
     if fingerprint(model) != wanted:
-        raise ValueError(
-            f"{base} is not the language model that {folder} was trained on (fingerprint "
-            f"{fingerprint(model)[:12]}, expected {wanted[:12]}); name the right one with --base"
-        )
+        found = f"fingerprint {fingerprint(model)[:12]}, expected {wanted[:12]}"
+        what = f"{base} is not the language model that {folder} was trained on"
+        raise ValueError(f"{what} ({found}); name the right one with --base")
     own = {name: torch.empty(p.shape, device="meta") for name, p in model.state_dict().items()}
     for name in trained:
         if name not in own:
@@ -340,9 +335,8 @@ def fill_run(run: Run, folder: Path, info: dict, weights: str) -> None:
         raise ValueError(f"{run.base} is not the language model that {folder} was trained on")
     ours, theirs = ((x or {}).get("fingerprint") for x in (run.vae, info.get("vae")))
     if ours != theirs:
-        raise ValueError(
-            f"the latents of --data {run.config.data} are not by the VAE that {folder} was trained with"
-        )
+        latents = f"the latents of --data {run.config.data}"
+        raise ValueError(f"{latents} are not by the VAE that {folder} was trained with")
     tensors = read_tensors(folder / weights, run.trained)
     for name, p in run.trained.items():
         fill(p, tensors[name])
@@ -381,12 +375,8 @@ def optimizer_tensors(
 ) -> dict[str, Tensor]:
     """The optimizers' state by parameter: {"exp_avg/unet_up.conv_out.bias": ...}."""
     names = {p: n for n, p in parameters.items()}
-    return {
-        f"{key}/{names[p]}": value
-        for o in optimizers
-        for p, state in o.state.items()
-        for key, value in state.items()
-    }
+    states = [(names[p], state) for o in optimizers for p, state in o.state.items()]
+    return {f"{key}/{name}": value for name, state in states for key, value in state.items()}
 
 
 def restore_optimizers(

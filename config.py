@@ -200,12 +200,10 @@ class TrainConfig:
         for name, rule in rules(TrainConfig).items():
             rule.check(flag_name(name), getattr(self, name))
         if len(self.unet_channels) != 2 or min(self.unet_channels) < 1:
-            raise ValueError(f"--unet-channels is {self.unet_channels}; it takes two numbers, like 48,96")
-        side, numbers = 2 * self.latent_patch, 3 * self.latent_patch**2
-        if not self.vae and self.image_size % side:
-            raise ValueError(
-                f"--image-size {self.image_size} is not a multiple of twice --latent-patch, {side}"
-            )
+            raise ValueError(f"--unet-channels is {self.unet_channels}; it takes two positive numbers: 48,96")
+        side, patch, numbers = self.image_size, self.latent_patch, 3 * self.latent_patch**2
+        if not self.vae and side % (2 * patch):
+            raise ValueError(f"--image-size {side} is not a multiple of twice --latent-patch {patch}")
         if not self.vae and self.latent_channels > numbers:
             raise ValueError(f"--latent-channels {self.latent_channels}: a patch has {numbers} numbers")
         if self.lr_text_ratio == 0 and (self.text_batch or self.from_scratch):

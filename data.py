@@ -1,7 +1,7 @@
 """What the model reads: documents, and the one way from a document to a batch (Sections 2.3 and 4.1).
 
     source  --draws-->  captioned picture, edit, conversation, text
-            --caption_document, edit_document, chat_document, text_document-->  Document
+            --caption_document, edit_document, chat_document-->  Document
             --collate-->  Batch, cut into the two phases of LMFusion.forward
 
 A *source* has the examples: the built-in shapes (small/shapes.py), real pictures, or latents on disk (both

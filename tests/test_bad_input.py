@@ -226,7 +226,7 @@ TRAIN = {
     "more timesteps than there are": ("--config small --noise-limit 1001", ("--noise-limit is 1001", "1000")),
     "a size that is no multiple": ("--config small --image-size 30", ("--image-size 30", "--latent-patch 4")),
     "more channels than numbers": ("--config small --latent-channels 49", ("--latent-channels 49", "48")),
-    "one width for two": ("--config small --unet-channels 8", ("--unet-channels", "two numbers")),
+    "one width for two": ("--config small --unet-channels 8", ("--unet-channels", "two positive numbers")),
     "a width of zero": ("--config small --unet-channels 0,8", ("--unet-channels", "positive")),
     "a width that is odd": (f"{PHOTO} @base --unet-channels 7,8", ("unet_channels", "7")),
     "a width that no group divides": (f"{PHOTO} @base --unet-channels 8,9", ("unet_channels", "9")),
