@@ -170,24 +170,17 @@ class Documents:
         source: Source,
         text: TextSource | None = None,
     ):
-        self.config, self.model, self.tokenizer, self.source, self.text = (
-            config,
-            model,
-            tokenizer,
-            source,
-            text,
-        )
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.source, self.text = source, text
         self.context = min(model.max_position_embeddings, config.pack or model.max_position_embeddings)
         self.room = self.context - model.num_patches - 3  # for a caption, beside BOI, EOI and EOS
         if self.room < 1:
-            raise ValueError(
-                f"{config.base or 'the base'}: a context of {self.context} tokens (max_position_embeddings, "
-                f"--pack) leaves no room for a caption beside the {model.num_patches} patches of a picture"
-            )
-        if "chat" in config.tasks:
-            for token in (IM_START, IM_END):
-                if tokenizer.token_to_id(token) is None:
-                    raise ValueError(f"--task chat: the base has no chat tokens ({token})")
+            found = f"{config.base or 'the base'}: a context of {self.context} tokens (--pack, "
+            need = f"leaves no room for a caption beside the {model.num_patches} patches of a picture"
+            raise ValueError(f"{found}max_position_embeddings) {need}")
+        for token in (IM_START, IM_END):
+            if "chat" in config.tasks and tokenizer.token_to_id(token) is None:
+                raise ValueError(f"--task chat: the base has no chat tokens ({token})")
         self.ids: dict[str, list[int]] = {}  # captions already tokenised
 
     def tokenise(self, caption: str | list[int], pictures: int = 1) -> list[int]:
@@ -363,13 +356,9 @@ def split_phases(documents: list[Document], num_patches: int, pack: int = 0) -> 
 
     def part(name: str, behind: bool) -> list[list[list]]:
         """Ids or loss masks from each cut on, or up to it."""
-        return [
-            [
-                getattr(d, name)[cut:] if behind else getattr(d, name)[:cut]
-                for d, cut in zip(row, cuts, strict=True)
-            ]
-            for row, cuts in zip(rows, start, strict=True)
-        ]
+        both = (zip(row, cuts, strict=True) for row, cuts in zip(rows, start, strict=True))
+        cut = (lambda x, i: x[i:]) if behind else (lambda x, i: x[:i])
+        return [[cut(getattr(d, name), i) for d, i in row] for row in both]
 
     prefix = Tokens.packed(part("ids", False), num_patches, loss_mask=part("loss_mask", False))
     rest = Tokens.packed(part("ids", True), num_patches, start, loss_mask=part("loss_mask", True))
