@@ -355,13 +355,11 @@ class Parser(argparse.ArgumentParser):
     def add_argument(self, *names: str, rare: bool = False, **kwargs: typing.Any) -> argparse.Action:
         action = super().add_argument(*names, **kwargs)
         if rare:
+            hidden = argparse.SUPPRESS
             if not self.rare:
-                suppressed = argparse.SUPPRESS
-                super().add_argument(
-                    "--help-all", action=HelpAll, nargs=0, default=suppressed, help=suppressed
-                )
+                super().add_argument("--help-all", action=HelpAll, nargs=0, default=hidden, help=hidden)
             self.rare.append((action, action.help))
-            action.help = argparse.SUPPRESS
+            action.help = hidden
             self.epilog = f"--help-all shows {len(self.rare)} more flags."
         return action
 
@@ -372,14 +370,10 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=3, cutoff=0.7)
-            self.error(
-                f"unknown argument {unknown[0]}; "
-                + (
-                    f"did you mean {' or '.join(near)}?"
-                    if near
-                    else f"the flags are {' '.join(sorted(flags))}"
-                )
+            hint = (
+                f"did you mean {' or '.join(near)}?" if near else f"the flags are {' '.join(sorted(flags))}"
             )
+            self.error(f"unknown argument {unknown[0]}; {hint}")
         return namespace
 
 
