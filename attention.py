@@ -222,8 +222,7 @@ def seen_slots(past: Cache, new: Tokens | Cache) -> tuple[Tensor, Tensor, Tensor
     return tuple(torch.cat((getattr(past, f), getattr(new, f)), dim=1) for f in fields)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The modalities apart, and together under the mask
+# ---- The modalities apart, and together under the mask ----
 
 
 @dataclass

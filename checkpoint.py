@@ -160,9 +160,7 @@ def find_checkpoint(folder: str | Path | None, config: str = "small") -> Path:
     """A checkpoint's own folder; a run's last one; with None, the last run of that named configuration."""
     if folder is None:
         if not LAST_RUNS[config].is_file():
-            raise ValueError(
-                f"no --checkpoint given, and no run of `train.py --config {config}` to take it from"
-            )
+            raise ValueError(f"no --checkpoint given, and no run of `train.py --config {config}` yet")
         folder = LAST_RUNS[config].read_text().strip()
     folder = Path(folder)
     if (folder / "checkpoint.json").is_file():
@@ -291,8 +289,7 @@ def load_trained(
     return Trained(model, load_tokenizer(base), diffusion, codec, info, folder)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A run: saved, resumed, and the beginning of a second stage
+# ---- A run: saved, resumed, and the beginning of a second stage ----
 
 
 def save_run(run: Run) -> None:

@@ -103,8 +103,7 @@ def parse_tasks(text: str) -> dict[str, float]:
     return {name: weight / total for name, weight in shares.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A run of training
+# ---- A run of training ----
 
 
 @dataclass(frozen=True)
@@ -120,11 +119,9 @@ class TrainConfig:
         common=True,
     )
     val_data: str = setting(
-        "", "likewise, for validation; empty: every 20th of --data", resumable=True, common=True
+        "", "the same, to validate; empty: every 20th of --data", resumable=True, common=True
     )
-    init_from: str = setting(
-        "", "run or checkpoint to start a second stage from", resumable=True, common=True
-    )
+    init_from: str = setting("", "run or checkpoint of a first stage", resumable=True, common=True)
     task: str = setting(
         "",
         "caption, generate, edit, chat, or a mixture with weights (generate=2,chat=3); empty: captioned "
@@ -141,9 +138,7 @@ class TrainConfig:
     dtype: str = setting("float32", "of the computation", DTYPES, resumable=True, common=True)
     # the image side of the model
     separation: str = setting("deep", "Section 5.1", SEPARATIONS, inherited=True, common=True)
-    image_size: int = setting(
-        256, "pixels a side, after crop and resize", above=0, inherited=True, common=True
-    )
+    image_size: int = setting(256, "pixels a side", above=0, inherited=True, common=True)
     vae: str = setting("", "folder or hub id of the VAE; empty: linear latents", resumable=True, common=True)
     latent_patch: int = setting(8, "linear latents: pixels a side of a position", above=0, inherited=True)
     latent_channels: int = setting(4, "linear latents: channels", above=0, inherited=True)
@@ -183,9 +178,7 @@ class TrainConfig:
     lr_text_ratio: float = setting(
         0.0, "learning rate of the text side over that of the image side; 0 freezes it", low=0, common=True
     )
-    draw_lr_ratio: float = setting(
-        1.0, "learning rate of the row that decides when to draw, over --lr", low=0
-    )
+    draw_lr_ratio: float = setting(1.0, "learning rate of the row that decides to draw, over --lr", low=0)
     warmup: int = setting(4000, "steps of linear warm-up", low=0)
     weight_decay: float = setting(0.1, "on matrices", low=0)
     clip: float = setting(1.0, "largest norm of the gradient", above=0)
@@ -217,9 +210,7 @@ class TrainConfig:
     def model_overrides(self, channels: int, factor: int) -> dict:
         """The fields of ModelConfig that this run sets, for latents of so many channels and pixels a side."""
         if self.image_size % (2 * factor):
-            raise ValueError(
-                f"--image-size {self.image_size} is no multiple of {2 * factor}, twice the VAE's"
-            )
+            raise ValueError(f"--image-size {self.image_size} is no multiple of {2 * factor} (VAE)")
         return dict(
             separation=self.separation,
             latent_channels=channels,
@@ -319,8 +310,7 @@ def inherited_config(config: TrainConfig, info: dict, saved: dict, given: dict) 
     return dataclasses.replace(config, **given | inherited)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command lines
+# ---- Command lines ----
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -370,9 +360,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=3, cutoff=0.7)
-            hint = (
-                f"did you mean {' or '.join(near)}?" if near else f"the flags are {' '.join(sorted(flags))}"
-            )
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {' '.join(sorted(flags))}"
             self.error(f"unknown argument {unknown[0]}; {hint}")
         return namespace
 

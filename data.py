@@ -79,8 +79,7 @@ class TextSource(Protocol):
         """As of a `Source`."""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Documents
+# ---- Documents ----
 
 
 @dataclass
@@ -264,8 +263,7 @@ class Paragraphs:
         return json.dumps(self.paragraphs).encode()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Batches
+# ---- Batches ----
 
 
 @dataclass

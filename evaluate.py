@@ -263,7 +263,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="JSONL",
-        help="instead: multiple choice (repeatable)",
+        help="instead: multiple choice",
     )
     add("--data", metavar="PATH", help="instead: CIDEr of the captions of these pictures")
     add("--device", default="cpu", help="cpu, cuda, ...")

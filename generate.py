@@ -36,8 +36,7 @@ from scale.pictures import decode_picture
 Predict = Callable[[Tensor, Tensor], Tensor]  # x_t (n, C, h, w), t (n,) -> eps (n, C, h, w)
 Watch = Callable[[Tensor], None] | None  # is called with x_t after every step of denoising
 
-# ------------------------------------------------------------------------------------------------------------
-# Text -> image
+# ---- Text -> image ----
 
 
 @torch.inference_mode()
@@ -129,8 +128,7 @@ def derive_seed(*parts: object) -> int:
     return random.Random("-".join(map(str, parts))).getrandbits(63)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Image and text -> image
+# ---- Image and text -> image ----
 
 
 @torch.inference_mode()
@@ -191,8 +189,7 @@ def read_picture(trained: Trained, path: str | Path) -> Tensor:
         raise ValueError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Image -> text
+# ---- Image -> text ----
 
 
 @torch.inference_mode()
@@ -213,8 +210,7 @@ def describe_images(trained: Trained, pictures: Tensor, max_tokens: int = 64, **
     return [trained.tokenizer.decode(row) for row in ids]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Text
+# ---- Text ----
 
 
 @torch.inference_mode()
@@ -276,8 +272,7 @@ def choose(
     return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(logits.device)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Everything in turns
+# ---- Everything in turns ----
 
 
 class Context:

@@ -54,29 +54,27 @@ COUNTS = (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 MUST_BE_FALSE = ("mlp_bias", "attention_bias", "use_sliding_window")  # Qwen2's own bias is on Q, K, V alone
 
-# ------------------------------------------------------------------------------------------------------------
-# Folders and files
+# ---- Folders and files ----
 
 
-def resolve(folder_or_hub_id: str | Path, weights: bool = True) -> Path:
-    """A folder as it is; a hub id ("owner/name") downloaded, only the files needed; or ValueError."""
-    folder = Path(folder_or_hub_id)
+def resolve(folder_or_hub_id: str | Path, weights: bool = True, files: list[str] | None = None) -> Path:
+    """A folder as it is; a hub id ("owner/name") downloaded, only the `files` needed; or ValueError."""
+    name, folder = str(folder_or_hub_id), Path(folder_or_hub_id)
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_hub_id)) or str(folder_or_hub_id).startswith("."):
-        raise ValueError(f"{folder_or_hub_id}: no such folder, and not a hub id of the form owner/name")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise ValueError(f"{name}: no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "tokenizer.json", "tokenizer_config.json"]
-    patterns += ["*.safetensors", "model.safetensors.index.json"] if weights else []
+    if files is None:
+        files = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+        files += ["*.safetensors", "model.safetensors.index.json"] if weights else []
     try:
-        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub raises many kinds; for the user they are one
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"{folder_or_hub_id}: no such folder, and it could not be downloaded from the hub: "
-            f"{reason[0] if reason else type(error).__name__}"
-        ) from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = f"{name}: no such folder, and it could not be downloaded from the hub"
+        raise ValueError(f"{what}: {reason}") from None
 
 
 def address(folder_or_hub_id: str) -> str:
@@ -107,8 +105,7 @@ def open_safetensors(path: Path) -> safe_open:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# config.json
+# ---- config.json ----
 
 
 def read_config(folder: Path) -> dict:
@@ -209,8 +206,7 @@ def known_config(folder_or_hub_id: str) -> ModelConfig:
     return ModelConfig(151936, *sizes, 8, 128, tie_word_embeddings=tied, **ids)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The tokenizer
+# ---- The tokenizer ----
 
 
 def load_tokenizer(folder_or_hub_id: str | Path) -> Tokenizer:
@@ -266,8 +262,7 @@ def encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Weights
+# ---- Weights ----
 
 
 def open_weights(folder: Path) -> dict[str, tuple[Path, safe_open]]:

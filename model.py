@@ -78,7 +78,7 @@ class ModelConfig:
         c1, c2 = self.unet_channels
         if min(c1, c2) < 4 or c1 % 4 or c2 % 4 or (self.unet_attention and c2 % max(1, c2 // 64)):
             raise ValueError(
-                f"unet_channels = {self.unet_channels}: multiples of 4, with attention the second one of 64"
+                f"unet_channels = {self.unet_channels}: multiples of 4, the second of 64 with attention"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} is odd; RoPE turns pairs of components")
@@ -89,8 +89,7 @@ class ModelConfig:
         return (self.latent_size // 2) ** 2
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The Qwen3 layer, once per modality
+# ---- The Qwen3 layer, once per modality ----
 
 
 class RMSNorm(nn.Module):
@@ -193,8 +192,7 @@ class Expert(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))  # Eq. (11), Eq. (12)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The model
+# ---- The model ----
 
 
 class Block(nn.Module):

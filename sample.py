@@ -133,8 +133,7 @@ def check_picture_folder(folder: Path, labels: bool) -> None:
         raise ValueError(f"{folder} is not empty; name another folder with --out")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures ----
 
 
 def paint_prompts(trained: Trained, args: argparse.Namespace, batch: int = 64) -> None:

@@ -56,8 +56,7 @@ from scale.muon import Muon
 from scale.parallel import Team, end_processes, full_tensor, init_processes, own_device, shard
 from scale.sources import find_base, init_from_scratch, open_source, open_text
 
-# ------------------------------------------------------------------------------------------------------------
-# The loss
+# ---- The loss ----
 
 PARTS = ("ddpm_loss", "lm_loss", "draw_loss")
 
@@ -129,8 +128,7 @@ def count_targets(model: LMFusion, batch: Batch) -> dict[str, int]:
     return {part: int(count.sum()) for part, count in zip(PARTS, counts, strict=True)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Optimisation
+# ---- Optimisation ----
 
 
 def make_optimizers(model: LMFusion, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -151,13 +149,8 @@ def make_optimizers(model: LMFusion, config: TrainConfig) -> list[torch.optim.Op
         else:
             decay = config.weight_decay if p.dim() > 1 else 0.0
             adamw.setdefault((ratio, decay), []).append(p)
-    groups = [
-        {"params": ps, "peak": config.lr * ratio, "weight_decay": decay}
-        for (ratio, decay), ps in adamw.items()
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    ]
+    groups = [dict(params=ps, peak=config.lr * r, weight_decay=decay) for (r, decay), ps in adamw.items()]
+    optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, lr=0.0, weight_decay=config.weight_decay))
     return optimizers
@@ -172,8 +165,7 @@ def lr_factor(step: int, config: TrainConfig) -> float:
     return low + (1 - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A run
+# ---- A run ----
 
 
 class Run:
@@ -241,14 +233,13 @@ class Run:
     def batches(self) -> list[Batch]:
         """This process's share of the step, in micro batches: pictures first, then text alone."""
         config, model, team, data = self.config, self.model.config, self.team, self.documents
+        size, pack = config.micro_batch, config.pack
         batches = []
         for documents in (
             data.of_step(self.step, team.share(config.batch_size)),
             data.text_of_step(self.step, team.share(config.text_batch)),
         ):
-            batches += make_batches(
-                documents, data.source, self.codec, model, config.micro_batch, config.pack
-            )
+            batches += make_batches(documents, data.source, self.codec, model, size, pack)
         return [batch.to(team.device) for batch in batches]
 
     def train_step(self) -> dict[str, float]:
@@ -286,14 +277,12 @@ class Run:
         self.step += 1
         if self.ema is not None:
             decay = min(config.ema, self.step / (self.step + 10))  # forgets the random start
-            torch._foreach_lerp_(
-                list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - decay
-            )
+            now = [p.detach() for p in self.trained.values()]
+            torch._foreach_lerp_(list(self.ema.values()), now, 1 - decay)
         return result
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loop
+# ---- The loop ----
 
 
 def train(run: Run, watch: Callable[[Run], dict] | None = None) -> None:
@@ -318,8 +307,7 @@ def train(run: Run, watch: Callable[[Run], dict] | None = None) -> None:
     progress.close()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ----
 
 
 def parse(args: list[str] | None = None) -> tuple[TrainConfig, str, bool, bool]:
@@ -401,9 +389,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, of which the line below says more
         last = list_checkpoints(out)
         where = f"{last[-1]} is whole: --resume goes on from it" if last else "no checkpoint was written yet"
-        raise ValueError(
-            f"another process of this run has ended, and none can go on alone; {where}"
-        ) from None
+        raise ValueError(f"another process of this run has ended; none can go on alone; {where}") from None
     finally:
         end_processes(team)
 

@@ -119,8 +119,7 @@ class Conversation:
                 thought = event == think
 
 
-# ------------------------------------------------------------------------------------------------------------
-# On the disk
+# ---- On the disk ----
 
 
 def file_in(picture: ChatPicture, folder: Path) -> str:
@@ -193,8 +192,7 @@ def read_messages(path: str) -> list[dict]:
     return replace_images(messages, lambda name: Path(path).parent / name)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# In the terminal
+# ---- In the terminal ----
 
 
 class Printer:

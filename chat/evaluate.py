@@ -89,8 +89,7 @@ def share(flags: Iterable[bool]) -> float:
     return sum(flags) / max(1, len(flags))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Kinds of cases
+# ---- Kinds of cases ----
 
 
 def decisions(trained: Trained, n: int, options: GenerationConfig) -> dict:

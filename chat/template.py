@@ -43,8 +43,7 @@ VISION = "<|vision_start|><|image_pad|><|vision_end|>"  # a picture, in Qwen-VL'
 ROLES = ("system", "user", "assistant")
 KEYS = ("role", "content", "reasoning_content")
 
-# ------------------------------------------------------------------------------------------------------------
-# Messages
+# ---- Messages ----
 
 
 def text_part(text: str) -> dict:
@@ -129,8 +128,7 @@ def split_content(message: dict) -> tuple[str, list[str | Picture]]:
     return "".join(parts[:n]), parts[n:]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Messages -> pieces -> a string
+# ---- Messages -> pieces -> a string ----
 
 
 def apply_chat_template(messages: list[dict], thinking: bool = True, generate: bool = True) -> list[Piece]:
@@ -196,8 +194,7 @@ def text_of(pieces: list[Piece]) -> str:
     return "".join(VISION if isinstance(piece, Picture) else piece for piece in pieces)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pieces -> token ids
+# ---- Pieces -> token ids ----
 
 
 def encode(tokenizer: Tokenizer, pieces: list[Piece], boi_id: int, eoi_id: int) -> list[int]:

@@ -128,8 +128,7 @@ def configure(plan: Plan, name: str, seed: int, base: Path) -> TrainConfig:
     return dataclasses.replace(CONFIGS["small"], **own)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Runs of train.py
+# ---- Runs of train.py ----
 
 
 def ensure_lab_base(plan: Plan) -> Path:
@@ -212,8 +211,7 @@ def run_cell(plan: Plan, name: str, seed: int) -> None:
     write_atomic(result_file(plan, name, seed), json.dumps(result, indent=1) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is measured
+# ---- What is measured ----
 
 
 def measure_text(model: LMFusion, trained: Trained, plan: Plan) -> dict[str, float]:
@@ -280,8 +278,7 @@ def final_figures(trained: Trained, plan: Plan, name: str, seed: int) -> dict:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Many cells
+# ---- Many cells ----
 
 
 def result_file(plan: Plan, name: str, seed: int) -> Path:

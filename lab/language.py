@@ -153,8 +153,7 @@ def perplexity(model: LMFusion, documents: list[list[int]], batch: int = 32) -> 
     return math.exp(-sum(found) / sum(len(ids) - 1 for ids in documents))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Built-in questions
+# ---- Built-in questions ----
 
 
 def knowledge() -> list[Question]:

@@ -28,8 +28,7 @@ SIGMA = 6.0  # of the length penalty, in tokens
 CELLS = 4  # shape_features: cells a side
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, of red, green and blue
 
-# ------------------------------------------------------------------------------------------------------------
-# Captions
+# ---- Captions ----
 
 
 def caption_tokens(text: str) -> list[str]:
@@ -108,8 +107,7 @@ def exact_match(candidates: list[list[str]], references: list[list[list[str]]]) 
     return sum(any(list(c) == list(s) for s in group) for c, group in pairs) / len(candidates)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures ----
 
 
 def square_root(cov: Tensor) -> Tensor:

@@ -103,8 +103,7 @@ def read_results(folder: Path) -> Results:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
+# ---- Numbers ----
 
 
 def read(found: dict, name: str) -> float:
@@ -156,8 +155,7 @@ def verdict(values: list[float], equal_is_enough: bool = False) -> str:
     return "holds" if equal_is_enough or all(v > 0 for v in values) else "not clear"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tables
+# ---- Tables ----
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -248,8 +246,7 @@ def samplers(results: Results) -> str:
     return markdown(["sampling from deep, frozen text", "attributes", "all five", "Frechet"], rows)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Figures
+# ---- Figures ----
 
 
 def curve(by_seed: dict[int, dict], name: str) -> list[tuple[float, float, float, float]]:

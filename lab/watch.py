@@ -161,6 +161,5 @@ def show(bar: tqdm, line: dict) -> None:
             f"validation at t = {TIMESTEPS[middle]}: {right:.4f} under the right caption, "
             f"{permuted:.4f} under another; {line['images_per_second']:.0f} pictures/s"
         )
-    bar.set_postfix(
-        ddpm=f"{loss['ddpm']:.4f}", lm=f"{loss['lm']:.3f}", ips=f"{line['images_per_second']:.0f}"
-    )
+    rate = f"{line['images_per_second']:.0f}"
+    bar.set_postfix(ddpm=f"{loss['ddpm']:.4f}", lm=f"{loss['lm']:.3f}", ips=rate)

@@ -147,9 +147,7 @@ def text_against_transformers(
 
 
 def main() -> None:
-    parser = Parser(
-        prog="python -m scale.benchmark", description="Measured speed against the machine's limit."
-    )
+    parser = Parser(prog="python -m scale.benchmark", description="Speed against the machine's limit.")
     add = parser.add_argument
     add("what", choices=("step", "text", "both"), nargs="?", default="both", help="which part")
     add("--stock", choices=tuple(STOCK), default="Qwen/Qwen3-0.6B", help="whose shape")

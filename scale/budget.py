@@ -154,8 +154,7 @@ def numel(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training ----
 
 
 def count_parameters(model: LMFusion) -> dict[str, int]:
@@ -302,8 +301,7 @@ def training_bytes(
     return steady | needs | {"least_peak": least, "peak": peak}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sampling, and the report
+# ---- Sampling, and the report ----
 
 
 def cache_bytes(cache: Cache) -> float:

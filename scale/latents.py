@@ -8,9 +8,8 @@
                                   text (bytes,) uint8, text_offsets (n + 1,) int64: the captions, likewise
     OUT/index.json                what made them and how many there are; written last
 
-A shard is whole or not there: a kill loses the one in work. The same command goes on behind the last whole
-one, and writes, bit by bit, what an undisturbed run writes. Each shard's header says how it was made and
-where in the source it begins and ends. A sample that cannot be decoded is left out and named. Lines of a
+A shard is whole or not there. After a kill the same command goes on behind the last whole one, and writes,
+bit by bit, what an undisturbed run writes. A sample that cannot be decoded is left out and named. Lines of a
 metadata.jsonl that are edits (see pictures.py) are left out and counted.
 
 Shapes: n pictures of a shard, M of a batch, S pixels a side; latents (M, C, h, w), h = w = S / factor.
@@ -36,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import check_device, write_atomic
-from config import Parser, add_fields, run_command, setting
+from config import Parser, add_fields, rules, run_command, setting
 from load_qwen3 import address, encode_plain, load_tokenizer, open_safetensors, read_json, resolve
 from scale.pictures import NAMED, Sample, list_samples, nothing_to_load, read_sample, skipped_line
 from scale.vae import AutoencoderKL, load_vae
@@ -112,8 +111,7 @@ def tokenizer_fingerprint(folder_or_hub_id: str | Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Writing
+# ---- Writing ----
 
 
 def encode_source(config: EncodeConfig, codec: AutoencoderKL) -> LatentShards:
@@ -244,8 +242,7 @@ def shard_name(i: int) -> str:
     return f"shard-{i:05d}.safetensors"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Reading
+# ---- Reading ----
 
 
 def read_shards(files: list[Path], settings: Settings, remedy: str) -> list[Piece]:
@@ -309,12 +306,8 @@ class LatentShards:
             raise ValueError(f"{path}: of format {index.get('format')}, and this program reads {FORMAT}")
         try:
             settings = Settings(**{field.name: index[field.name] for field in fields(Settings)})
-            self.vae, self.base, pictures, n = (
-                index["vae"],
-                index["base"],
-                index["pictures"],
-                len(index["shards"]),
-            )
+            self.vae, self.base = index["vae"], index["base"]
+            pictures, n = index["pictures"], len(index["shards"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: not an index that `data.py encode` has written: {error}") from None
         self.files = [self.folder / shard_name(i) for i in range(n)]
@@ -324,10 +317,8 @@ class LatentShards:
             raise ValueError(f"{path}: pictures is {pictures}, but the shards hold {sum(self.ends[-1:])}")
         bounds = torch.tensor([piece.bound for piece in pieces], dtype=torch.float32)  # (shards, C)
         self.bound = bounds.amax(0)[:, None, None]  # (C, 1, 1)
-        self.vae_fingerprint, self.tokenizer_fingerprint = (
-            settings.vae_fingerprint,
-            settings.tokenizer_fingerprint,
-        )
+        self.vae_fingerprint = settings.vae_fingerprint
+        self.tokenizer_fingerprint = settings.tokenizer_fingerprint
         self.channels, self.latent_size = settings.channels, settings.latent_size
         self.image_size, self.vocab_size = settings.image_size, settings.vocab_size
         self.slices: dict[int, dict[str, Any]] = {}
@@ -365,10 +356,10 @@ class LatentShards:
         if self.channels != channels:
             problem = f"latents of {self.channels} channels, the model takes {channels} (--latent-channels)"
         elif self.latent_size != latent_size:
+            found, wanted = (f"{side} x {side}" for side in (self.latent_size, latent_size))
             problem = (
-                f"latents of {self.latent_size} x {self.latent_size} ({self.image_size} pixels), the model "
+                f"latents of {found} ({self.image_size} pixels), the model takes {wanted} (--image-size)"
             )
-            problem += f"takes {latent_size} x {latent_size} (--image-size, --latent-patch)"
         elif self.tokenizer_fingerprint != tokenizer_fingerprint(base):
             problem = f"captions by the tokenizer of {self.base}, and that of {base} is another (--base)"
         elif self.vocab_size > vocab_size:
@@ -385,9 +376,7 @@ def main() -> None:
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None and k != "command"}
     for name in ("data", "vae", "base", "out"):
         if not given.get(name):
-            parser.error(
-                f"--{name} is needed: {EncodeConfig.__dataclass_fields__[name].metadata['rule'].help}"
-            )
+            parser.error(f"--{name} is needed: {rules(EncodeConfig)[name].help}")
     config = EncodeConfig(**given)
     check_device(config.device)
     finished = (Path(config.out) / INDEX).is_file()

@@ -41,13 +41,9 @@ def open_source(config: TrainConfig) -> Source:
         )
     if config.data == "shapes":
         if config.val_data:
-            raise ValueError(
-                f"--val-data {config.val_data} goes with --data; the built-in shapes hold out their own"
-            )
+            raise ValueError(f"--val-data {config.val_data} is for --data: the shapes hold out their own")
         if config.image_size != PIXELS:
-            raise ValueError(
-                f"the built-in shapes are {PIXELS} pixels a side; --image-size is {config.image_size}"
-            )
+            raise ValueError(f"the built-in shapes have {PIXELS} pixels; --image-size is {config.image_size}")
         return Shapes()
     folder = Path(config.data)
     if (folder / INDEX).is_file() or any(folder.glob("shard-*.safetensors")):
@@ -103,9 +99,8 @@ class PictureSource:
         if train is None:  # the pictures of the edits, and what was asked for
             train = Pictures(edits.targets, edits.instructions, edits.names, [])
         self.train, self.val, self.edits = train, val or train, edits
-        self.edit_rows, self.val_edit_rows = (
-            set_aside(len(edits.instructions), "one edit") if edits else ([], [])
-        )
+        found = set_aside(len(edits.instructions), "one edit") if edits else ([], [])
+        self.edit_rows, self.val_edit_rows = found
         self.rows, self.val_rows = set_aside(len(train.captions), "one picture", val and len(val.captions))
 
     def captioned(self, rng: random.Random) -> tuple[Tensor, str]:
@@ -228,9 +223,7 @@ class LatentSource:
     def check(self, config: TrainConfig, model: ModelConfig, base: str) -> None:
         """Captions and pictures alone, of the size, VAE and tokenizer that the model has."""
         if not set(config.tasks) <= {"caption", "generate"}:
-            raise ValueError(
-                f"--task {config.task}: {config.data} holds captioned latents; this takes pictures"
-            )
+            raise ValueError(f"--task {config.task}: {config.data} holds latents; this takes pictures")
         if config.image_size != self.train.image_size:
             found = f"{config.data} holds pictures of {self.train.image_size} pixels"
             raise ValueError(f"{found}; --image-size is {config.image_size}")

@@ -4,12 +4,9 @@
     latents = vae.encode(pictures)                 # uint8 (M, 3, S, S) -> (M, C, S/f, S/f)
     pictures = vae.decode(latents)                 # and back
 
-The paper diffuses in the latent space of a pretrained VAE (Section 2.2) and never trains it. Encoder: a
-convolution, one block of residual layers per entry of `block_out_channels` with a stride of 2 after all but
-the last, a mid-block with attention. Decoder: the mirror image, one residual layer more per block. Modules
-have diffusers' names, so that its `diffusion_pytorch_model.safetensors` loads without renaming. `PatchPCA`
-stands in for the VAE where none is at hand (`--config small`). Both have `encode`, `decode`, `patch`,
-`channels` and `bound`.
+The paper diffuses in the latent space of a pretrained VAE (Section 2.2) and never trains it. Modules have
+diffusers' names, so that its weights load without renaming. `PatchPCA` stands in for the VAE where none is at
+hand (`--config small`). Both have `encode`, `decode`, `patch`, `channels` and `bound`.
 
 Shapes: M pictures, S pixels a side, f downsampling factor (8 for four blocks), C latent channels,
 h = w = S/f; c, c_in, c_out channels within.
@@ -32,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import TrainConfig
-from load_qwen3 import address, open_safetensors, read_json
+from load_qwen3 import address, open_safetensors, read_json, resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE = "a pickle, which runs code when loaded; convert it to safetensors"
@@ -238,18 +235,8 @@ class AutoencoderKL(nn.Module):
 
 def resolve_vae(folder_or_hub_id: str | Path) -> Path:
     """The folder with the VAE's two files, downloaded if it is a hub id; or ValueError."""
-    folder, files = Path(folder_or_hub_id), ["config.json", WEIGHTS]
-    if not folder.is_dir():
-        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(folder_or_hub_id)):
-            raise ValueError(f"{folder_or_hub_id}: no such folder, and not a hub id of the form owner/name")
-        from huggingface_hub import snapshot_download
-
-        try:
-            files += [f"vae/{name}" for name in files]
-            folder = Path(snapshot_download(str(folder_or_hub_id), allow_patterns=files))
-        except Exception as error:  # the hub raises many kinds; for the user they are one
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{folder_or_hub_id}: no such folder, and not on the hub: {reason}") from None
+    files = ["config.json", WEIGHTS, "vae/config.json", f"vae/{WEIGHTS}"]
+    folder = resolve(folder_or_hub_id, files=files)
     if not (folder / WEIGHTS).is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
     if not (folder / WEIGHTS).is_file():
@@ -334,8 +321,7 @@ def load_vae(
     return vae.to(device, dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The linear stand-in
+# ---- The linear stand-in ----
 
 
 class PatchPCA:

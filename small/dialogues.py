@@ -2,11 +2,10 @@
 
 A conversation is a list of messages as in chat/template.py; its pictures are `Shot`s, rendered later.
 
-    draw       "draw a small red circle in the top left on a blue background"
-    indirect   "a shape like a roof, in the color of grass ...": a thought works it out before the picture
-    story      two requests in one message; text, picture, text, picture, text
-    ask        about the world, about a scene in words, or about a picture: an answer, and no picture
-    edit       of a picture that the user shows, or of the last one in the conversation
+    draw, indirect   by attributes, or by what they are like: a thought works it out before the picture
+    story            two requests in one message; text, picture, text, picture, text
+    ask              about the world, a scene in words, or a picture: an answer, and no picture
+    edit             of a picture that the user shows, or of the last one in the conversation
 
 The tiny language model of `small` is pretrained on the same conversations *without any picture*, as a stock
 Qwen3 is on text (`as_text`): captions stand for the user's pictures, and nothing for those of the assistant.
@@ -38,12 +37,9 @@ STORIES = (
     ("first draw {a}, then draw {b}", "first, {a}:", "\nthen, {b}:", "\nthat is all."),
 )
 GREETINGS = (
-    ("hello", "hello. what shall i draw?"),
-    ("hi", "hello. what shall i draw?"),
-    ("thank you", "you are welcome."),
-    ("thanks", "you are welcome."),
-    ("who are you?", "i paint and i read pictures."),
-    ("what can you do?", "i paint and i read pictures."),
+    *((words, "hello. what shall i draw?") for words in ("hello", "hi")),
+    *((words, "you are welcome.") for words in ("thank you", "thanks")),
+    *((words, "i paint and i read pictures.") for words in ("who are you?", "what can you do?")),
 )
 
 
@@ -131,9 +127,8 @@ def ask_turn(rng: random.Random, scene: Scene, pictured: bool) -> tuple[dict, di
     if pictured or kind < 0.4:
         question, attribute = rng.choice(world.QUESTIONS)
         shown = Shot(scene, draw_shift(rng)) if pictured else f"{scene.caption}. "
-        return turn(
-            [shown, f"{question.format(shape=scene.shape)}?"], thought, getattr(scene, attribute) + "."
-        )
+        question = f"{question.format(shape=scene.shape)}?"
+        return turn([shown, question], thought, getattr(scene, attribute) + ".")
     if kind < 0.8:
         question, answer = fact_question(rng)
         return turn(question, thought, answer)

@@ -31,17 +31,12 @@ from small.world import text_document
 
 EOS = "<|endoftext|>"
 SPECIAL = (EOS, IM_START, IM_END, BOI, EOI, THINK, END_THINK)
-SIZES = dict(
-    hidden_size=128,
-    intermediate_size=384,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    rope_theta=1e4,
-    tie_word_embeddings=True,
-    max_position_embeddings=1024,
-)
+SIZES = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4)
+SIZES |= dict(num_key_value_heads=2, head_dim=32, rope_theta=1e4, tie_word_embeddings=True)
+SIZES |= dict(max_position_embeddings=1024)
+NO_IMAGES = dict(
+    latent_size=2, unet_channels=(4, 4), unet_attention=False
+)  # next to nothing of an image side
 # Which recipe a base was made by. Raise it with any change to the text, the tokenizer, the sizes or the
 # training below: bases of other recipes are then made anew, and those of this one are found again.
 RECIPE = 1
@@ -115,19 +110,16 @@ def init_text(model: LMFusion) -> None:
         fill(p, value)
 
 
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The special tokens as fields of ModelConfig."""
+    names = {"boi_id": BOI, "eoi_id": EOI, "eos_id": EOS}
+    return {name: tokenizer.token_to_id(token) for name, token in names.items()}
+
+
 def tiny_config(tokenizer: Tokenizer, **sizes) -> ModelConfig:
-    """The tiny Qwen3, with next to nothing of an image side."""
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
-    return ModelConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        **{**SIZES, **sizes},
-        boi_id=ids[BOI],
-        eoi_id=ids[EOI],
-        eos_id=ids[EOS],
-        latent_size=2,
-        unet_channels=(4, 4),
-        unet_attention=False,
-    )
+    """The tiny Qwen3."""
+    sizes = {**SIZES, **sizes, "vocab_size": tokenizer.get_vocab_size()}
+    return ModelConfig(**sizes, **special_ids(tokenizer), **NO_IMAGES)
 
 
 def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> None:
@@ -138,9 +130,9 @@ def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> N
     config = tiny_config(tokenizer, **sizes)
     model = LMFusion(config)
     init_text(model)
-    parameters = [p for n, p in model.text_parameters().items()]
-    matrices = [p for n, p in model.text_parameters().items() if p.dim() == 2 and n.startswith("layers.")]
-    others = [p for n, p in model.text_parameters().items() if not (p.dim() == 2 and n.startswith("layers."))]
+    parameters = model.text_parameters()
+    matrices = [p for n, p in parameters.items() if p.dim() == 2 and n.startswith("layers.")]
+    others = [p for n, p in parameters.items() if p.dim() != 2 or not n.startswith("layers.")]
     optimizers = (
         torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
         Muon(matrices, MUON_LR, weight_decay=0.01),
@@ -167,7 +159,7 @@ def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> N
         learned = targets >= 0
         loss = F.cross_entropy(model.logits(model.encode(tokens).text[learned]), targets[learned])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
@@ -188,11 +180,7 @@ def ensure_base(seed: int, steps: int = STEPS) -> Path:
 def random_base(stock: str, folder: Path, seed: int = 0) -> None:
     """A folder with a stock Qwen3's shape, random bfloat16 weights, and the tiny tokenizer."""
     tokenizer = train_tokenizer(random.Random(seed))
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
-    special = {"boi_id": ids[BOI], "eoi_id": ids[EOI], "eos_id": ids[EOS]}
-    config = replace(
-        known_config(stock), **special, latent_size=2, unet_channels=(4, 4), unet_attention=False
-    )
+    config = replace(known_config(stock), **special_ids(tokenizer), **NO_IMAGES)
     with torch.device("meta"):
         model = LMFusion(config)
     generator, state = torch.Generator().manual_seed(seed), {}
@@ -209,44 +197,23 @@ def save_base(
 ) -> None:
     """The text half of a model (or, in its place, of `state`) as a Hugging Face Qwen3 folder."""
     config, state = model.config, state or model.state_dict()
-    fields = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "rope_theta",
-        "tie_word_embeddings",
-        "max_position_embeddings",
-    )
-    raw = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "torch_dtype": str(state["embed_tokens.weight"].dtype).removeprefix("torch."),
-        "eos_token_id": config.eos_id,
-    } | {f: getattr(config, f) for f in fields}
+    dtype = str(state["embed_tokens.weight"].dtype).removeprefix("torch.")
+    raw = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu"}
+    raw |= {"attention_bias": False, "torch_dtype": dtype, "eos_token_id": config.eos_id}
+    fields = ("vocab_size", *SIZES, "rms_norm_eps")
+    raw |= {name: getattr(config, name) for name in fields}
     tensors = {theirs: state[ours] for theirs, ours in text_names(config).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": EOS}
     about |= {"model_max_length": config.max_position_embeddings}
-    texts = {
-        "tokenizer.json": tokenizer.to_str(pretty=True),
-        "tokenizer_config.json": json.dumps(about, indent=1),
-    }
+    texts = {"tokenizer.json": tokenizer.to_str(pretty=True)}
+    texts |= {"tokenizer_config.json": json.dumps(about, indent=1)}
     write_folder(folder, {"model.safetensors": tensors}, raw, "config.json", extra=texts)
 
 
 def main() -> None:
-    parser = Parser(
-        prog="python -m small.pretrain",
-        description="Write a base of random weights in the shape of a stock Qwen3, to try sizes out. (The "
-        "tiny Qwen3 of `small` needs no command: train.py pretrains it.)",
-    )
+    about = "Write a base of random weights in the shape of a stock Qwen3, to try sizes out."
+    parser = Parser(prog="python -m small.pretrain", description=about)
     parser.add_argument("--random", required=True, choices=tuple(STOCK), help="whose shape")
     parser.add_argument("--out", required=True, help="folder to write, which must not be there yet")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")

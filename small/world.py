@@ -20,28 +20,14 @@ from itertools import product
 import torch
 from torch import Tensor
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures ----
 
-COLORS = {
-    "red": (222, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 225),
-    "yellow": (248, 220, 50),
-    "orange": (246, 138, 30),
-    "purple": (140, 56, 180),
-    "white": (246, 246, 246),
-    "black": (18, 18, 18),
-}
+COLORS = dict(red=(222, 40, 40), green=(40, 160, 60), blue=(40, 80, 225), yellow=(248, 220, 50))
+COLORS |= dict(orange=(246, 138, 30), purple=(140, 56, 180), white=(246, 246, 246), black=(18, 18, 18))
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 5.5, "big": 9.0}  # radius in pixels of a 32 x 32 picture
-PLACES = {
-    "center": (16, 16),
-    "top left": (10, 10),
-    "top right": (10, 22),
-    "bottom left": (22, 10),
-    "bottom right": (22, 22),
-}  # row and column of the middle
+PLACES = {"center": (16, 16), "top left": (10, 10), "top right": (10, 22)}  # row and column of the middle
+PLACES |= {"bottom left": (22, 10), "bottom right": (22, 22)}
 JITTER = 1  # a shape's middle is off by up to this many pixels each way
 PIXELS = 32
 
@@ -164,8 +150,7 @@ def prompt_match(wanted: list[Scene], pictures: Tensor) -> dict[str, float]:
     return match(wanted, read_scenes(pictures))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Text
+# ---- Text ----
 
 WORDINGS = (
     "a {size} {color} {shape} in the {place} on a {background} background",
@@ -181,22 +166,13 @@ QUESTIONS = (
     ("how big is the {shape}", "size"),
 )
 # What a color, a shape or a size is like: indirect requests name these (dialogues.py).
-COLOR_THINGS = {
-    "red": ("blood", "a tomato", "a cherry"),
-    "green": ("grass", "a frog", "a pea"),
-    "blue": ("the sky", "the sea", "a sapphire"),
-    "yellow": ("a lemon", "the sun", "a banana"),
-    "orange": ("a carrot", "a pumpkin", "a tiger"),
-    "purple": ("a plum", "lavender", "a violet"),
-    "white": ("snow", "milk", "a swan"),
-    "black": ("coal", "the night", "a raven"),
-}
-SHAPE_THINGS = {
-    "circle": ("a ball", "a wheel", "a coin"),
-    "square": ("a window", "a chessboard", "a tile"),
-    "triangle": ("a roof", "a tent", "a slice of pizza"),
-    "cross": ("a plus sign", "a crossroads", "a windmill"),
-}
+COLOR_THINGS = dict(red=("blood", "a tomato", "a cherry"), green=("grass", "a frog", "a pea"))
+COLOR_THINGS |= dict(blue=("the sky", "the sea", "a sapphire"), yellow=("a lemon", "the sun", "a banana"))
+COLOR_THINGS |= dict(orange=("a carrot", "a pumpkin", "a tiger"), purple=("a plum", "lavender", "a violet"))
+COLOR_THINGS |= dict(white=("snow", "milk", "a swan"), black=("coal", "the night", "a raven"))
+SHAPE_THINGS = dict(circle=("a ball", "a wheel", "a coin"), square=("a window", "a chessboard", "a tile"))
+SHAPE_THINGS |= dict(triangle=("a roof", "a tent", "a slice of pizza"))
+SHAPE_THINGS |= dict(cross=("a plus sign", "a crossroads", "a windmill"))
 SIZE_THINGS = {"small": ("a mouse", "an ant", "a pea"), "big": ("an elephant", "a whale", "a house")}
 CORNERS = dict(circle="no corners", square="four corners", triangle="three corners", cross="four arms")
 MIXED = {"orange": ("red", "yellow"), "green": ("blue", "yellow"), "purple": ("red", "blue")}
@@ -213,9 +189,8 @@ FACTS = (
 )
 
 # What no caption ever repeats: the text has this to lose (evaluate.py asks for it).
-SOUNDS = dict(
-    dog="woof", cat="meow", cow="moo", duck="quack", sheep="baa", owl="hoot", bee="buzz", lion="roar"
-)
+SOUNDS = dict(dog="woof", cat="meow", cow="moo", duck="quack")
+SOUNDS |= dict(sheep="baa", owl="hoot", bee="buzz", lion="roar")
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 LORE = (
@@ -228,18 +203,13 @@ ROOMS = ("kitchen", "garden", "cellar", "attic", "yard", "hall")
 
 EDITS = {
     "color": ("make the {shape} {new}", "paint the {shape} {new}", "change the {shape} to {new}"),
-    "background": (
-        "make the background {new}",
-        "paint the background {new}",
-        "change the background to {new}",
-    ),
     "place": ("move the {shape} to the {new}", "put the {shape} in the {new}"),
     "size": ("make the {shape} {new}", "change the {shape} to {new}"),
     "shape": ("turn the {shape} into a {new}", "replace the {shape} by a {new}"),
 }
-VALUES = dict(
-    color=tuple(COLORS), background=tuple(COLORS), place=tuple(PLACES), size=tuple(SIZES), shape=SHAPES
-)
+EDITS["background"] = tuple(wording.replace("{shape}", "background") for wording in EDITS["color"])
+VALUES = dict(color=tuple(COLORS), background=tuple(COLORS), place=tuple(PLACES))
+VALUES |= dict(size=tuple(SIZES), shape=SHAPES)
 
 
 @dataclass(frozen=True)

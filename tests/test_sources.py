@@ -214,8 +214,8 @@ def test_latents_set_aside_for_validation_are_never_trained_on():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"task": "edit"}, "--task edit: {data} holds captioned latents; this takes pictures"),
-        ({"task": "generate,chat"}, "--task generate,chat: {data} holds captioned latents; this takes"),
+        ({"task": "edit"}, "--task edit: {data} holds latents; this takes pictures"),
+        ({"task": "generate,chat"}, "--task generate,chat: {data} holds latents; this takes"),
         ({"image_size": 32}, "{data} holds pictures of 16 pixels; --image-size is 32"),
     ],
 )
