@@ -377,10 +377,7 @@ def optimizer_tensors(
 
 
 def restore_optimizers(
-    file: Path,
-    names: list[str],
-    parameters: dict[str, nn.Parameter],
-    optimizers: list[torch.optim.Optimizer],
+    file: Path, names: list[str], parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
 ) -> None:
     """Put back what `optimizer_tensors` gave; `file` must hold exactly `names`, or ValueError names one."""
     owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}

@@ -35,48 +35,34 @@ CAPTION_FIRST, CAPTION_DROPPED, IMAGE_FIRST = "caption first", "caption dropped"
 class Source(Protocol):
     """Examples to train on. A `picture` is whatever `latents` of the same source takes."""
 
-    def captioned(self, rng: random.Random) -> tuple[Any, str | list[int]]:
-        """A training picture and its caption, as text or as token ids."""
-
-    def edited(self, rng: random.Random) -> tuple[Any, Any, str]:
-        """A training picture before and after an edit, and the instruction."""
-
-    def conversation(self, rng: random.Random) -> list[dict]:
-        """Messages (see chat/template.py) with training pictures in them."""
-
-    def validation(self, n: int) -> list[tuple[Any, str | list[int]]]:
-        """Up to n captioned pictures that training never shows; the same ones whenever asked."""
-
-    def validation_edits(self, n: int) -> list[tuple[Any, Any, str]]:
-        """Likewise edits."""
-
-    def prompts(self) -> list[str]:
-        """What the sheets of a run show."""
-
-    def latents(self, pictures: list, codec: Any) -> Tensor:
-        """Pictures -> clean latents (M, C, h, w), float32, in main memory."""
-
-    def pixels(self, pictures: list) -> Tensor:
-        """Pictures -> uint8 (M, 3, S, S)."""
-
-    def make_codec(self, config: TrainConfig, device: str) -> tuple[dict | None, Any]:
-        """What turns pixels into latents and back, after what a checkpoint says of a VAE (None: PatchPCA)."""
-
-    def check(self, config: TrainConfig, model: ModelConfig, base: str) -> None:
-        """ValueError unless the source serves these tasks, and fits this model on the base `base`."""
-
-    def fingerprint(self) -> bytes:
-        """What tells one source from another: every process of a run must read the same."""
+    # a training picture and its caption, as text or as token ids
+    def captioned(self, rng: random.Random) -> tuple[Any, str | list[int]]: ...
+    # a training picture before and after an edit, and the instruction
+    def edited(self, rng: random.Random) -> tuple[Any, Any, str]: ...
+    # messages (see chat/template.py) with training pictures in them
+    def conversation(self, rng: random.Random) -> list[dict]: ...
+    # up to n captioned pictures, or edits, that training never shows; the same ones whenever asked
+    def validation(self, n: int) -> list[tuple[Any, str | list[int]]]: ...
+    def validation_edits(self, n: int) -> list[tuple[Any, Any, str]]: ...
+    # what the sheets of a run show
+    def prompts(self) -> list[str]: ...
+    # pictures -> clean latents (M, C, h, w), float32, in main memory; and -> uint8 (M, 3, S, S)
+    def latents(self, pictures: list, codec: Any) -> Tensor: ...
+    def pixels(self, pictures: list) -> Tensor: ...
+    # what turns pixels into latents and back, after what a checkpoint says of a VAE (None: PatchPCA)
+    def make_codec(self, config: TrainConfig, device: str) -> tuple[dict | None, Any]: ...
+    # ValueError unless the source serves these tasks, and fits this model on the base `base`
+    def check(self, config: TrainConfig, model: ModelConfig, base: str) -> None: ...
+    # what tells one source from another: every process of a run must read the same
+    def fingerprint(self) -> bytes: ...
 
 
 class TextSource(Protocol):
     """Text alone, which only a text side that learns has use for (Section 4.2)."""
 
-    def draw(self, rng: random.Random) -> tuple[list[int], list[bool]]:
-        """The ids of a text, with EOS, and which of them are learned."""
-
-    def fingerprint(self) -> bytes:
-        """As of a `Source`."""
+    # the ids of a text, with EOS, and which of them are learned
+    def draw(self, rng: random.Random) -> tuple[list[int], list[bool]]: ...
+    def fingerprint(self) -> bytes: ...
 
 
 # ---- Documents ----

@@ -80,7 +80,7 @@ def errors_by_timestep(model: LMFusion, diffusion: Diffusion, batch: Batch, weig
 
 def validation_error(trained: Trained, pictures: Tensor, captions: list[str]) -> dict:
     """Mean squared error of v under the right and under a permuted caption, by timestep."""
-    config, device = trained.model.config, trained.model.boi_head.device
+    config, device = trained.model.config, trained.model.device
     ids = [encode_text(trained, c, room=0) for c in captions]
     latents, out = trained.codec.encode(pictures), {"t": list(TIMESTEPS)}
     for key, rows in (("right", ids), ("permuted", ids[1:] + ids[:1])):
@@ -95,7 +95,7 @@ def validation_error(trained: Trained, pictures: Tensor, captions: list[str]) ->
 def load_base(trained: Trained) -> LMFusion:
     """The language model that a checkpoint was trained on, as it was."""
     overrides = {**trained.info["model"], "unet_channels": (4, 4), "separation": "none"}
-    like = trained.model.boi_head
+    like = trained.model
     return load_qwen3(trained.info["base"], **overrides).to(device=like.device, dtype=like.dtype)
 
 
@@ -108,7 +108,7 @@ def text_parameters_changed(model: LMFusion, base: LMFusion) -> list[str]:
 @torch.inference_mode()
 def text_report(trained: Trained, documents: list[str]) -> dict:
     """Is the text what it was? Every text tensor and the logits compared bit by bit with the base's."""
-    base, device = load_base(trained), trained.model.boi_head.device
+    base, device = load_base(trained), trained.model.device
     ids = [encode_text(trained, d, room=0) + [base.config.eos_id] for d in documents]
     some = [torch.tensor([row], device=device) for row in ids[:20]]
     return {
@@ -258,13 +258,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the figures here as well")
     add("--sheet", metavar="FILE", help="write a sheet of the first 36 pictures here")
     add("--text", metavar="FILE", help="instead: perplexity of this file, and of the base's")
-    add(
-        "--choices",
-        action="append",
-        default=[],
-        metavar="JSONL",
-        help="instead: multiple choice",
-    )
+    add("--choices", action="append", default=[], metavar="JSONL", help="instead: multiple choice")
     add("--data", metavar="PATH", help="instead: CIDEr of the captions of these pictures")
     add("--device", default="cpu", help="cpu, cuda, ...")
     add = partial(add, rare=True)

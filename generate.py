@@ -106,7 +106,7 @@ def denoise(
     trained: Trained, predict: Predict, seeds: list[int], steps: int, sampler: str, watch: Watch = None
 ) -> Tensor:
     """Latents (n, C, h, w) from the noise of each seed."""
-    config, device = trained.model.config, trained.model.boi_head.device
+    config, device = trained.model.config, trained.model.device
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     shape = (config.latent_channels, config.latent_size, config.latent_size)
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
@@ -169,7 +169,7 @@ def edit_images(
 def encode_pictures(trained: Trained, pictures: Tensor) -> Tensor:
     """Pictures uint8 (n, 3, S, S) -> latents (n, C, h, w); ValueError for another size than the model's."""
     config = trained.model.config
-    latents = trained.codec.encode(pictures).to(trained.model.boi_head.device)
+    latents = trained.codec.encode(pictures).to(trained.model.device)
     size = tuple(latents.shape[1:])
     if size != (config.latent_channels, config.latent_size, config.latent_size):
         raise ValueError(f"pictures of {tuple(pictures.shape[2:])} pixels give latents of {size}")
@@ -308,7 +308,7 @@ class Context:
             room = f"the context has room for {model.config.max_position_embeddings}"
             raise ValueError(f"the conversation is {len(self) + length} tokens long; {room}")
         tokens = Tokens.rows([ids], P, [len(self)], [len(self.latents)])
-        t = torch.zeros(len(latents), dtype=torch.long, device=model.boi_head.device)
+        t = torch.zeros(len(latents), dtype=torch.long, device=model.device)
         if self.cache is not None and self.cache.room < length:
             self.cache = self.cache.reserve(max(256, length))
         hidden = model.encode(tokens, torch.stack(tuple(latents)) if latents else None, t, self.cache)

@@ -327,10 +327,7 @@ TRAIN = {
         write("x.tar", b"x" * 2000),
     ),
     "no such validation data": (f"{PHOTO} @base --val-data nowhere", ("nowhere: no such file or folder",)),
-    "validation data for the built-in shapes": (
-        f"{TINY} --base @base --val-data nowhere",
-        ("--val-data",),
-    ),
+    "validation data for the built-in shapes": (f"{TINY} --base @base --val-data nowhere", ("--val-data",)),
     "no such file of text": (f"{PHOTO} @base {TEXT} none.txt", ("--text-data none.txt", "No such file")),
     "a folder for a file of text": (f"{PHOTO} @base {TEXT} .", ("--text-data .", "directory")),
     "a file of text that is empty": (
@@ -401,10 +398,7 @@ TRAIN = {
         run_info(step="two"),
     ),
     # tasks
-    "an unknown task": (
-        "--config small --task paint",
-        ("--task paint", "caption, generate, edit, chat"),
-    ),
+    "an unknown task": ("--config small --task paint", ("--task paint", "caption, generate, edit, chat")),
     "an unknown task among others": ("--config small --task edit=2,draw=1", ("'draw' is not one of",)),
     "a task too few": ("--config small --task edit,", ("--task edit,", "'' is not one of")),
     "a weight without its task": ("--config small --task =2", ("'' is not one of",)),
