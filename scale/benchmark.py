@@ -22,7 +22,7 @@ from checkpoint import check_device
 from config import CONFIGS, Parser, TrainConfig, run_command, tune_torch
 from data import CAPTION_DROPPED, CAPTION_FIRST, IMAGE_FIRST, caption_document, collate
 from generate import continue_text
-from load_qwen3 import STOCK, known_config, text_names
+from load_qwen3 import COUNTS, STOCK, known_config, materialise, text_names
 from model import LMFusion
 from small.pretrain import init_text
 from train import make_optimizers, step_loss
@@ -95,16 +95,14 @@ def two_models(stock: str, layers: int, dtype: torch.dtype) -> tuple[LMFusion, n
 
     c = replace(known_config(stock), num_hidden_layers=layers, latent_size=2, unet_channels=(4, 4))
     c = replace(c, unet_attention=False, separation="none")  # no image experts: text is all we time
-    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
-    names += " num_key_value_heads head_dim tie_word_embeddings"
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-    fields = {name: getattr(c, name) for name in names.split()}
+    fields = {name: getattr(c, name) for name in (*COUNTS, "tie_word_embeddings")}
     torch.manual_seed(0)
     theirs = Qwen3ForCausalLM(Qwen3Config(**fields, rope_parameters=rope)).to(dtype).eval()
     with torch.device("meta"):
         ours = LMFusion(c)
     weights = {name: theirs.state_dict()[theirs_name] for theirs_name, name in text_names(c).items()}
-    ours.materialise(weights.__getitem__, dtype)
+    materialise(ours, weights.__getitem__, dtype)
     return ours, theirs
 
 
@@ -165,21 +163,18 @@ def main() -> None:
     for name, dtype in dtypes.items() if args.what != "text" else ():
         peak = product_peak(dtype, args.device)
         flops, seconds = training_step(args.stock, args.layers, args.pictures, dtype, args.device)
-        rate = flops / seconds
-        print(
-            f"step, {name}: {flops / 1e12:.3f} TFLOP in {seconds:.2f} s = {rate / 1e9:.0f} GFLOP/s, "
-            f"{100 * rate / peak:.0f}% of {peak / 1e9:.0f}"
-        )
+        rate = f"{flops / seconds / 1e9:.0f} GFLOP/s, {100 * flops / seconds / peak:.0f}% of {peak / 1e9:.0f}"
+        print(f"step, {name}: {flops / 1e12:.3f} TFLOP in {seconds:.2f} s = {rate}")
     for name, dtype in dtypes.items() if args.what != "step" else ():
         r = text_against_transformers(args.stock, args.text_layers, dtype, args.prompt, args.new, args.runs)
         ours, theirs = r["our prefill"], r["their prefill"]
         one, other = 1e3 * r["our token"], 1e3 * r["their token"]  # ms
+        same = f"logits differ by {r['difference']:.1e}, ids {'agree' if r['agree'] else 'DIFFER'}"
         print(
-            f"text, {name}: prefill of {args.prompt} tokens {ours:.3f} s, transformers {theirs:.3f} s "
-            f"({theirs / ours:.2f} x); a token {one:.1f} ms, transformers {other:.1f} ms "
-            f"({other / one:.2f} x); logits differ by {r['difference']:.1e}, "
-            f"ids {'agree' if r['agree'] else 'DIFFER'}"
+            f"text, {name}: {args.prompt} tokens of prompt {ours:.3f} s, transformers {theirs:.3f} s; ",
+            end="",
         )
+        print(f"a token {one:.1f} ms, transformers {other:.1f} ms; {same}")
 
 
 if __name__ == "__main__":

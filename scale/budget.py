@@ -3,14 +3,13 @@
     report = budget.report(model_config, train_config, step, world_size)
     print(budget.budget_table(report))
 
-What can be run is not estimated: the functions that train and sample run on a model of fake tensors, which
-have shapes and no memory. On the way every tensor made is entered in the books with its size and taken out
-when it dies, gradients of activations and temporaries included; matrix products and convolutions are counted.
-Only what is kept in which dtype, and what FSDP divides and gathers, follows from formulas.
+The functions that train and sample run on a model of fake tensors, which have shapes and no memory. Every
+tensor made is entered in the books with its size and taken out when it dies; products and convolutions are
+counted. What is kept in which dtype, and what FSDP divides and gathers, follows from formulas.
 
-The books say what a perfect allocator needs. The predicted peak adds gradients and activations, although most
-activations are dead when the last gradient comes: the holes that they leave in a heap have other sizes, as
-measured on CPUs. What a kernel needs inside is in neither, nor are validation, the VAE and the pictures.
+The books say what a perfect allocator needs. The predicted peak adds gradients and activations, for the holes
+that dead activations leave in a heap have other sizes, as measured on CPUs. What a kernel needs inside is in
+neither, nor are validation, the VAE and the pictures.
 """
 
 from __future__ import annotations
@@ -290,12 +289,8 @@ def training_bytes(
         "optimizer": state / world_size,
         "gathered": gathered_bytes(model, world_size),
     }
-    needs = {
-        "gradients": kept,
-        "activations": activations,
-        "computing": books.peak,
-        "optimizer_step": temporary,
-    }
+    needs = {"gradients": kept, "activations": activations}
+    needs |= {"computing": books.peak, "optimizer_step": temporary}
     least = sum(steady.values()) + max(books.peak, kept + temporary)
     peak = max(least, sum(steady.values()) + kept + activations)
     return steady | needs | {"least_peak": least, "peak": peak}

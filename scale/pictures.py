@@ -7,9 +7,8 @@
     tars        DIR/train-00000.tar or "DIR/train-*.tar"; members whose paths agree up to the first dot of the
                 file name are one sample: `.png` (...) is its picture, `.txt` its caption
 
-Everything is decoded once, at the start, into one uint8 tensor: an epoch then costs no decoding, and a broken
-file is found before the first step, not in the middle of the night. A bad sample is left out and named.
-latents.py goes through the same samples one by one, by `list_samples` and `read_sample`.
+Everything is decoded once, at the start, into one uint8 tensor; latents.py goes through the same samples one
+by one. A bad sample is left out and named. Where one is read, ValueError or OSError says what is wrong with it.
 
 Shapes: M pictures, E edits, S pixels a side.
 """
@@ -42,6 +41,9 @@ MAX_MEMORY = 2**33  # bytes of all decoded pictures
 NAMED = 10  # bad samples that are named; the others are counted
 
 
+Skipped = list[tuple[str, str]]  # name and reason of what was left out
+
+
 @dataclass
 class Pictures:
     """Captioned pictures, and what was left out of them."""
@@ -49,7 +51,7 @@ class Pictures:
     pixels: Tensor  # (M, 3, S, S) uint8
     captions: list[str]
     names: list[str]
-    skipped: list[tuple[str, str]]  # name, reason
+    skipped: Skipped
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Edits:
     targets: Tensor  # (E, 3, S, S) uint8: after
     instructions: list[str]
     names: list[str]  # of the targets
-    skipped: list[tuple[str, str]]  # name, reason
+    skipped: Skipped
 
 
 @dataclass
@@ -118,7 +120,7 @@ def load_edits(source: str | list[str], size: int, max_memory: int = MAX_MEMORY)
 
 def load_samples(
     kind: str, source: str | list[str], size: int, max_memory: int
-) -> tuple[Tensor, list[str], list[str], list[tuple[str, str]]]:
+) -> tuple[Tensor, list[str], list[str], Skipped]:
     """The samples of a kind: pixels (1 or, of edits, 2, M, 3, S, S), texts, names, and what was left out."""
     read, parts, unit = (read_edit, 2, "edit") if kind == "edit" else (read_sample, 1, "picture")
     if size < 1:
@@ -127,9 +129,9 @@ def load_samples(
     samples = [sample for sample in listed if sample.kind in (kind, "")]
     memory = parts * len(samples) * 3 * size**2
     if memory > max_memory:
+        take = f"{parts * len(samples):,} pictures of {size} x {size} pixels take {memory / 2**30:.2f} GiB"
         raise ValueError(
-            f"{sources}: {parts * len(samples):,} pictures of {size} x {size} pixels take "
-            f"{memory / 2**30:.2f} GiB, and {max_memory / 2**30:.2f} are allowed; make it fewer or smaller"
+            f"{sources}: {take}, and {max_memory / 2**30:.2f} are allowed; make it fewer or smaller"
         )
     pixels = torch.empty(parts, len(samples), 3, size, size, dtype=torch.uint8)
     texts, names, skipped = [], [], []
@@ -151,7 +153,7 @@ def load_samples(
     return pixels[:, : len(names)], texts, names, skipped
 
 
-def skipped_line(skipped: list[tuple[str, str]], count: int, total: int, word: str = "samples") -> str:
+def skipped_line(skipped: Skipped, count: int, total: int, word: str = "samples") -> str:
     """How many samples are bad, and the first names and reasons, on one line; "" if none is."""
     text = ", ".join(f"{name[:100]} ({reason[:200]})" for name, reason in skipped[:NAMED])
     text = "".join(c if c.isprintable() else "?" for c in text)
@@ -173,19 +175,13 @@ def nothing_to_load(kind: str, bad: str, edits: int) -> str:
 
 
 def read_sample(sample: Sample, size: int) -> tuple[Tensor, str]:
-    """The picture (3, S, S) uint8 and the caption; ValueError or OSError says what is wrong with it.
-
-    Of an edit: the picture after it, and the instruction.
-    """
+    """The picture (3, S, S) uint8 and the caption, or of an edit the picture after it and the instruction."""
     caption = read_caption(sample)  # first: it is the cheaper half
     return decode_picture(sample.picture.read("file", MAX_FILE), size), caption
 
 
 def read_edit(sample: Sample, size: int) -> tuple[Tensor, Tensor, str]:
-    """The pictures before and after an edit, (3, S, S) uint8 each, and the instruction.
-
-    ValueError or OSError says what is wrong with it.
-    """
+    """The pictures before and after an edit, (3, S, S) uint8 each, and the instruction."""
     target, instruction = read_sample(sample, size)
     try:
         source = decode_picture(sample.source.read("file", MAX_FILE), size)
@@ -307,9 +303,8 @@ def jsonl_sample(line: bytes, number: str, folder: Path) -> Sample:
     if not all(isinstance(row.get(key), str) for key in keys):
         form = ", ".join(f'"{key}": "..."' for key in keys)
         return Sample(number, problem=f"not {{{form}}}", kind=kind)
-    picture = file_inside(folder, row["file_name"])
+    picture, problem = file_inside(folder, row["file_name"]), ""
     source = file_inside(folder, row["source"]) if kind == "edit" else None
-    problem = ""
     if picture is None or (kind == "edit" and source is None):
         problem = f"{'source: ' if picture is not None else ''}not inside {folder}"
     return Sample(row["file_name"], picture, row["text"], source, problem, kind)

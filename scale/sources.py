@@ -35,10 +35,8 @@ from small.world import PIXELS
 def open_source(config: TrainConfig) -> Source:
     """What --data and --val-data name; ValueError if it is nothing that can be trained on."""
     if not config.data:
-        raise ValueError(
-            "--data is missing: latents that `python data.py encode` made, or pictures (a folder, a "
-            "metadata.jsonl, WebDataset tars)"
-        )
+        what = "pictures (a folder, a metadata.jsonl, WebDataset tars), or latents that `data.py encode` made"
+        raise ValueError(f"--data is missing: {what}")
     if config.data == "shapes":
         if config.val_data:
             raise ValueError(f"--val-data {config.val_data} is for --data: the shapes hold out their own")
@@ -53,10 +51,8 @@ def open_source(config: TrainConfig) -> Source:
     edits = load_edits(config.data, config.image_size) if "edit" in config.tasks or has_edits else None
     alone = set(config.tasks) == {"edit"}
     if alone and config.val_data:
-        raise ValueError(
-            f"--val-data {config.val_data} goes with captioned pictures; of edits alone, every 20th edit of "
-            "--data is set aside"
-        )
+        instead = "of edits alone, every 20th edit of --data is set aside"
+        raise ValueError(f"--val-data {config.val_data} goes with captioned pictures; {instead}")
     val = load_pictures(config.val_data, config.image_size) if config.val_data else None
     return PictureSource(None if alone else load_pictures(config.data, config.image_size), val, edits)
 
@@ -148,14 +144,17 @@ class PictureSource:
         """Any model; what the tasks need was loaded, or was an error."""
 
     def fingerprint(self) -> bytes:
-        digest = hashlib.sha256()
+        texts, pixels = [], []
         for part in (self.train, self.val):
-            digest.update(json.dumps(part.captions).encode())
-            digest.update(part.pixels.numpy())
+            texts, pixels = texts + [part.captions], pixels + [part.pixels]
         if self.edits is not None:
-            digest.update(json.dumps(self.edits.instructions).encode())
-            digest.update(self.edits.sources.numpy())
-            digest.update(self.edits.targets.numpy())
+            texts, pixels = (
+                texts + [self.edits.instructions],
+                pixels + [self.edits.sources, self.edits.targets],
+            )
+        digest = hashlib.sha256(json.dumps(texts).encode())
+        for x in pixels:
+            digest.update(x.numpy())
         return digest.digest()
 
 
@@ -184,27 +183,17 @@ class LatentSource:
         i = rng.choice(self.rows)
         return i, self.train.part(i, "ids", "offsets")
 
-    def edited(self, rng: random.Random) -> tuple[int, int, str]:
-        raise AssertionError("`check` has refused this task")
-
-    def conversation(self, rng: random.Random) -> list[dict]:
-        raise AssertionError("`check` has refused this task")
+    edited = conversation = validation_edits = pixels = None  # `check` refuses the tasks that need them
 
     def validation(self, n: int) -> list[tuple[int, list[int]]]:
         rows = random.Random(0).sample(self.val_rows, min(n, len(self.val_rows)))
         return [(-1 - i, self.val.part(i, "ids", "offsets")) for i in rows]
-
-    def validation_edits(self, n: int) -> list[tuple[int, int, str]]:
-        raise AssertionError("`check` has refused this task")
 
     def prompts(self) -> list[str]:
         """Captions of training pictures, then of validation pictures."""
         seen = random.Random(0).sample(self.rows, min(9, len(self.rows)))
         captions = [self.train.caption(i) for i in seen]
         return captions + [self.val.caption(-1 - i) for i, _ in self.validation(9)]
-
-    def pixels(self, pictures: list[int]) -> Tensor:
-        raise AssertionError("latents have no pixels")
 
     def latents(self, pictures: list[int], codec: AutoencoderKL) -> Tensor:
         if pictures[0] < 0:
