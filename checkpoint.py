@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import restore_config
 from diffusion import Diffusion
@@ -117,10 +117,7 @@ def write_folder(
     team.wait()
     attempt(lambda: beside.mkdir(parents=True, exist_ok=True))
     for name, group in tensors.items():
-        mine = {}
-        size = (
-            team.size if len(group) >= team.size else 1
-        )  # every part must exist: a few tensors are one file
+        mine, size = {}, team.size if len(group) >= team.size else 1  # every part must exist
         for i, (k, v) in enumerate(group.items()):
             value = full_tensor(v.detach())  # gathered from all, so all come by here, whatever went wrong
             if i % size == team.rank:
@@ -167,8 +164,7 @@ def find_checkpoint(folder: str | Path | None, config: str = "small") -> Path:
         return folder
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such checkpoint folder")
-    found = list_checkpoints(folder)
-    if not found:
+    if not (found := list_checkpoints(folder)):
         raise ValueError(f"{folder}: holds no checkpoint (no checkpoint.json, no step-* folder with one)")
     return found[-1]
 
@@ -196,11 +192,8 @@ def first_stage(init_from: str) -> tuple[dict, dict]:
     return read_info(folder), saved_config(folder)
 
 
-def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """All tensors of a file, or of its parts, mapped; ValueError names the tensor.
-
-    Names and shapes must be those `expected`.
-    """
+def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, or of its parts, mapped; ValueError names one whose name or shape is another."""
     files, tensors = [path], {}
     parts = sorted(path.parent.glob(f"{path.stem}-*-of-*.safetensors")) if not path.is_file() else []
     if parts:
@@ -212,23 +205,17 @@ def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[
     for file in files:
         with open_safetensors(file) as f:
             tensors |= {name: f.get_tensor(name) for name in f.keys()}
-    if expected is not None:
-        for name in sorted(set(tensors) ^ set(expected)):
-            raise ValueError(f"{path}: tensor {name} is {'missing' if name in expected else 'not expected'}")
-        for name, tensor in tensors.items():
-            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
-            if found != wanted:
-                raise ValueError(f"{path}: tensor {name} is {found}, not {wanted}")
+    for name in sorted(set(tensors) ^ set(expected)):
+        raise ValueError(f"{path}: tensor {name} is {'missing' if name in expected else 'not expected'}")
+    for name, tensor in tensors.items():
+        found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+        if found != wanted:
+            raise ValueError(f"{path}: tensor {name} is {found}, not {wanted}")
     return tensors
 
 
-def load_codec(
-    folder: Path, info: dict, channels: int, vae: str = "", device: str = "cpu"
-) -> PatchPCA | AutoencoderKL:
-    """What made the latents of a checkpoint: the linear stand-in itself, or the VAE it names.
-
-    vae: where that lies now, if it was moved. ValueError for another VAE than it was.
-    """
+def load_codec(folder: Path, info: dict, channels: int, vae: str, device: str) -> PatchPCA | AutoencoderKL:
+    """What made a checkpoint's latents: the linear stand-in, or its VAE (at `vae`, if moved)."""
     made, numbers = info.get("vae"), 3 * info["config"]["latent_patch"] ** 2
     shapes = dict(bound=(channels, 1, 1))
     if made is None:
@@ -256,10 +243,9 @@ def load_trained(
     vae: str | None = None,
     config: str = "small",
 ) -> Trained:
-    """The model of a checkpoint, on the base it was trained on (`base`, `vae`: where they lie now, if moved).
+    """The model of a checkpoint (its moving average, if any) on its base (at `base` or `vae`, if moved).
 
-    Takes the moving average of the weights where there is one. ValueError for a base with another fingerprint
-    and for whatever is missing, cut short or of another shape.
+    ValueError for another base, and for whatever is missing, cut short or of another shape.
     """
     folder = find_checkpoint(checkpoint, config)
     info = read_info(folder)
@@ -286,6 +272,7 @@ def load_trained(
         model.lm_head.weight = model.embed_tokens.weight
     model.requires_grad_(False).to(device=device, dtype=dtype).eval()
     codec = load_codec(folder, info, model.config.latent_channels, vae or "", device)
+    info["base"] = base
     return Trained(model, load_tokenizer(base), diffusion, codec, info, folder)
 
 
@@ -321,9 +308,8 @@ def save_run(run: Run) -> None:
     for old in list_checkpoints(run.out)[:-1]:
         shutil.rmtree(old, ignore_errors=True)
     if run.name in LAST_RUNS:
-        last = LAST_RUNS[run.name]
-        last.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(last, str(run.out) + "\n")
+        LAST_RUNS[run.name].parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(LAST_RUNS[run.name], f"{run.out}\n")
 
 
 def fill_run(run: Run, folder: Path, info: dict, weights: str) -> None:
@@ -367,18 +353,14 @@ def resume(run: Run, folder: Path) -> None:
     run.seconds = kept[-1]["seconds"] if kept else 0.0
 
 
-def optimizer_tensors(
-    parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
-) -> dict[str, Tensor]:
+def optimizer_tensors(parameters: dict, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state by parameter: {"exp_avg/unet_up.conv_out.bias": ...}."""
     names = {p: n for n, p in parameters.items()}
     states = [(names[p], state) for o in optimizers for p, state in o.state.items()]
     return {f"{key}/{name}": value for name, state in states for key, value in state.items()}
 
 
-def restore_optimizers(
-    file: Path, names: list[str], parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
-) -> None:
+def restore_optimizers(file: Path, names: list[str], parameters: dict, optimizers: list) -> None:
     """Put back what `optimizer_tensors` gave; `file` must hold exactly `names`, or ValueError names one."""
     owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
     expected = {}

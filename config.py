@@ -69,10 +69,7 @@ def flag_name(field: str) -> str:
 
 
 def parse_stages(text: str) -> list[tuple[int, list[str]]]:
-    """ "0:unet_*;500:unet_*,*.self_attn.*;900:*" -> steps, and patterns of what trains from there on.
-
-    ValueError unless the steps begin with 0 and grow.
-    """
+    """ "0:unet_*;500:*" -> steps, which begin with 0 and grow, and patterns of what trains from there on."""
     stages: list[tuple[int, list[str]]] = []
     for item in text.split(";") if text.strip() else []:
         step, colon, patterns = item.partition(":")
@@ -112,26 +109,14 @@ class TrainConfig:
 
     # what to train on
     base: str = setting("", "folder or hub id of a Qwen3; empty: the tiny one", resumable=True, common=True)
-    data: str = setting(
-        "shapes",
-        "'shapes', a folder of latents or pictures, a metadata.jsonl, or WebDataset tars (a path or a glob)",
-        resumable=True,
-        common=True,
-    )
-    val_data: str = setting(
-        "", "the same, to validate; empty: every 20th of --data", resumable=True, common=True
-    )
+    # shapes, or a path or glob of: folders of latents or pictures, metadata.jsonl files, WebDataset tars
+    data: str = setting("shapes", "shapes, or a path of pictures or latents", resumable=True, common=True)
+    val_data: str = setting("", "to validate; empty: a 20th of --data", resumable=True, common=True)
     init_from: str = setting("", "run or checkpoint of a first stage", resumable=True, common=True)
-    task: str = setting(
-        "",
-        "caption, generate, edit, chat, or a mixture with weights (generate=2,chat=3); empty: captioned "
-        "pictures, as --caption-first has it",
-        common=True,
-    )
+    # empty: captioned pictures, as --caption-first has it
+    task: str = setting("", "caption, generate, edit, chat; or weights: generate=2,chat=3", common=True)
     text_data: str = setting("", "paragraphs of text for --text-batch; empty: built-in text", resumable=True)
-    from_scratch: bool = setting(
-        False, "random text weights in the base's place: with --separation none it is Transfusion (Table 1)"
-    )
+    from_scratch: bool = setting(False, "random text weights; Transfusion with --separation none")
     out: str = setting("runs/small", "folder of the run", resumable=True, common=True)
     seed: int = setting(0, "of everything random", low=0, below=2**63, common=True)
     device: str = setting("cpu", "cpu, cuda, ...", resumable=True, common=True)
@@ -149,16 +134,12 @@ class TrainConfig:
     # diffusion and losses
     prediction: str = setting("eps", "what UNet-Up's output is", ("eps", "v"), inherited=True)
     loss_weighting: str = setting("none", "v: divided by alpha_bar", ("none", "v"), inherited=True)
-    schedule_shift: float = setting(
-        1.0, "divides the signal-to-noise ratio of the cosine schedule by its square", above=0, inherited=True
-    )
+    schedule_shift: float = setting(1.0, "its square divides the SNR at each t", above=0, inherited=True)
     lambda_ddpm: float = setting(5.0, "lambda of Eq. (4)", low=0)
     caption_first: float = setting(0.8, "share of samples with the caption before the picture", low=0, high=1)
     caption_drop: float = setting(0.1, "share of those whose caption is dropped, for guidance", low=0, high=1)
     edit_drop: float = setting(0.2, "share of edits whose instruction is dropped", low=0, high=1)
-    noise_limit: int = setting(
-        500, "timesteps of a picture before its caption are below this", above=0, high=1000, inherited=True
-    )
+    noise_limit: int = setting(500, "before its caption, t is below this", above=0, high=1000, inherited=True)
     # optimisation
     steps: int = setting(250_000, "training steps", above=0, resumable=True, common=True)
     batch_size: int = setting(64, "pictures a step, over all processes", above=0, common=True)
@@ -170,14 +151,9 @@ class TrainConfig:
     lr: float = setting(1e-4, "peak learning rate of the image side", above=0, common=True)
     lr_final: float = setting(1.5e-5, "learning rate at the end of the cosine", low=0)
     muon_lr: float = setting(8e-3, "peak learning rate of the matrices under muon", above=0)
-    stages: str = setting(
-        "",
-        "what trains when: STEP:PATTERN,...;STEP:PATTERN,... (patterns of parameter names: 'unet_*', '*'); "
-        "empty: everything, always",
-    )
-    lr_text_ratio: float = setting(
-        0.0, "learning rate of the text side over that of the image side; 0 freezes it", low=0, common=True
-    )
+    # patterns of parameter names, 'unet_*' or '*'; empty: everything, always
+    stages: str = setting("", "what trains when: STEP:PATTERN,...;STEP:PATTERN,...")
+    lr_text_ratio: float = setting(0.0, "of the text side, over --lr; 0 freezes it", low=0, common=True)
     draw_lr_ratio: float = setting(1.0, "learning rate of the row that decides to draw, over --lr", low=0)
     warmup: int = setting(4000, "steps of linear warm-up", low=0)
     weight_decay: float = setting(0.1, "on matrices", low=0)
@@ -211,14 +187,9 @@ class TrainConfig:
         """The fields of ModelConfig that this run sets, for latents of so many channels and pixels a side."""
         if self.image_size % (2 * factor):
             raise ValueError(f"--image-size {self.image_size} is no multiple of {2 * factor} (VAE)")
-        return dict(
-            separation=self.separation,
-            latent_channels=channels,
-            latent_size=self.image_size // factor,
-            unet_channels=tuple(self.unet_channels),
-            unet_attention=self.unet_attention,
-            patch_positions=self.patch_positions,
-        )
+        own = ("separation", "unet_channels", "unet_attention", "patch_positions")
+        latents = dict(latent_channels=channels, latent_size=self.image_size // factor)
+        return latents | {name: getattr(self, name) for name in own}
 
     @functools.cached_property
     def diffusion(self) -> Diffusion:
@@ -265,10 +236,7 @@ CONFIGS = {
 
 
 def restore_config(saved: object, source: Path) -> dict:
-    """The fields of a TrainConfig that a checkpoint holds; those marked as newer may be missing.
-
-    ValueError names a field that is missing, unknown or of another type.
-    """
+    """The fields of TrainConfig in a checkpoint; ValueError: one is unknown, wrong, or missing."""
     if not isinstance(saved, dict):
         raise ValueError(f"{source}: config is missing or not a JSON object")
     default = dataclasses.asdict(TrainConfig())
@@ -333,10 +301,7 @@ class HelpAll(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations; an unknown flag is answered with the nearest ones, or with all.
-
-    A flag added with rare=True is left out of --help; --help-all shows it.
-    """
+    """argparse that knows near misses, not abbreviations. Flags with rare=True stand in --help-all alone."""
 
     def __init__(self, **kwargs: typing.Any):
         self.rare: list[tuple[argparse.Action, str]] = []
@@ -353,10 +318,8 @@ class Parser(argparse.ArgumentParser):
             self.epilog = f"--help-all shows {len(self.rare)} more flags."
         return action
 
-    def parse_args(
-        self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
-        namespace, unknown = self.parse_known_args(args, namespace)
+    def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
+        namespace, unknown = self.parse_known_args(args)
         if unknown:
             flags = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=3, cutoff=0.7)
@@ -367,10 +330,9 @@ class Parser(argparse.ArgumentParser):
 
 def boolean(text: str) -> bool:
     """The value of a yes/no flag."""
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return values[text.lower()]
+    return text.lower() in ("true", "1", "yes")
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -382,10 +344,7 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def add_fields(parser: Parser, cls: type) -> None:
-    """A flag for every field of a dataclass: type from its annotation, help and choices from its rule.
-
-    A flag that is not given is None in the result, so that defaults can come from a named configuration.
-    """
+    """A flag for every field of a dataclass, by its annotation and its rule; None where it is not given."""
     hints, some_common = typing.get_type_hints(cls), any(rule.common for rule in rules(cls).values())
     for field in dataclasses.fields(cls):
         hint = hints[field.name]

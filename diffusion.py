@@ -10,8 +10,6 @@ level of its own (alpha_bar = 1) that only the samplers' last step reaches.
 Shapes: M images; x, eps, F are (M, C, h, w); t is (M,).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

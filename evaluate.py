@@ -18,8 +18,6 @@ On files, with any checkpoint: --text, --choices (multiple choice), --data (CIDE
 Shapes: M pictures; pictures are uint8 (M, 3, S, S), C, h, w a latent.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random
@@ -47,11 +45,9 @@ from model import LMFusion
 from scale.pictures import Pictures, load_pictures
 from small.world import PIXELS, all_scenes, prompt_match, render, text_document
 
+BATCH = 76  # of prompts
 TIMESTEPS = (100, 300, 500, 700, 900)
-TO_CONTINUE = (
-    "the sky is",
-    "a small red circle in the center on a blue background. what color is the circle?",
-)
+STARTS = ("the sky is", "a small red circle in the center on a blue background. what color is the circle?")
 
 
 def in_batches(work: Callable[..., Iterable[Any]], what: str, size: int, *columns: Sequence[Any]) -> list:
@@ -146,15 +142,11 @@ def caption_report(written: list[str], references: list[list[str]]) -> dict[str,
 
 def image_id(name: str) -> int | str:
     """What COCO calls a picture: the number at the end of its name, COCO_val2014_000000391895.jpg."""
-    digits = re.search(r"(\d+)$", Path(name).stem)
-    return int(digits[1]) if digits else name
+    return int(digits[1]) if (digits := re.search(r"(\d+)$", Path(name).stem)) else name
 
 
 def describe_pictures(trained: Trained, found: Pictures, max_tokens: int) -> tuple[dict, list[dict]]:
-    """The report on real pictures with one or more captions each, and what was written, in COCO's form.
-
-    Rows of a metadata.jsonl that name one file are references of one picture.
-    """
+    """The report on pictures with captions (rows of one file are one picture's), and COCO's results."""
     references: dict[str, list[str]] = {}
     for name, caption in zip(found.names, found.captions, strict=True):
         references.setdefault(name, []).append(caption)
@@ -166,9 +158,7 @@ def describe_pictures(trained: Trained, found: Pictures, max_tokens: int) -> tup
     return caption_report(written, list(references.values())), results
 
 
-def evaluate(
-    trained: Trained, n: int, steps: int, cfg: float, sampler: str, seed: int, batch: int = 76
-) -> dict:
+def evaluate(trained: Trained, n: int, steps: int, cfg: float, sampler: str, seed: int) -> dict:
     """All figures, over n held-out combinations; also the "pictures", and the "prompts_used" for them."""
     held_out = all_scenes(held_out=True)
     scenes = random.Random(seed).sample(held_out, n)
@@ -176,15 +166,15 @@ def evaluate(
     seeds = [derive_seed(seed, i) for i in range(n)]
     start = time.perf_counter()
     paint = partial(generate_images, trained, steps=steps, cfg=cfg, sampler=sampler)
-    pictures = torch.stack(in_batches(paint, "painting", batch, captions, seeds))
+    pictures = torch.stack(in_batches(paint, "painting", BATCH, captions, seeds))
     seconds = time.perf_counter() - start
     real = render(scenes, random.Random(seed))
-    written = in_batches(partial(describe_images, trained, max_tokens=32), "describing", batch, real)
+    written = in_batches(partial(describe_images, trained, max_tokens=32), "describing", BATCH, real)
     pairs = list(zip(captions, written, strict=True))
-    report = {"checkpoint": str(trained.folder), "step": trained.info["step"]}
-    report |= {"held_out_combinations": len(held_out), "prompts": n}
-    report |= {"sampler": sampler, "steps": steps, "cfg": cfg, "seed": seed}
+    report = {"checkpoint": str(trained.folder), "step": trained.info["step"], "prompts": n}
+    report |= {"held_out_combinations": len(held_out), "steps": steps, "cfg": cfg, "seed": seed}
     return report | {
+        "sampler": sampler,
         "prompt_match": prompt_match(scenes, pictures),
         "template_check": prompt_match(scenes, real)["all"],
         "seconds_per_picture": round(seconds / n, 4),
@@ -195,7 +185,7 @@ def evaluate(
         "validation": validation_error(trained, real, captions),
         "language": language_report(trained, 300, seed),
         "text": text_report(trained, unseen_documents(seed)),
-        "answers": {text: generate_text(trained, text, max_tokens=4) for text in TO_CONTINUE},
+        "answers": {text: generate_text(trained, text, max_tokens=4) for text in STARTS},
         "pictures": pictures,
         "prompts_used": captions,
     }
@@ -228,10 +218,9 @@ def percentages(rows: list[tuple[str, float]]) -> list[str]:
 def text_line(text: dict) -> str:
     """What became of the text, in one line."""
     changed = f"{len(text['tensors_changed'])} of {text['tensors']} tensors changed"
-    return (
-        f"Text perplexity: base {text['perplexity_base']:.10f}, trained {text['perplexity_trained']:.10f}; "
-        f"{changed}; logits {'equal to the last bit' if text['logits_bit_equal'] else 'DIFFER'}"
-    )
+    logits = "equal to the last bit" if text["logits_bit_equal"] else "DIFFER"
+    both = f"base {text['perplexity_base']:.10f}, trained {text['perplexity_trained']:.10f}"
+    return f"Text perplexity: {both}; {changed}; logits {logits}"
 
 
 def read_paragraphs(path: str, flag: str = "--text") -> list[str]:
@@ -293,10 +282,8 @@ def on_files(trained: Trained, args: argparse.Namespace) -> dict:
         by = {"trained": trained.model, "base": load_base(trained)}
         found = {name: choose_answers(model, trained, asked, name) for name, model in by.items()}
         report.setdefault("choices", {})[path] = found
-        shares = (
-            f"{k} {100 * f['accuracy']:.2f}% ({100 * f['accuracy_unnormalised']:.2f}%)"
-            for k, f in found.items()
-        )
+        parts = [(k, 100 * f["accuracy"], 100 * f["accuracy_unnormalised"]) for k, f in found.items()]
+        shares = (f"{name} {by_length:.2f}% ({plain:.2f}%)" for name, by_length, plain in parts)
         print(f"{path}: {len(asked)} questions, {', '.join(shares)}; in brackets, not normalised by length")
     if pictures is not None:
         report["captions"], written = describe_pictures(trained, pictures, args.max_tokens)
@@ -318,8 +305,6 @@ def main() -> None:
     args = parse()
     tune_torch()
     trained = load_trained(args.checkpoint, args.base, args.device, vae=args.vae)
-    if args.base:
-        trained.info["base"] = args.base
     if args.text or args.choices or args.data:
         report = on_files(trained, args)
     else:

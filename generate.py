@@ -14,8 +14,6 @@ Shapes: n images, C, h, w channels, height and width of a latent, S pixels a sid
 D hidden. A row is a list of token ids in which IMAGE stands for the P patches of one picture.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,8 +33,6 @@ from scale.pictures import decode_picture
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x_t (n, C, h, w), t (n,) -> eps (n, C, h, w)
 Watch = Callable[[Tensor], None] | None  # is called with x_t after every step of denoising
-
-# ---- Text -> image ----
 
 
 @torch.inference_mode()
@@ -63,9 +59,7 @@ def generate_images(
     return trained.codec.decode(denoise(trained, predict, seeds, steps, sampler, watch).cpu())
 
 
-def read_rows(
-    trained: Trained, rows: list[list[int]], context: Tensor | None, scales: list[float]
-) -> Predict:
+def read_rows(trained: Trained, rows: list[list[int]], context: Tensor | None, scales: list) -> Predict:
     """Encode rows that end in BOI, once; the `predictor` of the pictures behind them.
 
     context (M, C, h, w): the clean latents of the images in `rows`, in order.
@@ -78,9 +72,7 @@ def read_rows(
     return predictor(trained, cache, start, before, scales)
 
 
-def predictor(
-    trained: Trained, cache: Cache, start: list[int], before: list[int], scales: list[float]
-) -> Predict:
+def predictor(trained: Trained, cache: Cache, start: list[int], before: list[int], scales: list) -> Predict:
     """predict(x, t) -> guided noise (n, C, h, w), for images behind the rows of `cache`.
 
     The rows are n of each kind, from the most to the least conditional. scales[i] guides from kind i + 1 to
@@ -103,7 +95,7 @@ def predictor(
 
 
 def denoise(
-    trained: Trained, predict: Predict, seeds: list[int], steps: int, sampler: str, watch: Watch = None
+    trained: Trained, predict: Predict, seeds: list[int], steps: int, sampler: str, watch: Watch
 ) -> Tensor:
     """Latents (n, C, h, w) from the noise of each seed."""
     config, device = trained.model.config, trained.model.device
@@ -126,9 +118,6 @@ def encode_text(trained: Trained, text: str, room: int) -> list[int]:
 def derive_seed(*parts: object) -> int:
     """A seed from a run's seed and what tells one picture of it from the others."""
     return random.Random("-".join(map(str, parts))).getrandbits(63)
-
-
-# ---- Image and text -> image ----
 
 
 @torch.inference_mode()
@@ -189,9 +178,6 @@ def read_picture(trained: Trained, path: str | Path) -> Tensor:
         raise ValueError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from None
 
 
-# ---- Image -> text ----
-
-
 @torch.inference_mode()
 def describe_images(trained: Trained, pictures: Tensor, max_tokens: int = 64, **how: Any) -> list[str]:
     """Pictures uint8 (n, 3, S, S) -> captions; `how` as in `choose`. ValueError if one cannot fit.
@@ -210,9 +196,6 @@ def describe_images(trained: Trained, pictures: Tensor, max_tokens: int = 64, **
     return [trained.tokenizer.decode(row) for row in ids]
 
 
-# ---- Text ----
-
-
 @torch.inference_mode()
 def generate_text(trained: Trained, prompt: str, max_tokens: int = 64, **how: Any) -> str:
     """Continue a text with the frozen language model alone; `how` as in `choose`.
@@ -228,9 +211,7 @@ def generate_text(trained: Trained, prompt: str, max_tokens: int = 64, **how: An
 
 
 @torch.inference_mode()
-def continue_text(
-    model: LMFusion, text: Tensor, cache: Cache, max_tokens: int, **how: Any
-) -> list[list[int]]:
+def continue_text(model: LMFusion, text: Tensor, cache: Cache, max_tokens: int, **how: Any) -> list[list]:
     """Write on from the features (B, D) of the last token of sequences of equal length; stops at EOS.
 
     The cache holds those sequences; `how` is temperature, top_k, top_p and generator, as in `choose`. Returns
@@ -270,9 +251,6 @@ def choose(
         outside = p.cumsum(-1) - p >= top_p  # the first token is always inside
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(logits.device)
-
-
-# ---- Everything in turns ----
 
 
 class Context:

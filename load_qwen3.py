@@ -10,8 +10,6 @@ A folder holds `config.json`, `tokenizer.json`, and the weights as `model.safete
 that names it. `model.layers.3.mlp.up_proj.weight` is `layers.3.text.mlp.up_proj.weight` here.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -134,8 +132,7 @@ def read_config(folder: Path) -> dict:
         refuse("layer_types", 'only "full_attention" is')
     theta, scaling = read_rope(raw, refuse)
 
-    missing = [f for f in SIZES if raw.get(f) is None]
-    if missing:
+    if missing := [f for f in SIZES if raw.get(f) is None]:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
     taken = (*COUNTS, "rms_norm_eps", "tie_word_embeddings")
     fields = {**kind, **{f: raw[f] for f in taken if raw.get(f) is not None}}
@@ -249,8 +246,7 @@ def encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
     character of every added token in it, also of those that overlap, and the parts are encoded apart: no part
     holds a whole one, and a byte-level tokenizer decodes the ids to the (normalised) text.
 
-    An added token of one character cannot be cut (Qwen's, Llama 3's and SmolLM2's are all longer), nor one
-    that only the tokenizer's normaliser brings about: ValueError, so that no id of one ever comes back.
+    An added token of one character cannot be cut, nor one that only the normaliser brings about: ValueError.
     """
     first, added = added_tokens(tokenizer)
     cuts = [0, *(match.end() for match in first.finditer(text)), len(text)]
@@ -275,8 +271,7 @@ def open_weights(folder: Path) -> dict[str, tuple[Path, safe_open]]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: has no weight_map")
-        bad = [str(n) for n in weight_map.values() if not isinstance(n, str) or Path(n).name != n]
-        if bad:
+        if bad := [str(n) for n in weight_map.values() if not isinstance(n, str) or Path(n).name != n]:
             raise ValueError(f"{index}: {bad[0]!r} is not the name of a file beside it")
         files = [folder / name for name in sorted(set(weight_map.values()))]
     where: dict[str, tuple[Path, safe_open]] = {}
@@ -304,10 +299,7 @@ def text_names(config: ModelConfig) -> dict[str, str]:
 
 
 def text_tensors(folder: Path, model: LMFusion) -> Callable[[str], Tensor]:
-    """A function that maps a text tensor, by our name, from the folder's files.
-
-    All names, shapes and types are checked here; ValueError names the file and the tensor.
-    """
+    """A function from our name of a text tensor to it; ValueError for one that is not as it should be."""
     names, where, tied = text_names(model.config), open_weights(folder), model.config.tie_word_embeddings
     # derived, in old exports
     where = {n: place for n, place in where.items() if not n.endswith("rotary_emb.inv_freq")}
@@ -363,9 +355,7 @@ def load_qwen3(
 
 
 @torch.no_grad()
-def materialise(
-    model: LMFusion, read: Callable[[str], Tensor], dtype: torch.dtype, device: str | torch.device = "cpu"
-) -> None:
+def materialise(model: LMFusion, read: Callable, dtype: torch.dtype, device: str = "cpu") -> None:
     """Make a model of the meta device real: `read(name)` gives a text tensor, frozen; a fresh image side.
 
     Text tensors that have the dtype already are taken as they come, mapped from their file. Of a model that
@@ -394,10 +384,7 @@ def init_image(model: LMFusion) -> None:
 
 
 def fingerprint(model: LMFusion) -> str:
-    """SHA-256 over names, shapes and float32 bits of every text tensor: which base this is.
-
-    Of a model that is cut among processes, all must call it.
-    """
+    """SHA-256 of name, shape and float32 bits of every text tensor. All processes of a cut model call it."""
     digest = hashlib.sha256()
     for name, p in sorted(model.text_parameters().items()):
         value = full_tensor(p.detach()).float().cpu().contiguous()

@@ -15,8 +15,6 @@ batch (the gathered form in which the experts work), D hidden, H query heads, K 
 V vocabulary, M images in the batch, P patches of an image; C, h, w channels, height and width of a latent.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterator

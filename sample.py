@@ -9,8 +9,6 @@ python sample.py --text "what color is the sky? "
 Shapes: n pictures; pictures are uint8 (n, 3, S, S).
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from functools import partial
@@ -57,15 +55,10 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--labels", action="store_true", help="write each prompt below its picture")
     add("--gif", metavar="FILE", help="also write a film of the denoising")
     add("--device", default="cpu", help="cpu, cuda, ...")
-
     add = partial(add, rare=True)
     add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm is the paper's, with 250 steps")
     add("--cfg-image", type=float, default=3.0, help="guidance over the picture of --edit; 1 is none")
-    add(
-        "--scale",
-        type=int,
-        help="pixels a side (default: 256; 128 with --labels); 0, or in a folder: as painted",
-    )
+    add("--scale", type=int, help="pixels a side (256; 128 with --labels); 0, or in a folder: as painted")
     add("--max-tokens", type=int, help="longest text to write (default: 64; 256 an answer in a chat)")
     add("--max-images", type=int, default=4, help="in a chat: pictures an answer")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -131,9 +124,6 @@ def check_picture_folder(folder: Path, labels: bool) -> None:
     figures.check_place(folder / "000000.png")
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; name another folder with --out")
-
-
-# ---- Pictures ----
 
 
 def paint_prompts(trained: Trained, args: argparse.Namespace, batch: int = 64) -> None:

@@ -10,8 +10,6 @@ sheets of fixed prompts, curves.png, and the last checkpoint (checkpoint.py). Al
 from the seed and the number of the step, so that a resumed run goes on exactly as if it had never stopped.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import fnmatch
 import json
@@ -25,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import Tokens
 from checkpoint import (
     check_device,
     find_checkpoint,
@@ -80,11 +77,9 @@ def losses(model: LMFusion, batch: Batch, config: TrainConfig) -> dict[str, Tens
     if not (batch.max_t > 0).any():
         out["ddpm_loss"] = 0.0 * out["ddpm_loss"]
 
-    def of_text(part: Hidden | None, tokens: Tokens) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def of_text(part: Hidden | None, targets: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Features (T, D), next words (T,), and whether an image comes next (T,), if there is text."""
-        if part is None or part.text is None:
-            return []
-        return [(part.text, *next_tokens(tokens, model.config.boi_id))]
+        return [] if part is None or part.text is None else [(part.text, *targets)]
 
     def pick(features: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Those with something to learn; `wanted` is in main memory, and no device has to be waited for."""
@@ -92,8 +87,8 @@ def losses(model: LMFusion, batch: Batch, config: TrainConfig) -> dict[str, Tens
         return features[i.to(features.device)], wanted[i].to(features.device)
 
     # Eq. (1): text behind an image. If the text is frozen, none before it carries a gradient: no logits.
-    behind = of_text(hidden, batch.rest)
-    everywhere = behind + of_text(before, batch.prefix)
+    behind = of_text(hidden, next_tokens(batch.rest, model.config.boi_id))
+    everywhere = behind + of_text(before, next_tokens(batch.prefix, model.config.boi_id))
     learned = [pick(h, w) for h, w, _ in (behind if model.text_is_frozen else everywhere)]
     drawing = [pick(h, d) for h, _, d in everywhere]
     # A mean over nothing is 0, with a gradient of 0: all processes must have one of the same parameters.

@@ -8,8 +8,6 @@ Ctrl-C drops the answer that is being written; at the prompt it ends the convers
 Shapes: C, h, w channels, height and width of a latent, S pixels a side.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -54,9 +52,7 @@ def see(trained: Trained, path: Path) -> ChatPicture:
 class Conversation:
     """Messages, and what the model has read of them. ValueError for a base without chat tokens."""
 
-    def __init__(
-        self, trained: Trained, options: GenerationConfig, thinking: bool, messages: Iterable[dict] = ()
-    ):
+    def __init__(self, trained: Trained, options: GenerationConfig, thinking: bool, messages: list[dict]):
         self.trained, self.options, self.thinking = trained, options, thinking
         self.messages = list(messages)
         self.context = Context(trained)
@@ -67,10 +63,9 @@ class Conversation:
 
     @torch.inference_mode()
     def answer(self, content: str | list[dict], show: Show | None = None, watch: Watch = None) -> dict:
-        """The model's message after one of the user's. Both are kept, or neither if there is an error.
+        """The model's message after one of the user's; both are kept, or neither: ValueError if too long.
 
-        show(what, thought) is called as it comes, watch after each step of denoising. ValueError if the
-        conversation is longer than the context.
+        show(what, thought) is called as it comes, watch after each step of denoising.
         """
         tokenizer, config = self.trained.tokenizer, self.trained.model.config
         messages = [*self.messages, {"role": "user", "content": content}]
@@ -117,9 +112,6 @@ class Conversation:
                 yield ChatPicture(self.trained.codec.decode(event[None].cpu())[0], event), False
             elif event is not None and not word:
                 thought = event == think
-
-
-# ---- On the disk ----
 
 
 def file_in(picture: ChatPicture, folder: Path) -> str:
@@ -192,9 +184,6 @@ def read_messages(path: str) -> list[dict]:
     return replace_images(messages, lambda name: Path(path).parent / name)
 
 
-# ---- In the terminal ----
-
-
 class Printer:
     """Prints an answer as it comes, and writes its pictures to a folder."""
 
@@ -244,7 +233,7 @@ def respond(conversation: Conversation, content: str | list[dict], folder: Path)
 
 
 def answer_last(
-    trained: Trained, options: GenerationConfig, thinking: bool, messages: list[dict], folder: Path
+    trained: Trained, options: GenerationConfig, thinking: bool, messages: list, folder: Path
 ) -> None:
     """Answer the last message, the user's; images are paths. All of it is written to `folder`."""
     *before, last = replace_images(messages, lambda path: see(trained, path))
@@ -267,7 +256,7 @@ def read_line() -> str | None:
 
 def talk(trained: Trained, options: GenerationConfig, thinking: bool, folder: Path) -> None:
     """A conversation, line by line, until /quit or the end of the input; an error costs one line."""
-    conversation = Conversation(trained, options, thinking)
+    conversation = Conversation(trained, options, thinking, [])
     waiting: list[dict] = []  # pictures for the next message
     print(HELP)
     while (line := read_line()) not in (None, "/quit"):
@@ -276,7 +265,7 @@ def talk(trained: Trained, options: GenerationConfig, thinking: bool, folder: Pa
             if command == "/help":
                 print(HELP)
             elif command == "/new":
-                conversation, waiting = Conversation(trained, options, thinking), []
+                conversation, waiting = Conversation(trained, options, thinking, []), []
             elif command == "/image":
                 waiting.append(template.image_part(see(trained, Path(os.path.expanduser(rest.strip())))))
             elif command == "/save":

@@ -15,8 +15,6 @@ small/world.py reads them. A *case* is a conversation whose last message is the 
 Shapes: n cases; pictures are uint8 (n, 3, 32, 32).
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json
@@ -24,6 +22,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from operator import eq
 from pathlib import Path
 
 import torch
@@ -42,20 +41,19 @@ from small.dialogues import THINK_PROMPT, Shot, conversation
 from small.world import ATTRIBUTES, Scene, all_scenes, draw_edit, draw_shift, match, read_scenes, render
 
 
-def seen(trained: Trained, shot: Shot) -> ChatPicture:
-    """A built-in picture, as a conversation holds it."""
-    pixels = render([shot.scene], shifts=[shot.shift])
-    return ChatPicture(pixels[0], encode_pictures(trained, pixels)[0])
-
-
 def reply(trained: Trained, messages: list[dict], thinking: bool, options: GenerationConfig) -> dict:
     """What the model answers to the last of some messages, whose pictures are `Shot`s."""
-    *before, last = replace_images(messages, lambda shot: seen(trained, shot))
+
+    def see(shot: Shot) -> ChatPicture:
+        pixels = render([shot.scene], shifts=[shot.shift])
+        return ChatPicture(pixels[0], encode_pictures(trained, pixels)[0])
+
+    *before, last = replace_images(messages, see)
     return Conversation(trained, options, thinking, before).answer(last["content"])
 
 
 def answer_all(
-    trained: Trained, what: str, cases: list[list[dict]], thinking: list[bool], options: GenerationConfig
+    trained: Trained, what: str, cases: list, thinking: list[bool], options: GenerationConfig
 ) -> list[dict]:
     """The model's answer in each case, with a thought or without, and with a seed of its own."""
     todo = zip(tqdm(cases, desc=what, disable=None), thinking, itertools.count(options.seed))
@@ -87,9 +85,6 @@ def share(flags: Iterable[bool]) -> float:
     """Share of what is true; 0 of nothing."""
     flags = list(flags)
     return sum(flags) / max(1, len(flags))
-
-
-# ---- Kinds of cases ----
 
 
 def decisions(trained: Trained, n: int, options: GenerationConfig) -> dict:
@@ -156,13 +151,12 @@ def edits(trained: Trained, n: int, options: GenerationConfig) -> tuple[dict, Te
     words = [e.instruction for e in cases]
     after = torch.stack(in_batches(edit, "editing", 50, before, words, seeds))
     same = torch.stack(in_batches(edit, "editing without instruction", 50, before, [""] * n, seeds))
-    talked = [
-        question([image_part(Shot(e.source, shift)), text_part(e.instruction)])
-        for e, shift in zip(cases, shifts, strict=True)
-    ]
+    shots = [Shot(e.source, shift) for e, shift in zip(cases, shifts, strict=True)]
+    talked = [question([image_part(s), text_part(w)]) for s, w in zip(shots, words, strict=True)]
     answers = answer_all(trained, "editing in chat", talked, [False] * n, options)
     pairs = list(zip(read_scenes(after), cases, strict=True))
     right = [got == e.target for got, e in pairs]
+    by_attribute = {a: [got == e.target for got, e in pairs if e.attribute == a] for a in ATTRIBUTES}
     report = {
         "edits": n,
         "changed": share(getattr(got, e.attribute) == getattr(e.target, e.attribute) for got, e in pairs),
@@ -170,14 +164,8 @@ def edits(trained: Trained, n: int, options: GenerationConfig) -> tuple[dict, Te
             replace(got, **{e.attribute: getattr(e.target, e.attribute)}) == e.target for got, e in pairs
         ),
         "right": share(right),
-        "by_attribute": {
-            a: share(x for x, e in zip(right, cases, strict=True) if e.attribute == a)
-            for a in ATTRIBUTES
-            if any(e.attribute == a for e in cases)
-        },
-        "source_back_without_instruction": share(
-            got == e.source for got, e in zip(read_scenes(same), cases, strict=True)
-        ),
+        "by_attribute": {a: share(found) for a, found in by_attribute.items() if found},
+        "source_back_without_instruction": share(map(eq, read_scenes(same), [e.source for e in cases])),
         "rms_to_source_without_instruction": (same.float() - before.float()).square().mean().sqrt().item(),
         "right_in_chat": share(painted(a) == e.target for a, e in zip(answers, cases, strict=True)),
     }
@@ -280,8 +268,6 @@ def main() -> None:
     args = parse()
     tune_torch()
     trained = load_trained(args.checkpoint, args.base, config="small-chat")
-    if args.base:
-        trained.info["base"] = args.base
     check_shapes(trained)
     options = GenerationConfig(steps=args.steps, cfg=args.cfg, seed=args.seed)
     report = evaluate_chat(trained, args.n, options)

@@ -12,8 +12,6 @@ What the template itself writes is kept apart from what stands in the messages: 
 pieces and become control tokens; "<|im_end|>" typed by a user is text, and its ids are those of text.
 """
 
-from __future__ import annotations
-
 import reprlib
 from dataclasses import dataclass
 from itertools import groupby
@@ -43,8 +41,6 @@ VISION = "<|vision_start|><|image_pad|><|vision_end|>"  # a picture, in Qwen-VL'
 ROLES = ("system", "user", "assistant")
 KEYS = ("role", "content", "reasoning_content")
 
-# ---- Messages ----
-
 
 def text_part(text: str) -> dict:
     """A text as a part of a message."""
@@ -73,8 +69,7 @@ def check_messages(messages: list[dict], context: str = "") -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{prefix}messages must be a list of at least one message, not {short(messages)}")
     for number, message in enumerate(messages, start=1):
-        wrong = message_fault(message)
-        if wrong:
+        if wrong := message_fault(message):
             raise ValueError(f"{prefix}message {number} {wrong}")
 
 
@@ -107,10 +102,8 @@ def message_fault(message: object) -> str | None:
         form = part.get("type") if isinstance(part, dict) else None
         known = form in ("text", "image") and set(part) == {"type", form}
         if not known or (form == "text" and not isinstance(part["text"], str)):
-            return (
-                f"has as part {number} {short(part)}; it must be "
-                '{"type": "text", "text": a string} or {"type": "image", "image": ...}'
-            )
+            forms = '{"type": "text", "text": a string} or {"type": "image", "image": ...}'
+            return f"has as part {number} {short(part)}; it must be {forms}"
         if form == "image" and role == "system":
             return f"has an image as part {number}, but role system; it must be a user's or an assistant's"
         texts.append(part["text"] if form == "text" else "")
@@ -126,9 +119,6 @@ def split_content(message: dict) -> tuple[str, list[str | Picture]]:
     parts = [str(p["text"]) if p["type"] == "text" else Picture(p["image"]) for p in parts_of(message)]
     n = next((i for i, p in enumerate(parts) if isinstance(p, Picture)), len(parts))
     return "".join(parts[:n]), parts[n:]
-
-
-# ---- Messages -> pieces -> a string ----
 
 
 def apply_chat_template(messages: list[dict], thinking: bool = True, generate: bool = True) -> list[Piece]:
@@ -194,14 +184,10 @@ def text_of(pieces: list[Piece]) -> str:
     return "".join(VISION if isinstance(piece, Picture) else piece for piece in pieces)
 
 
-# ---- Pieces -> token ids ----
-
-
 def encode(tokenizer: Tokenizer, pieces: list[Piece], boi_id: int, eoi_id: int) -> list[int]:
     """Token ids of a rendered conversation; a picture is boi_id, IMAGE, eoi_id.
 
-    Text never gives a control token. ValueError if the vocabulary has no <|im_start|> or <|im_end|>; a base
-    without <think> and </think> reads them as text.
+    ValueError without <|im_start|> or <|im_end|> in the vocabulary; other controls are then read as text.
     """
     controls = {piece: tokenizer.token_to_id(piece) for piece in pieces if isinstance(piece, Control)}
     for piece in (IM_START, IM_END):
@@ -217,10 +203,7 @@ def encode(tokenizer: Tokenizer, pieces: list[Piece], boi_id: int, eoi_id: int) 
 
 
 def assistant_mask(tokenizer: Tokenizer, ids: list[int]) -> list[bool]:
-    """Of each id of an encoded conversation, whether an assistant says it; of plain text, all are True.
-
-    That is what stands behind "<|im_start|>" of an assistant's turn, up to its "<|im_end|>".
-    """
+    """Of each id, whether an assistant says it: from behind its "<|im_start|>" on; of plain text, all."""
     start, end = tokenizer.token_to_id(IM_START), tokenizer.token_to_id(IM_END)
     assistant = encode_plain(tokenizer, "assistant\n")[0]
     if start not in ids:

@@ -11,11 +11,8 @@ in the same order, from one pretrained tiny Qwen3. A result is one JSON file: th
 guidance, as in the paper's Figure 3), the final figures, the FLOPs of a step, the commit and the command.
 
 A text side that learns also reads text alone (Section 5.1.1), until its step takes about twice the FLOPs of
-ours. A frozen text side would learn nothing from it: its language-model loss is that of captions alone, which
-are a tenth of a learning cell's. The cells "light" are frozen ones whose captions weigh a tenth.
+ours. The captions of a frozen one are then ten times as much of its loss: in the cells "light" a tenth of it.
 """
-
-from __future__ import annotations
 
 import argparse
 import dataclasses
@@ -128,9 +125,6 @@ def configure(plan: Plan, name: str, seed: int, base: Path) -> TrainConfig:
     return dataclasses.replace(CONFIGS["small"], **own)
 
 
-# ---- Runs of train.py ----
-
-
 def ensure_lab_base(plan: Plan) -> Path:
     """The one base of all cells; a quick plan has a quick one."""
     if not plan.quick:
@@ -142,10 +136,7 @@ def ensure_lab_base(plan: Plan) -> Path:
 
 
 def count_flops(run: Run, steps: int) -> dict[str, float]:
-    """FLOPs and seconds a training step, on average: each step is timed, and done again to be counted.
-
-    The batches are those of the third step and the next ones; the run has trained on them afterwards.
-    """
+    """FLOPs and seconds a step: each, from the third on, is timed and done again to be counted; it trains."""
     run.step, run.stages, flops, seconds = 2, [], 0.0, 0.0
     for _ in range(steps):
         start = time.perf_counter()
@@ -211,9 +202,6 @@ def run_cell(plan: Plan, name: str, seed: int) -> None:
     write_atomic(result_file(plan, name, seed), json.dumps(result, indent=1) + "\n")
 
 
-# ---- What is measured ----
-
-
 def measure_text(model: LMFusion, trained: Trained, plan: Plan) -> dict[str, float]:
     """What the language model knows; documents and questions are the same for every cell and seed."""
     rng = random.Random("held-out text")
@@ -226,9 +214,7 @@ def measure_text(model: LMFusion, trained: Trained, plan: Plan) -> dict[str, flo
     return found
 
 
-def measure_pictures(
-    trained: Trained, n: int, seed: int, cfg: float = 1.0, sampler: str = "ddim", steps: int = 25
-) -> dict[str, float]:
+def measure_pictures(trained: Trained, n: int, seed: int, cfg: float, sampler: str, steps: int) -> dict:
     """n held-out prompts painted: each attribute and "match", all of them; and the Frechet distance."""
     scenes = random.Random("prompts").sample(all_scenes(held_out=True), n)
     seeds = [random.Random(f"{seed}-{i}").getrandbits(63) for i in range(n)]
@@ -237,8 +223,7 @@ def measure_pictures(
         prompts = [s.caption for s in scenes[i : i + 64]]
         painted.append(generate_images(trained, prompts, seeds[i : i + 64], steps, cfg, sampler))
     pictures = torch.cat(painted)
-    found = prompt_match(scenes, pictures)
-    real = render(scenes, random.Random(0))
+    found, real = prompt_match(scenes, pictures), render(scenes, random.Random(0))
     return {"match": found.pop("all"), **found, "frechet": frechet(pictures, real)}
 
 
@@ -255,7 +240,7 @@ def measure_captions(trained: Trained, n: int) -> dict[str, float]:
 def measure(trained: Trained, plan: Plan, seed: int) -> dict[str, float]:
     """A point of a curve."""
     found = measure_text(trained.model, trained, plan) | measure_captions(trained, plan.pictures)
-    return found | measure_pictures(trained, plan.pictures, seed, steps=plan.ddim[1])
+    return found | measure_pictures(trained, plan.pictures, seed, 1.0, "ddim", plan.ddim[1])
 
 
 def final_figures(trained: Trained, plan: Plan, name: str, seed: int) -> dict:
@@ -278,11 +263,7 @@ def final_figures(trained: Trained, plan: Plan, name: str, seed: int) -> dict:
     return found
 
 
-# ---- Many cells ----
-
-
 def result_file(plan: Plan, name: str, seed: int) -> Path:
-    """Where the result of a cell lies."""
     return Path(plan.out) / f"{name}-{seed}.json"
 
 

@@ -3,8 +3,6 @@
 Shapes: n pictures of S pixels a side; pictures are uint8 (n, 3, S, S).
 """
 
-from __future__ import annotations
-
 import io
 import math
 from pathlib import Path
@@ -28,10 +26,7 @@ def to_image(picture: Tensor, side: int | None = None) -> Image.Image:
 
 
 def check_place(path: str | Path, kinds: dict[str, str] | None = None) -> None:
-    """Make the folder of a file to be written later, so that a bad place is an error before the work.
-
-    ValueError for an ending that is not in `kinds`, OSError for a place where no file can be.
-    """
+    """Make the folder of a file to be written later; ValueError for its ending, OSError for its place."""
     path = Path(path)
     if kinds is not None and path.suffix.lower() not in kinds:
         raise ValueError(f"{path}: the ending {path.suffix!r} is not one of {' '.join(kinds)}")
@@ -53,10 +48,7 @@ def save_image(image: Image.Image, path: str | Path, **options) -> None:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """Break text into at most `lines` lines of `width` pixels; what does not fit ends in an ellipsis.
-
-    A word that is longer than a line is broken as well.
-    """
+    """Break text into at most `lines` lines of `width` pixels, in words if need be; the rest is "..."."""
     out = [""]
     for word in text.split():
         longer = f"{out[-1]} {word}".strip()
@@ -96,9 +88,7 @@ def sheet(pictures: Tensor, captions: list[str], columns: int = 6, side: int = 1
     return page
 
 
-def cases(
-    rows: list[tuple[list[Tensor], list[str]]], titles: list[str], side: int = 96, width: int = 900
-) -> Image.Image:
+def cases(rows: list[tuple[list, list]], titles: list, side: int = 96, width: int = 900) -> Image.Image:
     """Rows of pictures, uint8 (3, S, S), under their titles, with paragraphs of text to their right."""
     font, gap, top, line = ImageFont.load_default(12), 10, 26, 16
     page = Image.new("RGB", (width, top + len(rows) * (side + gap)), PAPER)
@@ -122,8 +112,7 @@ def cases(
 
 def grid(pictures: Tensor, side: int | None = None) -> Image.Image:
     """Pictures (n, 3, S, S), uint8, side by side without captions, about as many rows as columns."""
-    columns = max(1, round(len(pictures) ** 0.5 + 0.49))
-    side = side or pictures.shape[-1]
+    columns, side = max(1, round(len(pictures) ** 0.5 + 0.49)), side or pictures.shape[-1]
     page = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * side), PAPER)
     for i, picture in enumerate(pictures):
         page.paste(to_image(picture, side), (i % columns * side, i // columns * side))
@@ -179,9 +168,7 @@ def plot(title: str, lines: Lines, size: tuple[int, int], height: int) -> Image.
     return panel
 
 
-def curves(
-    panels: list[tuple[str, Lines]], size: tuple[int, int] = (420, 280), columns: int = 3
-) -> Image.Image:
+def curves(panels: list[tuple[str, Lines]], size: tuple = (420, 280), columns: int = 3) -> Image.Image:
     """Line plots side by side; a panel is (title, {label: [(x, y), ...]}), and its y axis holds 0.
 
     A point may be (x, y, low, high): then a band from low to high lies behind its line. The names of the
@@ -196,10 +183,7 @@ def curves(
 
 
 def training_curves(metrics: list[dict], timesteps: tuple[int, ...]) -> Image.Image:
-    """Losses and validation errors by step, from the lines of a run's metrics.jsonl.
-
-    timesteps: those at which the validation error was measured; the second and the fifth are drawn.
-    """
+    """Losses, and validation errors at the second and fifth of `timesteps`, from a run's metrics.jsonl."""
 
     def loss(key: str) -> list[tuple[float, ...]]:
         return [(m["step"], m[key]) for m in metrics if m.get(key) is not None]

@@ -10,14 +10,11 @@
 Shapes: B rows, N tokens, D hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -82,11 +79,7 @@ def question_fault(row: object) -> str | None:
 
 
 def cut(encode: Callable[[str], list[int]], context: str, choice: str) -> tuple[list[int], int]:
-    """Ids of context and choice as one text, and how many of them are the context's.
-
-    A space stands between them; like every word's, it belongs to the choice. Tokens that reach over the
-    border count as the choice's.
-    """
+    """Ids of context and choice as one text, and how many are the context's alone; a space joins the two."""
     context = context.rstrip()
     whole, alone = encode(f"{context} {choice.strip()}"), encode(context)
     same = 0
@@ -128,10 +121,8 @@ def multiple_choice(
         for choice in q.choices:
             ids, n = cut(encode, q.context, choice)
             if len(ids) > limit or not n:
-                raise ValueError(
-                    f"question {number + 1} ({q.context[:40]!r}...) is {len(ids)} tokens long, {n} of them "
-                    f"context; the model takes {limit} in all and needs one of context"
-                )
+                long = f"question {number + 1} ({q.context[:40]!r}...) is {len(ids)} tokens long, {n} of them"
+                raise ValueError(f"{long} context; the model takes {limit} in all and needs one of context")
             rows.append((ids, n))
     found: list[float] = []
     for start in tqdm(range(0, len(rows), 512), desc=what, disable=None, leave=False):
@@ -153,9 +144,6 @@ def perplexity(model: LMFusion, documents: list[list[int]], batch: int = 32) -> 
     return math.exp(-sum(found) / sum(len(ids) - 1 for ids in documents))
 
 
-# ---- Built-in questions ----
-
-
 def knowledge() -> list[Question]:
     """One question a fact of the text world, the choices being all values that such a fact can have."""
     kinds = ((" is", world.COLOR_THINGS), (" is a", world.SHAPE_THINGS), (" is", world.SIZE_THINGS))
@@ -169,17 +157,12 @@ def knowledge() -> list[Question]:
 
 
 def reasoning(n: int, seed: int = 0) -> list[Question]:
-    """n scenes in words and an instruction: which scene comes of it? Neither sentence says so alone.
-
-    Of the wrong scenes one is as before, one changed to another value, and one changed elsewhere.
-    """
+    """n scenes in words and an instruction: which scene comes of it? Neither sentence says so alone."""
     rng, out = random.Random(f"reasoning {seed}"), []
     while len(out) < n:
         edit = world.draw_edit(rng, held_out=True)
         others = [(a, v) for a in world.VALUES for v in world.VALUES[a] if v != getattr(edit.source, a)]
-        changed = [
-            (a, dataclasses.replace(edit.source, **{a: v})) for a, v in rng.sample(others, len(others))
-        ]
+        changed = [(a, replace(edit.source, **{a: v})) for a, v in rng.sample(others, len(others))]
         changed = [(a, scene) for a, scene in changed if scene.color != scene.background]
         same = [scene for a, scene in changed if a == edit.attribute and scene != edit.target]
         elsewhere = [scene for a, scene in changed if a != edit.attribute]

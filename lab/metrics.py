@@ -7,13 +7,10 @@ captions, a Fréchet distance for pictures.
     frechet            the same between two sets of pictures, by any function from pictures to features
 
 Neither the Penn Treebank tokenizer nor InceptionV3, which published numbers are computed with, is here:
-`caption_tokens` and `shape_features` are our own, and numbers that come from them compare only with others
-that do.
+`caption_tokens` and `shape_features` are our own, and their numbers compare only with each other.
 
 Shapes: n, m pictures or rows of features, d features, S pixels a side; pictures are uint8 (n, 3, S, S).
 """
-
-from __future__ import annotations
 
 import math
 import unicodedata
@@ -28,15 +25,9 @@ SIGMA = 6.0  # of the length penalty, in tokens
 CELLS = 4  # shape_features: cells a side
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, of red, green and blue
 
-# ---- Captions ----
-
 
 def caption_tokens(text: str) -> list[str]:
-    """Lower-case words without punctuation; apostrophes and hyphens inside a word stay.
-
-    Ours, and not the Penn Treebank tokenizer that published CIDEr scores are computed behind (it makes
-    "it 's" of "it's", for one): to compare with those, give `cider` what that tokenizer made.
-    """
+    """Lower-case words without punctuation, but for apostrophes and hyphens in them (see above)."""
     text = unicodedata.normalize("NFC", text.lower()).replace("’", "'").replace("--", " ")
     blanked = "".join(" " if unicodedata.category(c)[0] == "P" and c not in "'-" else c for c in text)
     return [word for word in (w.strip("'-") for w in blanked.split()) if word]
@@ -107,14 +98,8 @@ def exact_match(candidates: list[list[str]], references: list[list[list[str]]]) 
     return sum(any(list(c) == list(s) for s in group) for c, group in pairs) / len(candidates)
 
 
-# ---- Pictures ----
-
-
 def square_root(cov: Tensor) -> Tensor:
-    """The symmetric root of a covariance (d, d). Eigenvalues that are mere rounding count as 0.
-
-    Without that cut, a null direction of size 1e-16 would have a root of 1e-8.
-    """
+    """The symmetric root of a covariance (d, d). Eigenvalues that are mere rounding count as 0."""
     values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
     largest = values.abs().max().item()
     assert values[0].item() >= -1e-5 * largest, f"eigenvalue {values[0].item():g} of a covariance"
@@ -152,8 +137,7 @@ def shape_features(pictures: Tensor) -> Tensor:
     """uint8 (n, 3, S, S) -> float64 (n, 64), in 0 .. 1: what lies where in a built-in picture of 32 x 32.
 
     Of a grid of 4 x 4 cells, the mean colours (3 x 4 x 4 numbers) and the standard deviations of luminance
-    within each cell (4 x 4). Our own, made up for the built-in shapes: a Fréchet distance on these features
-    compares only with others on them, never with a published FID.
+    within each cell (4 x 4). Our own, made up for the built-in shapes.
     """
     n, colors, side, width = pictures.shape
     assert pictures.dtype == torch.uint8 and colors == 3 and side == width, (pictures.dtype, pictures.shape)
@@ -165,11 +149,6 @@ def shape_features(pictures: Tensor) -> Tensor:
     return torch.cat((x.mean(4).flatten(1), luminance.std(3, correction=0).flatten(1)), dim=1)
 
 
-def frechet(
-    pictures_a: Tensor, pictures_b: Tensor, features: Callable[[Tensor], Tensor] = shape_features
-) -> float:
-    """The Fréchet distance of two sets of pictures; `features` maps uint8 (n, 3, S, S) to (n, d).
-
-    With InceptionV3's 2,048 pooled features, which are not here, this is FID.
-    """
+def frechet(pictures_a: Tensor, pictures_b: Tensor, features: Callable = shape_features) -> float:
+    """The Fréchet distance of two sets of pictures, uint8 (n, 3, S, S); `features` maps each to (n, d)."""
     return frechet_distance(features(pictures_a), features(pictures_b))

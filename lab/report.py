@@ -6,8 +6,6 @@ it has the other sign in every seed, and is "not clear" otherwise. A claim that 
 fails only if it is behind in every seed.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path
@@ -103,19 +101,13 @@ def read_results(folder: Path) -> Results:
     return found
 
 
-# ---- Numbers ----
-
-
 def read(found: dict, name: str) -> float:
     """A figure; "attributes" is the mean of the five, which says more than "match" while that is near 0."""
     return mean(found[k] for k in VALUES) if name == "attributes" else found[name]
 
 
 def figure(result: dict, path: str) -> float:
-    """A final figure of a result: "text/reasoning", "pictures/1.55/match", "samplers/ddim 25/attributes".
-
-    "lost/NAME" is by how much a figure of the text fell below the base's.
-    """
+    """A final figure, like "pictures/1.55/match"; "lost/NAME": by how much the text fell below the base's."""
     *parts, name = path.split("/")
     found = result["final"]
     if parts == ["lost"]:
@@ -155,9 +147,6 @@ def verdict(values: list[float], equal_is_enough: bool = False) -> str:
     return "holds" if equal_is_enough or all(v > 0 for v in values) else "not clear"
 
 
-# ---- Tables ----
-
-
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
@@ -186,10 +175,7 @@ def claims(results: Results) -> str:
 
 
 def guess(seed: int) -> dict[str, float]:
-    """The figures of captions and pictures with the right background and all other attributes at random.
-
-    Training learns backgrounds first, and the wording of captions second. This is what they alone are worth.
-    """
+    """The figures with the right background, which training learns first, and all else at random."""
     scenes, rng = all_scenes(held_out=True), random.Random(seed)
     every = [*scenes, *all_scenes(held_out=False)]
     guessed = [rng.choice([g for g in every if g.background == s.background]) for s in scenes]
@@ -244,9 +230,6 @@ def samplers(results: Results) -> str:
     keys = ("attributes", "match", "frechet")
     rows = [[label, *(spread(results, "deep-0", f"{path}/{k}") for k in keys)] for label, path in kinds]
     return markdown(["sampling from deep, frozen text", "attributes", "all five", "Frechet"], rows)
-
-
-# ---- Figures ----
 
 
 def curve(by_seed: dict[int, dict], name: str) -> list[tuple[float, float, float, float]]:

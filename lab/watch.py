@@ -69,10 +69,8 @@ def draw_sheets(run: Run) -> None:
     with ema_weights(run):
         if "edit" in run.config.tasks:
             before, _, words = zip(*source.validation_edits(9), strict=True)
-            before = source.pixels(list(before))
-            words = [
-                documents.tokenizer.decode(documents.tokenise(w, 2)) for w in words
-            ]  # cut as in training
+            before, cut = source.pixels(list(before)), [documents.tokenise(w, 2) for w in words]
+            words = [documents.tokenizer.decode(ids) for ids in cut]  # as training reads them
             after = edit_images(trained, before, words, seeds=list(range(len(words))))
             pictures = torch.stack((before, after), 1).flatten(0, 1)
             pages["edits"] = pictures, [x for w in words for x in ("", w)]
@@ -137,7 +135,7 @@ class Progress:
 
 
 def log_line(
-    step: int, window: list[dict[str, float]], lr: float, rate: float, seconds: float
+    step: int, window: list[dict], lr: float, rate: float, seconds: float
 ) -> dict[str, float | None]:
     """A line of metrics.jsonl: means over the steps since the last one; None where a loss had no target."""
     known = {k: [w[k] for w in window if k in w] for k in ("loss", "lm_loss", "ddpm_loss", "draw_loss")}

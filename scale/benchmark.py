@@ -6,8 +6,6 @@ text   Prefill and decode by the frozen language model, against transformers' Qw
        runs that alternate. Needs transformers, which nothing else here does.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable
@@ -59,9 +57,7 @@ def make_loss(model: LMFusion, train: TrainConfig, pictures: int) -> Callable[[]
     return lambda: step_loss(model, batch, train)
 
 
-def training_step(
-    stock: str, layers: int, pictures: int, dtype: torch.dtype, device: str
-) -> tuple[float, float]:
+def training_step(stock: str, layers: int, pictures: int, dtype: torch.dtype, device: str) -> tuple:
     """FLOPs and shortest time of a step, optimizer included."""
     config = replace(known_config(stock), num_hidden_layers=layers, vocab_size=8192)
     config = replace(config, boi_id=0, eoi_id=1, eos_id=2)
@@ -170,11 +166,8 @@ def main() -> None:
         ours, theirs = r["our prefill"], r["their prefill"]
         one, other = 1e3 * r["our token"], 1e3 * r["their token"]  # ms
         same = f"logits differ by {r['difference']:.1e}, ids {'agree' if r['agree'] else 'DIFFER'}"
-        print(
-            f"text, {name}: {args.prompt} tokens of prompt {ours:.3f} s, transformers {theirs:.3f} s; ",
-            end="",
-        )
-        print(f"a token {one:.1f} ms, transformers {other:.1f} ms; {same}")
+        prompt = f"{args.prompt} tokens of prompt {ours:.3f} s, transformers {theirs:.3f} s"
+        print(f"text, {name}: {prompt}; a token {one:.1f} ms, transformers {other:.1f} ms; {same}")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,9 @@ The functions that train and sample run on a model of fake tensors, which have s
 tensor made is entered in the books with its size and taken out when it dies; products and convolutions are
 counted. What is kept in which dtype, and what FSDP divides and gathers, follows from formulas.
 
-The books say what a perfect allocator needs. The predicted peak adds gradients and activations, for the holes
-that dead activations leave in a heap have other sizes, as measured on CPUs. What a kernel needs inside is in
-neither, nor are validation, the VAE and the pictures.
+The books say what a perfect allocator needs; the predicted peak adds gradients and activations, for the holes
+of a heap (measured on CPUs). What a kernel needs inside is in neither, nor validation, VAE and pictures.
 """
-
-from __future__ import annotations
 
 import math
 import os
@@ -30,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from attention import IMAGE, Cache, Tokens
+from attention import IMAGE, Tokens
 from config import TrainConfig
 from data import CAPTION_DROPPED, CAPTION_FIRST, IMAGE_FIRST, Batch, caption_document, collate
 from load_qwen3 import known_config
@@ -75,8 +72,7 @@ FLOPS = {
 class Books(TorchDispatchMode):
     """Inside, whatever touches a fake tensor is faked, and the bytes of all tensors made are added up.
 
-    What touches none is small and is computed: ids, masks, timesteps. Shapes depend on their values: which
-    tokens of a batch are text. Fake tensors say that they lie on the CPU, so that code takes the CPU's way.
+    What touches none is small and is computed: ids, masks, timesteps. Shapes depend on their values.
     """
 
     def __init__(self):
@@ -153,9 +149,6 @@ def numel(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-# ---- Training ----
-
-
 def count_parameters(model: LMFusion) -> dict[str, int]:
     """Numbers of parameters; what both modalities share counts as text."""
     image = model.image_parameters()
@@ -169,9 +162,7 @@ def count_parameters(model: LMFusion) -> dict[str, int]:
     }
 
 
-def make_fake_batch(
-    books: Books, config: ModelConfig, train: TrainConfig, counts: tuple[int, int, int], tokens: int
-) -> Batch:
+def fake_batch(books: Books, config: ModelConfig, train: TrainConfig, counts: tuple, tokens: int) -> Batch:
     """Pictures with captions of so many tokens. counts: of each of ORDERS."""
     orders = [order for order, k in zip(ORDERS, counts, strict=True) for _ in range(k)]
     caption = [ordinary_id(config)] * tokens
@@ -187,9 +178,7 @@ def order_shares(train: TrainConfig) -> tuple[float, float, float]:
     return first * (1 - drop), first * drop, 1 - first
 
 
-def training_flops(
-    config: ModelConfig, train: TrainConfig, step: TrainingStep, tokens: int
-) -> dict[str, float]:
+def training_flops(config: ModelConfig, train: TrainConfig, step: TrainingStep, tokens: int) -> dict:
     """FLOPs of a picture, on average over the recipe's orders, and of a whole step of all processes.
 
     "prefill" is what `LMFusion.forward` does first, without a graph if the text is frozen; what activation
@@ -201,7 +190,7 @@ def training_flops(
             continue
         books = Books()
         model = books.model(config, train)
-        batch = make_fake_batch(books, config, train, counts, tokens)
+        batch = fake_batch(books, config, train, counts, tokens)
         with books:
             if batch.prefix.ids.shape[1]:
                 model.encode(batch.prefix)
@@ -262,7 +251,7 @@ def training_bytes(
     gradients so far and whatever backward needs on the way take together; "optimizer_step" what an optimizer
     needs on the way. "least_peak" is what the tensors need, "peak" what a process will (see above).
     """
-    books = Books()
+    books, _ = Books(), train.diffusion  # the table of the schedule is no activation
     model = books.model(config, train)
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -276,7 +265,7 @@ def training_bytes(
     for _ in range(1 if micro * world_size == train.batch_size else 2):  # the second adds to gradients
         before = books.live
         with books:
-            loss = step.loss(model, make_fake_batch(books, config, train, counts, tokens), train)
+            loss = step.loss(model, fake_batch(books, config, train, counts, tokens), train)
             activations = books.live - before
             loss.backward()
             del loss
@@ -296,13 +285,6 @@ def training_bytes(
     return steady | needs | {"least_peak": least, "peak": peak}
 
 
-# ---- Sampling, and the report ----
-
-
-def cache_bytes(cache: Cache) -> float:
-    return float(sum(x.nbytes for x in cache.k + cache.v))
-
-
 @torch.no_grad()  # in inference mode, products would reach the books under names not counted
 def sampling(config: ModelConfig, train: TrainConfig, tokens: int) -> dict[str, float]:
     """FLOPs and bytes of one picture as `generate.generate_images` paints it: with a caption and without."""
@@ -318,7 +300,8 @@ def sampling(config: ModelConfig, train: TrainConfig, tokens: int) -> dict[str, 
     often = books.flops
     weights = model.boi_head.itemsize * numel(model.parameters())
     flops = {"prefill_flops": once, "step_flops": often, "picture_flops": once + DDIM_STEPS * often}
-    return flops | {"weights": weights, "cache": cache_bytes(cache), "peak": weights + books.peak}
+    kept = float(sum(x.nbytes for x in cache.k + cache.v))
+    return flops | {"weights": weights, "cache": kept, "peak": weights + books.peak}
 
 
 @torch.no_grad()  # in inference mode, products would reach the books under names not counted
@@ -335,7 +318,7 @@ def writing(config: ModelConfig, train: TrainConfig) -> dict[str, float]:
         prefill, books.flops = books.flops, 0
         new = model.encode(Tokens.text(torch.full((1, 1), ordinary_id(config)), n), cache=hidden.cache)
         model.logits(new.text)
-    item, cache = model.boi_head.itemsize, cache_bytes(hidden.cache)
+    item, cache = model.boi_head.itemsize, float(sum(x.nbytes for x in hidden.cache.k + hidden.cache.v))
     weights = item * numel(model.text_parameters().values())
     unread = 0 if config.tie_word_embeddings else item * model.embed_tokens.weight.numel()  # but one row
     flops = {"prefill_flops": prefill, "token_flops": books.flops}
@@ -346,10 +329,7 @@ def writing(config: ModelConfig, train: TrainConfig) -> dict[str, float]:
 def report(
     config: ModelConfig, train: TrainConfig, step: TrainingStep, world_size: int = 1, tokens: int = 32
 ) -> dict[str, dict]:
-    """Parameters; bytes and FLOPs of training on `world_size` processes, of painting, and of writing.
-
-    Nothing large is allocated. ValueError if the processes cannot share a batch equally.
-    """
+    """Parameters; bytes and FLOPs of training, painting, and writing; ValueError for an uneven batch."""
     if world_size < 1 or train.batch_size % world_size:
         raise ValueError(f"batch_size = {train.batch_size} is not a multiple of world_size = {world_size}")
     pictures = {"pictures_a_step": train.batch_size, "pictures_at_once": micro_batch(train, world_size)}

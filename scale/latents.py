@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import check_device, write_atomic
-from config import Parser, add_fields, rules, run_command, setting
+from config import Parser, add_fields, flag_name, rules, run_command, setting
 from load_qwen3 import address, encode_plain, load_tokenizer, open_safetensors, read_json, resolve
 from scale.pictures import NAMED, Sample, list_samples, nothing_to_load, read_sample, skipped_line
 from scale.vae import AutoencoderKL, load_vae
@@ -54,9 +54,9 @@ class EncodeConfig:
     vae: str = setting("", "folder or hub id of the VAE")
     base: str = setting("", "folder or hub id of the Qwen3 whose tokenizer reads the captions")
     out: str = setting("", "folder of the shards")
-    image_size: int = setting(256, "pixels a side")
-    shard_size: int = setting(1024, "pictures a shard")
-    batch_size: int = setting(8, "pictures the VAE takes at once")
+    image_size: int = setting(256, "pixels a side", low=1)
+    shard_size: int = setting(1024, "pictures a shard", low=1)
+    batch_size: int = setting(8, "pictures the VAE takes at once", low=1)
     device: str = setting("cpu", "where the VAE computes: cpu, cuda, ...")
     dtype: str = setting("float32", "what the VAE computes in", ("float32", "bfloat16"))
     # Our choice: float16, half the bytes; it rounds latents of about unit variance by less than 0.001
@@ -111,18 +111,13 @@ def tokenizer_fingerprint(folder_or_hub_id: str | Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# ---- Writing ----
-
-
 def encode_source(config: EncodeConfig, codec: AutoencoderKL) -> LatentShards:
     """Write the shards of `config.data` that `config.out` does not hold yet, then its index.
 
-    In memory are one shard and one batch at most. ValueError: no good sample; `out` was begun with other
-    settings; a latent that is not finite. OSError: `out` cannot be written.
+    ValueError: no good sample; `out` was begun with other settings; a latent that is not finite.
     """
-    for name in ("image_size", "shard_size", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; at least 1 is needed")
+    for name, rule in rules(EncodeConfig).items():
+        rule.check(flag_name(name), getattr(config, name))
     if config.image_size % codec.patch:
         raise ValueError(f"--image-size {config.image_size} is not a multiple of the VAE's {codec.patch}")
     listed, tokenizer, out = list_samples(config.data), load_tokenizer(config.base), Path(config.out)
@@ -215,10 +210,10 @@ def write_index(config: EncodeConfig, settings: Settings, pieces: list[Piece]) -
     """OUT/index.json, from what the shards are; a last piece may have no pictures and no file."""
     out, skipped = Path(config.out), [x for piece in pieces for x in piece.skipped]
     full = [piece for piece in pieces if piece.count]
-    shards = []
-    for i, piece in enumerate(full):
-        size = (out / shard_name(i)).stat().st_size
-        shards.append({"file": shard_name(i), "count": piece.count, "bytes": size})
+    sizes = {shard_name(i): (out / shard_name(i)).stat().st_size for i in range(len(full))}
+    shards = [
+        {"file": f, "count": p.count, "bytes": n} for (f, n), p in zip(sizes.items(), full, strict=True)
+    ]
     n = sum(piece.count for piece in full) * settings.latent_size**2
     mean = [sum(x) / n for x in zip(*(piece.sum for piece in full), strict=True)]
     squares = [sum(x) / n for x in zip(*(piece.squares for piece in full), strict=True)]
@@ -240,9 +235,6 @@ def write_index(config: EncodeConfig, settings: Settings, pieces: list[Piece]) -
 
 def shard_name(i: int) -> str:
     return f"shard-{i:05d}.safetensors"
-
-
-# ---- Reading ----
 
 
 def read_shards(files: list[Path], settings: Settings, remedy: str) -> list[Piece]:
@@ -357,9 +349,8 @@ class LatentShards:
             problem = f"latents of {self.channels} channels, the model takes {channels} (--latent-channels)"
         elif self.latent_size != latent_size:
             found, wanted = (f"{side} x {side}" for side in (self.latent_size, latent_size))
-            problem = (
-                f"latents of {found} ({self.image_size} pixels), the model takes {wanted} (--image-size)"
-            )
+            found = f"latents of {found} ({self.image_size} pixels)"
+            problem = f"{found}, the model takes {wanted} (--image-size)"
         elif self.tokenizer_fingerprint != tokenizer_fingerprint(base):
             problem = f"captions by the tokenizer of {self.base}, and that of {base} is another (--base)"
         elif self.vocab_size > vocab_size:

@@ -4,8 +4,6 @@ torch's own computes them in bfloat16, which a CPU without instructions for it (
 have) emulates: 70% of the time of a pretraining step of the tiny Qwen3 went there.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 

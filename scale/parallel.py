@@ -8,8 +8,6 @@ on how many share it. bfloat16 means: computed in bfloat16, while the weights th
 the same machinery, with one process or many.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import warnings
@@ -62,10 +60,8 @@ class Team:
             dist.all_gather_object(everyone, mine)
             for rank, other in enumerate(everyone):
                 if other != everyone[0]:
-                    raise ValueError(
-                        f"the processes differ in {what}: rank 0 has {everyone[0]}, rank {rank} has {other} "
-                        "(fingerprints); every one must read the same"
-                    )
+                    found = f"rank 0 has {everyone[0]}, rank {rank} has {other} (fingerprints)"
+                    raise ValueError(f"the processes differ in {what}: {found}; every one must read the same")
 
 
 def own_device(device: str) -> str:
@@ -75,10 +71,7 @@ def own_device(device: str) -> str:
 
 
 def init_processes(device: str, dtype: str) -> Team:
-    """The team this process belongs to, by torchrun's environment.
-
-    Without torchrun: a process alone, which needs the machinery for bfloat16 only.
-    """
+    """The team of torchrun's environment; a process alone needs the machinery for bfloat16 only."""
     launched = "WORLD_SIZE" in os.environ and "RANK" in os.environ
     if not launched and dtype == "float32":
         return Team(device=device)
@@ -107,11 +100,8 @@ def shard(model: nn.Module, team: Team, dtype: torch.dtype) -> None:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype if dtype != torch.float32 else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
+    computed = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(computed, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (*model.layers, model.unet_down, model.unet_up):
         fully_shard(part, mesh=team.mesh, mp_policy=policy, reshard_after_forward=True)
     # Embeddings, head and final norms stay whole from `encode` to the end of the backward pass: a process

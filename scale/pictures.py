@@ -8,12 +8,10 @@
                 file name are one sample: `.png` (...) is its picture, `.txt` its caption
 
 Everything is decoded once, at the start, into one uint8 tensor; latents.py goes through the same samples one
-by one. A bad sample is left out and named. Where one is read, ValueError or OSError says what is wrong with it.
+by one. A bad sample is left out and named: ValueError or OSError says what is wrong with it.
 
 Shapes: M pictures, E edits, S pixels a side.
 """
-
-from __future__ import annotations
 
 import glob
 import io
@@ -39,8 +37,6 @@ MAX_FILE = 2**28  # bytes of one picture
 MAX_CAPTION = 10_000  # characters
 MAX_MEMORY = 2**33  # bytes of all decoded pictures
 NAMED = 10  # bad samples that are named; the others are counted
-
-
 Skipped = list[tuple[str, str]]  # name and reason of what was left out
 
 
@@ -110,17 +106,12 @@ def load_pictures(source: str | list[str], size: int, max_memory: int = MAX_MEMO
 
 
 def load_edits(source: str | list[str], size: int, max_memory: int = MAX_MEMORY) -> Edits:
-    """Every edit of `source`: two tensors (E, 3, S, S) uint8 with S = `size`, else as `load_pictures`.
-
-    An edit is bad if either picture or the instruction is. Captioned pictures are passed over.
-    """
+    """Every edit of `source`, as `load_pictures` has pictures; bad if either picture or the words are."""
     pixels, instructions, names, skipped = load_samples("edit", source, size, max_memory)
     return Edits(pixels[0], pixels[1], instructions, names, skipped)
 
 
-def load_samples(
-    kind: str, source: str | list[str], size: int, max_memory: int
-) -> tuple[Tensor, list[str], list[str], Skipped]:
+def load_samples(kind: str, source: str | list[str], size: int, max_memory: int) -> tuple:
     """The samples of a kind: pixels (1 or, of edits, 2, M, 3, S, S), texts, names, and what was left out."""
     read, parts, unit = (read_edit, 2, "edit") if kind == "edit" else (read_sample, 1, "picture")
     if size < 1:
@@ -130,9 +121,7 @@ def load_samples(
     memory = parts * len(samples) * 3 * size**2
     if memory > max_memory:
         take = f"{parts * len(samples):,} pictures of {size} x {size} pixels take {memory / 2**30:.2f} GiB"
-        raise ValueError(
-            f"{sources}: {take}, and {max_memory / 2**30:.2f} are allowed; make it fewer or smaller"
-        )
+        raise ValueError(f"{sources}: {take}, {max_memory / 2**30:.2f} are allowed; make it fewer or smaller")
     pixels = torch.empty(parts, len(samples), 3, size, size, dtype=torch.uint8)
     texts, names, skipped = [], [], []
     for sample in tqdm(samples, desc=f"{unit}s", unit=unit, disable=None):
@@ -169,9 +158,6 @@ def nothing_to_load(kind: str, bad: str, edits: int) -> str:
     if edits:
         reason += f"; {edits:,} edits (lines with a source), which are for --task edit"
     return f"no captioned pictures{reason or ' (name.png + name.txt, metadata.jsonl, or tars by name)'}"
-
-
-# ---- one sample ----
 
 
 def read_sample(sample: Sample, size: int) -> tuple[Tensor, str]:
@@ -242,14 +228,8 @@ def square_rgb(image: Image.Image, size: int) -> Image.Image:
     return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
 
 
-# ---- where the samples are ----
-
-
 def list_samples(source: str | list[str]) -> list[Sample]:
-    """Every sample of `source` (see load_pictures), of both kinds, unread, in its fixed order.
-
-    Each path once, a glob's matches sorted. ValueError: no such file, or not a tar.
-    """
+    """Every sample of `source`, unread, in a fixed order, each path once. ValueError: no such file or tar."""
     paths: dict[str, None] = {}
     for path in map(os.path.expanduser, [source] if isinstance(source, str) else source):
         found = [path] if os.path.exists(path) else sorted(glob.glob(path))
@@ -317,9 +297,9 @@ def file_inside(folder: Path, name: str) -> Span | None:
 
 
 def tar_samples(path: Path) -> list[Sample]:
-    """The samples of a WebDataset tar in the order of its members; follows no link. ValueError: not a tar.
+    """The samples of a WebDataset tar in its order; follows no link. ValueError: not a tar.
 
-    A tar that breaks off yields the samples that are whole, and a bad one with the tar's name.
+    One that breaks off yields what is whole, and a bad sample with the tar's name.
     """
     try:
         tar = tarfile.open(path, "r:")

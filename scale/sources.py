@@ -6,8 +6,6 @@
 Without --val-data every 20th example is set aside for validation.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random
@@ -65,10 +63,7 @@ def open_text(config: TrainConfig, tokenizer: Tokenizer, eos_id: int) -> TextSou
 
 
 def find_base(config: TrainConfig, team: Team, former: object = None) -> str:
-    """The folder or hub id of the base language model. One process fetches or pretrains it, the others wait.
-
-    former: where the tiny one was when the run that is resumed began.
-    """
+    """The base (`former`: where a resumed run had the tiny one); one process makes it, the others wait."""
     base = config.base
     for main_first in (True, False):
         if team.is_main == main_first:
@@ -144,14 +139,10 @@ class PictureSource:
         """Any model; what the tasks need was loaded, or was an error."""
 
     def fingerprint(self) -> bytes:
-        texts, pixels = [], []
-        for part in (self.train, self.val):
-            texts, pixels = texts + [part.captions], pixels + [part.pixels]
-        if self.edits is not None:
-            texts, pixels = (
-                texts + [self.edits.instructions],
-                pixels + [self.edits.sources, self.edits.targets],
-            )
+        train, val, edits = self.train, self.val, self.edits
+        texts, pixels = [train.captions, val.captions], [train.pixels, val.pixels]
+        if edits is not None:
+            texts, pixels = [*texts, edits.instructions], [*pixels, edits.sources, edits.targets]
         digest = hashlib.sha256(json.dumps(texts).encode())
         for x in pixels:
             digest.update(x.numpy())

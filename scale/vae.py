@@ -104,12 +104,10 @@ class Resample(nn.Module):
 class VAEBlock(nn.Module):
     """Residual layers at one resolution, attention behind the first, then a change of resolution, if any."""
 
-    def __init__(
-        self, c_in: int, c_out: int, layers: int, groups: int, attention: bool = False, then: str = ""
-    ):
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, attend: bool = False, then: str = ""):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_out if i else c_in, c_out, groups) for i in range(layers))
-        self.attentions = nn.ModuleList([VAEAttention(c_out, groups)] if attention else [])
+        self.attentions = nn.ModuleList([VAEAttention(c_out, groups)] if attend else [])
         self.downsamplers = nn.ModuleList([Resample(c_out, down=True)] if then == "down" else [])
         self.upsamplers = nn.ModuleList([Resample(c_out, down=False)] if then == "up" else [])
 
@@ -193,10 +191,7 @@ class AutoencoderKL(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: Tensor, batch: int = 4) -> Tensor:
-        """uint8 (M, 3, S, S) -> float32 latents (M, C, h, w), about unit variance, on the same device.
-
-        `batch` pictures at a time. Raises ValueError if S is not a multiple of `patch`.
-        """
+        """uint8 (M, 3, S, S) -> latents (M, C, h, w), float32; ValueError if S is no multiple of f."""
         assert pictures.dtype == torch.uint8 and pictures.dim() == 4 and pictures.shape[1] == 3
         H, W = pictures.shape[2:]
         if H % self.patch or W % self.patch or not H or not W:
@@ -220,10 +215,7 @@ class AutoencoderKL(nn.Module):
         return torch.cat(pictures)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration and every tensor's name, shape and bits: which VAE made a latent.
-
-        Computed once: by `load_vae`, from the tensors as stored, so that it is the same in every dtype.
-        """
+        """SHA-256 of configuration and tensors: which VAE made a latent. By `load_vae`, of what is stored."""
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
             for name, p in sorted(self.state_dict().items()):
@@ -307,10 +299,7 @@ def read_vae_tensors(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[s
 def load_vae(
     folder_or_hub_id: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> AutoencoderKL:
-    """A frozen VAE from a diffusers folder, its subfolder `vae`, or the hub.
-
-    Raises ValueError with the name of the file, field or tensor for whatever does not fit.
-    """
+    """A frozen VAE from a diffusers folder, its subfolder `vae`, or the hub; a ValueError otherwise."""
     folder = resolve_vae(folder_or_hub_id)
     with torch.device("meta"):  # shapes only; the file's tensors then take their places
         vae = AutoencoderKL(read_vae_config(folder / "config.json"))
@@ -319,9 +308,6 @@ def load_vae(
     vae.eval().requires_grad_(False)
     vae.fingerprint()
     return vae.to(device, dtype)
-
-
-# ---- The linear stand-in ----
 
 
 class PatchPCA:
@@ -372,10 +358,9 @@ class PatchPCA:
 def make_codec(
     config: TrainConfig, sample: Callable[[int, random.Random], tuple[Tensor, list[str]]], device: str
 ) -> tuple[dict | None, PatchPCA | AutoencoderKL]:
-    """What a run on pixels makes latents with, after what a checkpoint says of it (None of PatchPCA).
+    """What makes a run's latents, and a checkpoint's entry of it (None of PatchPCA).
 
-    sample(n, rng): n training pictures, uint8 (n, 3, S, S), and captions; the components, or the VAE's range,
-    are taken from them.
+    sample(n, rng): n training pictures, uint8 (n, 3, S, S), and captions; components or ranges are theirs.
     """
     rng = random.Random(config.seed)
     if not config.vae:

@@ -12,8 +12,6 @@ Qwen3 is on text (`as_text`): captions stand for the user's pictures, and nothin
 It does not know when to draw; the extra head row of LMFusion learns that.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 
@@ -167,10 +165,7 @@ def edit_turn(rng: random.Random, last: Shot | None, held_out: bool) -> tuple[di
 def conversation(
     rng: random.Random, thinking: bool, kinds: list[str] | None = None, held_out: bool = False
 ) -> list[dict]:
-    """Messages of one to three turns of the given kinds; what is drawn in the last one is held out or not.
-
-    An "edit" behind a turn with a picture changes that picture, half the time.
-    """
+    """Messages of one to three turns of the given kinds; what is drawn in the last one is held out or not."""
     if kinds is None:
         kinds = rng.choices(KINDS, (4, 4, 2, 3, 3), k=rng.choices((1, 2, 3), (70, 25, 5))[0])
     messages = [{"role": "system", "content": THINK_PROMPT}] if thinking else []
@@ -212,13 +207,10 @@ def as_text(messages: list[dict]) -> list[dict]:
     return [m | {"content": "".join(words(p, m["role"]) for p in parts_of(m))} for m in messages]
 
 
-def picture_conversation(
-    rng: random.Random, picture: object, caption: str, edit: tuple[object, object, str] | None
-) -> list[dict]:
+def picture_conversation(rng: random.Random, picture: object, caption: str, edit: tuple | None) -> list[dict]:
     """One turn around a real picture: painted, described, or edited (before, after, instruction).
 
-    Our choice, for data without conversations: the answer is the picture or the caption alone, and no
-    thought stands before it; thinking is left to what the base can do.
+    Our choice, for data without conversations: the answer is the picture or caption alone, without a thought.
     """
     if edit is not None:
         before, after, instruction = edit

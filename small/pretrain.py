@@ -4,8 +4,6 @@ The result is an ordinary Hugging Face folder (config.json, model.safetensors, t
 `load_qwen3` reads like any other. Nothing of LMFusion is in it: no image, no BOI, no U-Net.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random
@@ -31,12 +29,9 @@ from small.world import text_document
 
 EOS = "<|endoftext|>"
 SPECIAL = (EOS, IM_START, IM_END, BOI, EOI, THINK, END_THINK)
-SIZES = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4)
-SIZES |= dict(num_key_value_heads=2, head_dim=32, rope_theta=1e4, tie_word_embeddings=True)
-SIZES |= dict(max_position_embeddings=1024)
-NO_IMAGES = dict(
-    latent_size=2, unet_channels=(4, 4), unet_attention=False
-)  # next to nothing of an image side
+SIZES = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, head_dim=32)
+SIZES |= dict(num_key_value_heads=2, rope_theta=1e4, tie_word_embeddings=True, max_position_embeddings=1024)
+NO_IMAGES = dict(latent_size=2, unet_channels=(4, 4), unet_attention=False)  # next to nothing of that side
 # Which recipe a base was made by. Raise it with any change to the text, the tokenizer, the sizes or the
 # training below: bases of other recipes are then made anew, and those of this one are found again.
 RECIPE = 1
@@ -49,12 +44,8 @@ def train_tokenizer(rng: random.Random) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        special_tokens=list(SPECIAL),
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
+    how = dict(special_tokens=list(SPECIAL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(vocab_size=1024, show_progress=False, **how)
     tokenizer.train_from_iterator(sample_text(rng, 5000), trainer)
     return tokenizer
 
@@ -143,7 +134,6 @@ def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> N
         return min(1.0, (i + 1) / WARMUP) * (0.03 + 0.97 * (1 + math.cos(math.pi * i / steps)) / 2)
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]
-
     bar = tqdm(range(steps), desc="pretraining the tiny language model", unit="step", disable=None)
     batches: list[list[tuple[list[int], list[bool]]]] = []
     for step in bar:
@@ -192,16 +182,13 @@ def random_base(stock: str, folder: Path, seed: int = 0) -> None:
     save_base(model, tokenizer, folder, state)
 
 
-def save_base(
-    model: LMFusion, tokenizer: Tokenizer, folder: Path, state: dict[str, torch.Tensor] | None = None
-) -> None:
+def save_base(model: LMFusion, tokenizer: Tokenizer, folder: Path, state: dict | None = None) -> None:
     """The text half of a model (or, in its place, of `state`) as a Hugging Face Qwen3 folder."""
     config, state = model.config, state or model.state_dict()
     dtype = str(state["embed_tokens.weight"].dtype).removeprefix("torch.")
     raw = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu"}
     raw |= {"attention_bias": False, "torch_dtype": dtype, "eos_token_id": config.eos_id}
-    fields = ("vocab_size", *SIZES, "rms_norm_eps")
-    raw |= {name: getattr(config, name) for name in fields}
+    raw |= {name: getattr(config, name) for name in ("vocab_size", *SIZES, "rms_norm_eps")}
     tensors = {theirs: state[ours] for theirs, ours in text_names(config).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": EOS}

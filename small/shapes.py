@@ -3,8 +3,6 @@
 A picture is a `Shot`: a scene, and by how many pixels its shape is off. It is rendered when a batch needs it.
 """
 
-from __future__ import annotations
-
 import random
 
 from torch import Tensor

@@ -8,8 +8,6 @@
 It stands in for the paper's data. Shapes: M pictures; pictures are uint8 (M, 3, 32, 32).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import random
@@ -88,17 +86,13 @@ def draw_shift(rng: random.Random) -> tuple[int, int]:
     return rng.randrange(2 * JITTER + 1) - JITTER, rng.randrange(2 * JITTER + 1) - JITTER
 
 
-def render(
-    scenes: list[Scene], rng: random.Random | None = None, shifts: list[tuple[int, int]] | None = None
-) -> Tensor:
+def render(scenes: list[Scene], rng: random.Random | None = None, shifts: list | None = None) -> Tensor:
     """Pictures (M, 3, 32, 32), uint8, with given shifts, or those that `rng` draws, or none."""
     shapes, sizes, places = list(SHAPES), list(SIZES), list(PLACES)
     if shifts is None:
         shifts = [draw_shift(rng) if rng else (0, 0) for _ in scenes]
-    index = [
-        (shapes.index(s.shape), sizes.index(s.size), places.index(s.place), dy + JITTER, dx + JITTER)
-        for s, (dy, dx) in zip(scenes, shifts, strict=True)
-    ]
+    kinds = [(shapes.index(s.shape), sizes.index(s.size), places.index(s.place)) for s in scenes]
+    index = [(*k, dy + JITTER, dx + JITTER) for k, (dy, dx) in zip(kinds, shifts, strict=True)]
     mask = coverage()[tuple(torch.tensor(index).T)][:, None]  # (M, 1, 32, 32)
     color = torch.tensor([COLORS[s.color] for s in scenes], dtype=torch.float32)[:, :, None, None]
     background = torch.tensor([COLORS[s.background] for s in scenes], dtype=torch.float32)[:, :, None, None]
@@ -108,9 +102,8 @@ def render(
 def read_scenes(pictures: Tensor) -> list[Scene]:
     """The scenes whose renderings are nearest, in squared error, to pictures uint8 (M, 3, 32, 32).
 
-    A rendering is a c + (1 - a) b with coverage a, colour c and background b, over all shapes, sizes, places
-    and shifts of the middle. Its distance to x is quadratic in c and b, so sums over pixels with weights a
-    and 1 - a do.
+    A rendering is a c + (1 - a) b with coverage a, colour c and background b. Its distance to x is quadratic
+    in c and b, so sums over pixels with weights a and 1 - a do.
     """
     x = pictures.double().flatten(2)  # (M, 3, pixels)
     a = coverage().double().flatten(0, 4).flatten(1)  # (m, pixels)
@@ -223,10 +216,7 @@ class Edit:
 
 
 def draw_edit(rng: random.Random, held_out: bool = False, source: Scene | None = None) -> Edit:
-    """An edit whose target is held out or not; its source is the one given, or any, or one to train on.
-
-    Of a given source with no such target, any other scene may be made.
-    """
+    """An edit of `source`, or of any scene, to one that is held out or not (where the source has such)."""
     start = source or rng.choice(all_scenes(held_out))
     ends = [  # the other end differs in one attribute, each as likely as the others
         (attribute, dataclasses.replace(start, **{attribute: value}))

@@ -540,7 +540,7 @@ def test_a_model_that_paints_and_describes_rightly_gets_full_marks(monkeypatch):
     report = ablate.measure_captions(None, 100)
     assert report["captions_exact"] == 1.0 and report["cider"] == pytest.approx(10)
     seen.clear()
-    ablate.measure_pictures(None, 100, 6)
+    ablate.measure_pictures(None, 100, 6, 1.0, "ddim", 25)
     again, others = (sum((x[i] for x in seen), []) for i in (0, 1))
     assert again == prompts and not set(others) & set(seeds)  # the same prompts, other noise
 

@@ -493,7 +493,7 @@ def test_more_memory_than_allowed_is_an_error_that_says_how_much_before_anything
     monkeypatch.setattr(pictures, "decode_picture", None)
     with pytest.raises(ValueError, match="2 pictures of 16 x 16 pixels .* make it fewer or smaller"):
         load_pictures(folder, 16, max_memory=2 * 3 * 16 * 16 - 1)
-    with pytest.raises(ValueError, match="pixels take 24.00 GiB, and 8.00 are allowed"):
+    with pytest.raises(ValueError, match="pixels take 24.00 GiB, 8.00 are allowed"):
         load_pictures(folder, 65536)
 
 
