@@ -41,14 +41,15 @@ from small.dialogues import THINK_PROMPT, Shot, conversation
 from small.world import ATTRIBUTES, Scene, all_scenes, draw_edit, draw_shift, match, read_scenes, render
 
 
+def seen(trained: Trained, shot: Shot) -> ChatPicture:
+    """A built-in picture, as a conversation holds it."""
+    pixels = render([shot.scene], shifts=[shot.shift])
+    return ChatPicture(pixels[0], encode_pictures(trained, pixels)[0])
+
+
 def reply(trained: Trained, messages: list[dict], thinking: bool, options: GenerationConfig) -> dict:
     """What the model answers to the last of some messages, whose pictures are `Shot`s."""
-
-    def see(shot: Shot) -> ChatPicture:
-        pixels = render([shot.scene], shifts=[shot.shift])
-        return ChatPicture(pixels[0], encode_pictures(trained, pixels)[0])
-
-    *before, last = replace_images(messages, see)
+    *before, last = replace_images(messages, partial(seen, trained))
     return Conversation(trained, options, thinking, before).answer(last["content"])
 
 

@@ -170,7 +170,8 @@ def test_what_is_counted_is_what_was_painted(trained, monkeypatch, pictures_alon
     monkeypatch.setattr(
         evaluate, "describe_images", lambda t, pictures, **_: [s.caption for s in read_scenes(pictures)]
     )
-    report = evaluate.evaluate(trained, n=30, steps=1, cfg=1.0, sampler="ddim", seed=0, batch=7)
+    monkeypatch.setattr(evaluate, "BATCH", 7)
+    report = evaluate.evaluate(trained, n=30, steps=1, cfg=1.0, sampler="ddim", seed=0)
     assert set(report["prompt_match"].values()) == {1.0} and report["captions_exact"] == 1.0
     assert report["caption_errors"] == [] and len(set(report["prompts_used"])) == 30
     assert report["captions_cider"] == pytest.approx(10)
