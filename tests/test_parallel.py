@@ -782,7 +782,7 @@ def test_a_kill_of_one_process_ends_the_run_and_it_can_be_resumed(here, start, t
     log = (tmp_path / "log").read_text()
     name, step = last(run).name, int(last(run).name[5:])
     # whichever comes first to the process that is left: the lost connection or torchrun's SIGTERM
-    lost = f"error: {ENDED}, and none can go on alone; run/{name} is whole: --resume goes on from it\n"
+    lost = f"error: {ENDED}; none can go on alone; run/{name} is whole: --resume goes on from it\n"
     ended = rf"interrupted: at step \d+; --resume goes on from {name}\n"
     assert lost in log or re.search(ended, log), log
     assert load_trained(run).info["step"] == step >= 4
