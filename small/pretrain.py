@@ -29,8 +29,9 @@ from small.world import text_document
 
 EOS = "<|endoftext|>"
 SPECIAL = (EOS, IM_START, IM_END, BOI, EOI, THINK, END_THINK)
-SIZES = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, head_dim=32)
-SIZES |= dict(num_key_value_heads=2, rope_theta=1e4, tie_word_embeddings=True, max_position_embeddings=1024)
+SIZES = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4)
+SIZES |= dict(num_key_value_heads=2, head_dim=32, rope_theta=1e4, tie_word_embeddings=True)
+SIZES |= dict(max_position_embeddings=1024)
 NO_IMAGES = dict(latent_size=2, unet_channels=(4, 4), unet_attention=False)  # next to nothing of that side
 # Which recipe a base was made by. Raise it with any change to the text, the tokenizer, the sizes or the
 # training below: bases of other recipes are then made anew, and those of this one are found again.
