@@ -160,7 +160,7 @@ def describe_pictures(trained: Trained, found: Pictures, max_tokens: int) -> tup
 
 def evaluate(trained: Trained, n: int, steps: int, cfg: float, sampler: str, seed: int) -> dict:
     """All figures, over n held-out combinations; also the "pictures", and the "prompts_used" for them."""
-    held_out = all_scenes(held_out=True)
+    held_out = all_scenes("test")
     scenes = random.Random(seed).sample(held_out, n)
     captions = [s.caption for s in scenes]
     seeds = [derive_seed(seed, i) for i in range(n)]
@@ -238,7 +238,7 @@ def read_paragraphs(path: str, flag: str = "--text") -> list[str]:
 def parse(args: list[str] | None = None) -> argparse.Namespace:
     """The flags, checked: ValueError for a value out of bounds, OSError for a file that cannot be written."""
     parser = Parser(prog="evaluate.py", usage="python evaluate.py [FLAG ...]")
-    add, all_of_them = parser.add_argument, len(all_scenes(held_out=True))
+    add, all_of_them = parser.add_argument, len(all_scenes("test"))
     add("--checkpoint", metavar="DIR", help="a run or checkpoint; without it, the last small run")
     add("--n", type=int, default=all_of_them, metavar="N", help="held-out prompts")
     add("--steps", type=int, default=25, metavar="N", help="denoising steps")

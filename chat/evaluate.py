@@ -92,7 +92,7 @@ def decisions(trained: Trained, n: int, options: GenerationConfig) -> dict:
     """Share of mixed conversations whose answer has as many pictures as it should."""
     rng = random.Random(f"decisions {options.seed}")
     thinking = [i % 2 == 0 for i in range(n)]
-    cases = [conversation(rng, t, held_out=True) for t in thinking]
+    cases = [conversation(rng, t, split="test") for t in thinking]
     answers = answer_all(trained, "deciding", cases, thinking, options)
     wanted = [len(pictures_of(c[-1])) for c in cases]
     right = [w == len(pictures_of(a)) for w, a in zip(wanted, answers, strict=True)]
@@ -110,7 +110,7 @@ def decisions(trained: Trained, n: int, options: GenerationConfig) -> dict:
 
 def direct(trained: Trained, n: int, options: GenerationConfig) -> dict:
     """Prompt match of held-out captions as plain text to image, and asked for in a conversation."""
-    scenes = random.Random(options.seed).sample(all_scenes(held_out=True), n)
+    scenes = random.Random(options.seed).sample(all_scenes("test"), n)
     captions = [s.caption for s in scenes]
     seeds = [derive_seed(options.seed, i) for i in range(n)]
     how = dict(steps=options.steps, cfg=options.cfg, sampler=options.sampler)
@@ -129,7 +129,7 @@ def indirect_requests(trained: Trained, n: int, options: GenerationConfig) -> tu
     out, shown = {"prompts": n}, []
     for key, thinking in (("thinking", True), ("not_thinking", False)):
         rng = random.Random(f"indirect {options.seed}")
-        cases = [conversation(rng, thinking, ["indirect"], held_out=True) for _ in range(n)]
+        cases = [conversation(rng, thinking, ["indirect"], split="test") for _ in range(n)]
         answers = answer_all(trained, f"indirect, {key.replace('_', ' ')}", cases, [thinking] * n, options)
         pairs = list(zip(cases, answers, strict=True))
         out[key] = match([pictures_of(c[-1])[0].scene for c in cases], [painted(a) for a in answers])
@@ -143,7 +143,7 @@ def indirect_requests(trained: Trained, n: int, options: GenerationConfig) -> tu
 def edits(trained: Trained, n: int, options: GenerationConfig) -> tuple[dict, Tensor, list[str]]:
     """Edits to held-out scenes, plain and in chat; also the pictures before and after, and their labels."""
     rng = random.Random(f"edits {options.seed}")
-    cases = [draw_edit(rng, held_out=True) for _ in range(n)]
+    cases = [draw_edit(rng, "test") for _ in range(n)]
     shifts = [draw_shift(rng) for _ in cases]
     before = render([e.source for e in cases], shifts=shifts)
     seeds = [derive_seed(options.seed, "edit", i) for i in range(n)]
@@ -177,7 +177,7 @@ def edits(trained: Trained, n: int, options: GenerationConfig) -> tuple[dict, Te
 def stories(trained: Trained, n: int, options: GenerationConfig) -> dict:
     """Two requests in one message: the order of text and pictures, and each picture."""
     rng = random.Random(f"stories {options.seed}")
-    cases = [conversation(rng, False, ["story"], held_out=True) for _ in range(n)]
+    cases = [conversation(rng, False, ["story"], split="test") for _ in range(n)]
     answers = answer_all(trained, "telling stories", cases, [False] * n, options)
     pairs = list(zip(cases, answers, strict=True))
     order = [[p["type"] for p in a["content"]] == "text image text image text".split() for a in answers]
@@ -199,7 +199,7 @@ def evaluate_chat(trained: Trained, n: int, options: GenerationConfig) -> dict:
     """All figures, and under "edit_sheet" and "thought_sheet" the pages to look at."""
     report = {"checkpoint": str(trained.folder), "step": trained.info["step"]}
     report["decisions"] = decisions(trained, n, options)
-    report["direct"] = direct(trained, min(n + n // 7, len(all_scenes(held_out=True))), options)
+    report["direct"] = direct(trained, min(n + n // 7, len(all_scenes("test"))), options)
     report["indirect"], shown = indirect_requests(trained, n, options)
     report["edits"], pictures, labels = edits(trained, n, options)
     report["stories"] = stories(trained, max(1, n // 4), options)

@@ -57,7 +57,7 @@ class Plan:
     batch_size: int = 32  # half that of `small`: more steps from as much arithmetic
     every: int = 120  # steps between the points of a curve
     pictures: int = 64  # painted and described at a point of a curve
-    final: int = len(all_scenes(held_out=True))  # painted and described at the end
+    final: int = len(all_scenes("test"))  # painted and described at the end
     questions: int = 200  # of reasoning
     documents: int = 200  # of unseen text, for its perplexity
     text_batch: int = 12  # documents a step; with them Transfusion's step takes twice the FLOPs of ours
@@ -216,7 +216,7 @@ def measure_text(model: LMFusion, trained: Trained, plan: Plan) -> dict[str, flo
 
 def measure_pictures(trained: Trained, n: int, seed: int, cfg: float, sampler: str, steps: int) -> dict:
     """n held-out prompts painted: each attribute and "match", all of them; and the Frechet distance."""
-    scenes = random.Random("prompts").sample(all_scenes(held_out=True), n)
+    scenes = random.Random("prompts").sample(all_scenes("test"), n)
     seeds = [random.Random(f"{seed}-{i}").getrandbits(63) for i in range(n)]
     painted = []
     for i in range(0, n, 64):
@@ -229,7 +229,7 @@ def measure_pictures(trained: Trained, n: int, seed: int, cfg: float, sampler: s
 
 def measure_captions(trained: Trained, n: int) -> dict[str, float]:
     """Captions of n held-out pictures: CIDEr and the share that is right word for word."""
-    scenes = random.Random("pictures").sample(all_scenes(held_out=True), n)
+    scenes = random.Random("pictures").sample(all_scenes("test"), n)
     pictures, written = render(scenes, random.Random(1)), []
     for i in range(0, n, 64):
         written += describe_images(trained, pictures[i : i + 64], max_tokens=32)

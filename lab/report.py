@@ -15,7 +15,7 @@ from checkpoint import write_atomic
 from evaluate import caption_report
 from lab import figures
 from lab.metrics import frechet
-from small.world import VALUES, all_scenes, render
+from small.world import SPLITS, VALUES, all_scenes, render
 
 Results = dict[str, dict[int, dict]]  # cell -> seed -> its JSON
 FIGURES = {
@@ -176,8 +176,8 @@ def claims(results: Results) -> str:
 
 def guess(seed: int) -> dict[str, float]:
     """The figures with the right background, which training learns first, and all else at random."""
-    scenes, rng = all_scenes(held_out=True), random.Random(seed)
-    every = [*scenes, *all_scenes(held_out=False)]
+    scenes, rng = all_scenes("test"), random.Random(seed)
+    every = [scene for split in SPLITS for scene in all_scenes(split)]
     guessed = [rng.choice([g for g in every if g.background == s.background]) for s in scenes]
     pairs = list(zip(guessed, scenes, strict=True))
     right = [sum(getattr(g, k) == getattr(s, k) for g, s in pairs) / len(pairs) for k in VALUES]

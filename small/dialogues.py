@@ -152,9 +152,11 @@ def fact_question(rng: random.Random) -> tuple[str, str]:
     return question, f"{fact}."
 
 
-def edit_turn(rng: random.Random, last: Shot | None, held_out: bool) -> tuple[dict, dict]:
+def edit_turn(rng: random.Random, last: Shot | None, split: str) -> tuple[dict, dict]:
     """A request to change the user's picture, or the last one of the conversation, and the new picture."""
-    edit = draw_edit(rng, held_out, source=last and last.scene)
+    edit = draw_edit(rng, split, last.scene) if last else None
+    if edit is None:  # nothing of the split is one edit away from the last picture
+        last, edit = None, draw_edit(rng, split)
     shift = last.shift if last else draw_shift(rng)
     shown = [] if last else [Shot(edit.source, shift)]
     thought = f"it is {edit.source.caption}. so: {edit.target.caption}"
@@ -163,22 +165,22 @@ def edit_turn(rng: random.Random, last: Shot | None, held_out: bool) -> tuple[di
 
 
 def conversation(
-    rng: random.Random, thinking: bool, kinds: list[str] | None = None, held_out: bool = False
+    rng: random.Random, thinking: bool, kinds: list[str] | None = None, split: str = "train"
 ) -> list[dict]:
-    """Messages of one to three turns of the given kinds; what is drawn in the last one is held out or not."""
+    """Messages of one to three turns of the given kinds; what is drawn in the last one is of `split`."""
     if kinds is None:
         kinds = rng.choices(KINDS, (4, 4, 2, 3, 3), k=rng.choices((1, 2, 3), (70, 25, 5))[0])
     messages = [{"role": "system", "content": THINK_PROMPT}] if thinking else []
     last = None
     for i, kind in enumerate(kinds):
-        unseen = held_out and i == len(kinds) - 1
-        a, b = (rng.choice(all_scenes(unseen)) for _ in range(2))
+        part = split if i == len(kinds) - 1 else "train"
+        a, b = (rng.choice(all_scenes(part)) for _ in range(2))
         if kind == "story":
             pair = story_turn(rng, a, b)
         elif kind == "ask":
             pair = ask_turn(rng, a, pictured=rng.random() < 0.4)
         elif kind == "edit":
-            pair = edit_turn(rng, last if rng.random() < 0.5 else None, unseen)
+            pair = edit_turn(rng, last if rng.random() < 0.5 else None, part)
         else:
             pair = draw_turn(rng, a, hinted=kind == "indirect")
         last = next((x for m in reversed(pair) for x in reversed(m["content"]) if isinstance(x, Shot)), last)

@@ -19,10 +19,10 @@ TURNS = (3, 4, 8, 3, 3)
 
 
 class Shapes:
-    """One shape on a plain background: 2,052 scenes to train on, 228 held out."""
+    """One shape on a plain background: 1,779 scenes to train on, 233 to validate with, 228 to test."""
 
     def captioned(self, rng: random.Random) -> tuple[Shot, str]:
-        scene = rng.choice(all_scenes(held_out=False))
+        scene = rng.choice(all_scenes("train"))
         return Shot(scene, draw_shift(rng)), scene.caption
 
     def edited(self, rng: random.Random) -> tuple[Shot, Shot, str]:
@@ -36,17 +36,17 @@ class Shapes:
 
     def validation(self, n: int) -> list[tuple[Shot, str]]:
         rng = random.Random(0)
-        scenes = rng.sample(all_scenes(held_out=True), min(n, len(all_scenes(held_out=True))))
+        scenes = rng.sample(all_scenes("validation"), min(n, len(all_scenes("validation"))))
         return [(Shot(scene, draw_shift(rng)), scene.caption) for scene in scenes]
 
     def validation_edits(self, n: int) -> list[tuple[Shot, Shot, str]]:
-        """Edits to held-out scenes."""
+        """Edits to scenes that training does not show."""
         rng = random.Random(0)
-        edits = [(draw_edit(rng, held_out=True), draw_shift(rng)) for _ in range(n)]
+        edits = [(draw_edit(rng, "validation"), draw_shift(rng)) for _ in range(n)]
         return [(Shot(e.source, shift), Shot(e.target, shift), e.instruction) for e, shift in edits]
 
     def prompts(self) -> list[str]:
-        """Captions of held-out scenes."""
+        """Captions that training does not show."""
         return [caption for _, caption in self.validation(18)]
 
     def pixels(self, pictures: list[Shot]) -> Tensor:
@@ -57,7 +57,7 @@ class Shapes:
 
     def sample(self, n: int, rng: random.Random) -> tuple[Tensor, list[str]]:
         """n training pictures (n, 3, 32, 32), uint8, drawn with replacement, and their captions."""
-        scenes = rng.choices(all_scenes(held_out=False), k=n)
+        scenes = rng.choices(all_scenes("train"), k=n)
         return render(scenes, rng), [s.caption for s in scenes]
 
     def make_codec(self, config: TrainConfig, device: str) -> tuple[dict | None, PatchPCA | AutoencoderKL]:

@@ -28,6 +28,7 @@ PLACES = {"center": (16, 16), "top left": (10, 10), "top right": (10, 22)}  # ro
 PLACES |= {"bottom left": (22, 10), "bottom right": (22, 22)}
 JITTER = 1  # a shape's middle is off by up to this many pixels each way
 PIXELS = 32
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,24 @@ class Scene:
         return WORDINGS[0].format(**vars(self))
 
     @property
-    def held_out(self) -> bool:
-        """True for one combination in ten, by a hash of its caption: training never shows it."""
-        return hashlib.sha256(self.caption.encode()).digest()[0] % 10 == 0
+    def split(self) -> str:
+        """What the combination is for, by a hash of its caption; training shows neither of the two tenths.
+
+        Choices (guidance, learning rates, ...) are made on "validation"; "test" is for what is reported.
+        """
+        number = hashlib.sha256(self.caption.encode()).digest()[0] % 10
+        return {0: "test", 1: "validation"}.get(number, "train")
 
 
 ATTRIBUTES = ("background", "color", "place", "shape", "size")
 
 
 @lru_cache
-def all_scenes(held_out: bool) -> tuple[Scene, ...]:
-    """Every combination whose two colours differ: nine tenths to train on, one tenth held out."""
+def all_scenes(split: str) -> tuple[Scene, ...]:
+    """Every combination whose two colours differ, of one of SPLITS."""
+    assert split in SPLITS, split
     scenes = (Scene(*values) for values in product(SIZES, COLORS, SHAPES, PLACES, COLORS))
-    return tuple(s for s in scenes if s.color != s.background and s.held_out == held_out)
+    return tuple(s for s in scenes if s.color != s.background and s.split == split)
 
 
 @lru_cache
@@ -215,9 +221,10 @@ class Edit:
     instruction: str
 
 
-def draw_edit(rng: random.Random, held_out: bool = False, source: Scene | None = None) -> Edit:
-    """An edit of `source`, or of any scene, to one that is held out or not (where the source has such)."""
-    start = source or rng.choice(all_scenes(held_out))
+def draw_edit(rng: random.Random, split: str = "train", source: Scene | None = None) -> Edit | None:
+    """An edit to a scene of `split`; None if `source` is given and has none. Its own source trains, or is
+    of that split as well."""
+    start = source or rng.choice(all_scenes(split))
     ends = [  # the other end differs in one attribute, each as likely as the others
         (attribute, dataclasses.replace(start, **{attribute: value}))
         for attribute in rng.sample(ATTRIBUTES, len(ATTRIBUTES))
@@ -225,8 +232,10 @@ def draw_edit(rng: random.Random, held_out: bool = False, source: Scene | None =
         if value != getattr(start, attribute)
     ]
     edits = [(a, start, end) if source else (a, end, start) for a, end in ends if end.color != end.background]
-    wanted = (e for e in edits if e[2].held_out == held_out and (held_out or not e[1].held_out))
-    attribute, before, after = next(wanted, edits[0])
+    wanted = (e for e in edits if e[2].split == split and (source or e[1].split in ("train", split)))
+    if not (found := next(wanted, None)):
+        return None
+    attribute, before, after = found
     wording = rng.choice(EDITS[attribute])
     return Edit(before, after, attribute, wording.format(shape=before.shape, new=getattr(after, attribute)))
 
@@ -285,7 +294,7 @@ def text_document(rng: random.Random) -> str:
     if rng.random() < 0.1:
         edit = draw_edit(rng)
         return f"{edit.source.caption}. {edit.instruction}: {edit.target.caption}."
-    words = vars(rng.choice(all_scenes(held_out=False)))
+    words = vars(rng.choice(all_scenes("train")))
     wording = rng.choice(WORDINGS)
     text = wording.format(**words)
     for question, attribute in rng.sample(QUESTIONS, rng.randint(1, 4)):

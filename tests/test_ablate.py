@@ -517,7 +517,7 @@ def test_a_bad_flag_is_an_error_in_one_line(tmp_path, monkeypatch, flags, words)
 
 def test_a_model_that_paints_and_describes_rightly_gets_full_marks(monkeypatch):
     """Over more pictures than are painted at once: each is compared with its own prompt."""
-    captions = {s.caption: s for s in all_scenes(held_out=True)}
+    captions = {s.caption: s for s in all_scenes("test")}
     seen: list[tuple] = []
 
     def paint(trained, prompts, seeds, steps, cfg, sampler):

@@ -21,7 +21,7 @@ def fit(whiten: float = 0.5) -> PatchPCA:
 
 @pytest.mark.parametrize("whiten", (0.0, 0.5, 1.0))
 def test_latents_have_about_unit_variance(whiten):
-    z = fit(whiten).encode(render(list(all_scenes(held_out=True)), random.Random(1)))  # (M, C, h, w)
+    z = fit(whiten).encode(render(list(all_scenes("test")), random.Random(1)))  # (M, C, h, w)
     assert z.shape[1:] == (16, 8, 8)
     assert 0.85 < z.square().mean() < 1.15
     per_channel = z.square().mean((0, 2, 3))
@@ -32,7 +32,7 @@ def test_latents_have_about_unit_variance(whiten):
 
 
 def test_the_round_trip_of_held_out_pictures_is_nearly_exact():
-    codec, pictures = fit(), render(list(all_scenes(held_out=True)), random.Random(1))
+    codec, pictures = fit(), render(list(all_scenes("test")), random.Random(1))
     error = (codec.decode(codec.encode(pictures)).float() - pictures.float()).square().mean()
     assert error < 0.01 * pictures.float().var()  # 10 channels of 48 would not do
     assert fit_channels(48).decode(fit_channels(48).encode(pictures)).sub(pictures.float()).abs().max() <= 1
@@ -48,7 +48,7 @@ def test_the_bound_is_the_largest_latent_of_the_pictures_it_was_fitted_on():
     z = codec.encode(pictures).abs().amax((0, 2, 3))
     assert codec.bound.shape == (16, 1, 1)
     assert torch.allclose(z, codec.bound.flatten(), rtol=1e-4, atol=1e-4)
-    held_out = codec.encode(render(list(all_scenes(held_out=True)))).abs().amax((0, 2, 3))
+    held_out = codec.encode(render(list(all_scenes("test")))).abs().amax((0, 2, 3))
     assert (held_out < 1.25 * codec.bound.flatten()).all()
 
 

@@ -24,7 +24,7 @@ from load_qwen3 import encode_plain
 from scale.pictures import load_pictures
 from small.world import all_scenes, read_scenes, render
 
-HELD_OUT = list(all_scenes(held_out=True))
+HELD_OUT = list(all_scenes("test"))
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_what_is_counted_is_what_was_painted(trained, monkeypatch, pictures_alon
     real = render([captions[p] for p in report["prompts_used"]], random.Random(0))
     assert report["frechet"] == frechet(report["pictures"], real) > 0
     assert report["pictures"].shape == (30, 3, 32, 32)
-    assert not {*report["prompts_used"]} & {s.caption for s in all_scenes(held_out=False)}
+    assert not {*report["prompts_used"]} & {s.caption for s in all_scenes("train")}
 
 
 def test_a_base_that_was_moved_is_named_with_a_flag(tmp_path, pictures_alone):

@@ -12,7 +12,7 @@ import helpers
 import pytest
 import torch
 from PIL import Image
-from test_world import HELD_OUT, differing, told
+from test_world import differing, told
 
 from attention import IMAGE
 from chat import conversation as chat
@@ -24,10 +24,10 @@ from checkpoint import Trained, load_trained
 from generate import GenerationConfig, encode_pictures
 from load_qwen3 import encode_plain
 from small.dialogues import THINK_PROMPT, Shot
-from small.world import ATTRIBUTES, VALUES, Edit, Scene, all_scenes, draw_edit, read_scenes, render
+from small.world import ATTRIBUTES, SPLITS, VALUES, Edit, Scene, all_scenes, draw_edit, read_scenes, render
 
 N = 24
-EVERY = {s.caption: s for s in (*all_scenes(True), *all_scenes(False))}
+EVERY = {s.caption: s for split in SPLITS for s in all_scenes(split)}
 TEXT = {
     "perplexity_base": 2.5,
     "perplexity_trained": 2.5,
@@ -212,12 +212,11 @@ def test_a_model_that_is_wrong_in_everything_gets_none(model):
 def test_the_cases_are_held_out_and_differ_by_the_seed(model):
     figures_of()
     wanted = [s.scene for last in model.known.values() for s in shots(last)]
-    # all of them, but for an edit of the last picture now and then
-    assert len(wanted) > 3 * N and len(set(wanted) - HELD_OUT) <= 2
-    assert len(model.edits) == N and all(e.target in HELD_OUT for e in model.edits.values())
+    assert len(wanted) > 3 * N and {s.split for s in wanted} == {"test"}
+    assert len(model.edits) == N and all(e.target.split == "test" for e in model.edits.values())
     direct = [m[-1]["content"] for m, *_ in model.asked if isinstance(m[-1]["content"], str)]
     plain = {question.removeprefix("draw ") for question in direct}
-    assert len(plain) == 27 and all(EVERY[c] in HELD_OUT for c in plain)
+    assert len(plain) == 27 and all(EVERY[c].split == "test" for c in plain)
     first, known = [repr(m) for m, *_ in model.asked], set(model.known)
     model.asked.clear()
     figures_of()
@@ -267,7 +266,7 @@ def test_a_model_that_never_draws(model):
 
 def test_a_model_that_always_draws_one_picture_more(model):
     """Two pictures are as wrong as none, even if the first is the right one."""
-    extra = show(next(iter(all_scenes(True))))
+    extra = show(next(iter(all_scenes("test"))))
     model.say = lambda right, *_: right | {"content": [*right["content"], extra]}
     report = figures_of()
     d = report["decisions"]
@@ -468,12 +467,12 @@ def test_the_table_says_each_figure_in_its_row():
 
 CONVERSATION = [
     {"role": "system", "content": THINK_PROMPT},
-    {"role": "user", "content": [{"type": "image", "image": Shot(all_scenes(True)[3], (1, -1))}]},
+    {"role": "user", "content": [{"type": "image", "image": Shot(all_scenes("test")[3], (1, -1))}]},
     {
         "role": "assistant",
         "content": [
             {"type": "text", "text": "here:"},
-            {"type": "image", "image": Shot(all_scenes(True)[9], (0, 1))},
+            {"type": "image", "image": Shot(all_scenes("test")[9], (0, 1))},
         ],
         "reasoning_content": "so",
     },
@@ -488,7 +487,7 @@ def test_pictures_of_a_conversation_are_rendered_where_they_stand(trained):
     assert [set(m) for m in shown] == [set(m) for m in CONVERSATION]
     for m, number, shift in ((shown[1], 3, (1, -1)), (shown[2], 9, (0, 1))):
         (there,) = shots(m)
-        picture = render([all_scenes(True)[number]])[0].roll(shift, (1, 2))
+        picture = render([all_scenes("test")[number]])[0].roll(shift, (1, 2))
         assert torch.equal(there.pixels, picture)
         assert torch.equal(there.latent, encode_pictures(trained, picture[None])[0])
     assert [shown[0], shown[3]] == [CONVERSATION[0], CONVERSATION[3]]
@@ -517,7 +516,7 @@ def test_a_model_is_asked_in_the_words_and_pictures_of_the_case(trained, monkeyp
 
 
 def test_what_was_painted_is_read_only_where_there_is_one_picture():
-    a, b = all_scenes(True)[3:5]
+    a, b = all_scenes("test")[3:5]
     assert painted(message(show(a, (1, 1)))) == a
     assert painted(message({"type": "text", "text": "here:"}, show(b))) == b
     assert painted(message()) is painted(message(show(a), show(a))) is None
@@ -541,7 +540,7 @@ def test_a_model_that_was_hardly_trained(trained):
 def test_the_sheet_of_thoughts_shows_both_pictures_of_each_request(model, monkeypatch):
     given = []
     monkeypatch.setattr(chat_evaluate.figures, "cases", lambda rows, titles: given.append((rows, titles)))
-    more = show(all_scenes(True)[0])  # of several pictures the first is shown
+    more = show(all_scenes("test")[0])  # of several pictures the first is shown
 
     def say(right: dict, messages: list[dict], thinking: bool) -> dict:
         wrong = spoilt(right)

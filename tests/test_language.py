@@ -40,6 +40,7 @@ from small.world import (
     SHAPE_THINGS,
     SIZE_THINGS,
     SOUNDS,
+    SPLITS,
     VALUES,
     all_scenes,
 )
@@ -396,7 +397,7 @@ def test_sums_are_right_by_arithmetic():
 
 
 def test_no_answer_about_lore_stands_in_a_caption():
-    words = {w for held_out in (True, False) for s in all_scenes(held_out) for w in s.caption.split()}
+    words = {w for split in SPLITS for s in all_scenes(split) for w in s.caption.split()}
     lore = [q for q in knowledge() if said(q, q.label) in LORE]
     assert len(lore) == len(LORE)
     assert not words & {choice for q in lore for choice in q.choices}
@@ -405,7 +406,7 @@ def test_no_answer_about_lore_stands_in_a_caption():
 def after_edit(context: str) -> str:
     """The caption that an instruction behind a caption makes of it."""
     caption, instruction = context.rstrip(":").split(". ")
-    scene = next(s for held_out in (True, False) for s in all_scenes(held_out) if s.caption == caption)
+    scene = next(s for split in SPLITS for s in all_scenes(split) if s.caption == caption)
     assert scene.shape in instruction or "background" in instruction
     kinds = [(a, v) for a in VALUES for v in VALUES[a] if instruction.endswith(f" {v}")]
     (attribute, new), *more = [x for x in kinds if ("background" in instruction) == (x[0] == "background")]
@@ -415,8 +416,8 @@ def after_edit(context: str) -> str:
 
 def test_the_answers_of_reasoning_are_what_the_instruction_makes():
     questions, attributes = reasoning(300), Counter()
-    captions = {s.caption: s for held_out in (True, False) for s in all_scenes(held_out)}
-    held_out = {s.caption for s in all_scenes(held_out=True)}
+    captions = {s.caption: s for split in SPLITS for s in all_scenes(split)}
+    held_out = {s.caption for s in all_scenes("test")}
     for q in questions:
         assert q.choices[q.label] == after_edit(q.context) and q.choices[q.label] in held_out
         before = captions[q.context.split(". ")[0]]

@@ -135,7 +135,7 @@ def test_caption_tokens_are_lower_case_words_without_punctuation():
     assert caption_tokens("It’s 'quoted'--red/blue; ¿qué? «да»…") == "it's quoted red blue qué да".split()
     assert caption_tokens("Cafe\u0301\n🟥\u00a0圆。") == ["caf\u00e9", "🟥", "圆"]
     assert caption_tokens(" ?!- ") == []
-    scene = all_scenes(held_out=True)[0]
+    scene = all_scenes("test")[0]
     assert caption_tokens(scene.caption) == scene.caption.split()
 
 
@@ -328,7 +328,7 @@ def test_the_distance_tells_a_moved_shape_and_another_colour_apart(change):
 
 
 def test_the_distance_sees_a_missing_kind_of_picture():
-    scenes = list(all_scenes(held_out=True))
+    scenes = list(all_scenes("test"))
     everything, again = (render(scenes, random.Random(seed)) for seed in (0, 1))
     half = render([s for s in scenes if s.background in list(COLORS)[:4]], random.Random(1))
     assert frechet(everything, again) < 0.1 * frechet(everything, half)

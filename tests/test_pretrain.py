@@ -77,7 +77,7 @@ def test_the_base_is_the_same_for_a_seed_and_another_for_another(saved, tmp_path
 
 def test_every_word_of_a_caption_is_one_token(saved):
     tokenizer = load_tokenizer(saved[0])
-    for scene in all_scenes(held_out=True) + all_scenes(held_out=False)[::7]:
+    for scene in all_scenes("test") + all_scenes("train")[::7]:
         assert len(tokenizer.encode(scene.caption).ids) == len(scene.caption.split()), scene.caption
     assert {len(tokenizer.encode(f" {color}").ids) for color in COLORS} == {1}
 

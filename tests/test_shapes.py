@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from test_world import HELD_OUT, TRAIN, check_edit, differing
+from test_world import TRAIN, check_edit, differing
 
 from small.dialogues import THINK_PROMPT, Shot
 from small.shapes import Shapes
@@ -15,26 +15,26 @@ from small.world import COLORS, PLACES, Edit, all_scenes, render
 
 
 def test_training_never_shows_a_held_out_combination_and_validation_shows_nothing_else():
-    held_out = {s.caption for s in all_scenes(held_out=True)}
+    validation, test = ({s.caption for s in all_scenes(split)} for split in ("validation", "test"))
     rng, seen = random.Random(0), Counter()
     for _ in range(20):
         seen.update(Shapes().sample(500, rng)[1])
-    assert not held_out & set(seen)
-    assert len(seen) > 0.9 * len(all_scenes(held_out=False))  # and nearly all of the others
-    assert {caption for _, caption in Shapes().validation(10**6)} == held_out
+    assert not (validation | test) & set(seen)
+    assert len(seen) > 0.9 * len(all_scenes("train"))  # and nearly all of the others
+    assert {caption for _, caption in Shapes().validation(10**6)} == validation
 
 
 def test_validation_pictures_are_the_same_ones_whenever_asked():
     found = Shapes().validation(50)
     assert found == Shapes().validation(50) and len({caption for _, caption in found}) == 50
-    assert all(caption == shot.scene.caption and shot.scene in HELD_OUT for shot, caption in found)
+    assert all(caption == shot.scene.caption and shot.scene.split == "validation" for shot, caption in found)
     assert len({shot.shift for shot, _ in found}) == 9
     assert Shapes().prompts() == [caption for _, caption in Shapes().validation(18)]
 
 
 def test_sampled_pictures_show_what_their_captions_say():
     pictures, captions = Shapes().sample(200, random.Random(1))
-    scenes = {s.caption: s for s in all_scenes(held_out=False)}
+    scenes = {s.caption: s for s in all_scenes("train")}
     for picture, caption in zip(pictures, captions, strict=True):
         scene = scenes[caption]
         assert tuple(picture[:, 0, 31].tolist()) == COLORS[scene.background]  # no shape reaches this corner
@@ -81,7 +81,7 @@ def test_built_in_validation_edits_lead_to_held_out_scenes_and_stay_the_same():
     assert found == again and len(found) == 96
     for before, after, instruction in found:
         check_shots(before, after, instruction)
-        assert after.scene in HELD_OUT
+        assert after.scene.split == "validation"
     assert len({before.shift for before, *_ in found}) == 9
 
 

@@ -32,6 +32,7 @@ from small.world import (
     SIZE_THINGS,
     SIZES,
     SOUNDS,
+    SPLITS,
     VALUES,
     WORDINGS,
     Edit,
@@ -49,8 +50,9 @@ from small.world import (
     text_document,
 )
 
-HELD_OUT, TRAIN = set(all_scenes(True)), set(all_scenes(False))
-UNSEEN = list(all_scenes(held_out=True))
+BY_SPLIT = {split: set(all_scenes(split)) for split in SPLITS}
+TRAIN, HELD_OUT = BY_SPLIT["train"], BY_SPLIT["validation"] | BY_SPLIT["test"]
+UNSEEN = list(all_scenes("test"))
 
 
 def spelled(wording: str) -> re.Pattern:
@@ -77,12 +79,11 @@ def differing(a: Scene, b: Scene) -> list[str]:
 
 def test_there_are_enough_attributes_and_held_out_combinations():
     assert len(COLORS) >= 8 and len(SHAPES) >= 4 and len(SIZES) >= 2 and len(PLACES) >= 5
-    scenes = all_scenes(True) + all_scenes(False)
-    assert len({s.background for s in scenes}) >= 8
-    assert len(all_scenes(held_out=True)) >= 200
+    assert len({s.background for s in TRAIN | HELD_OUT}) >= 8
+    assert len(BY_SPLIT["validation"]) >= 200 and len(BY_SPLIT["test"]) >= 200
 
 
-def test_both_parts_together_are_every_combination_once():
+def test_all_parts_together_are_every_combination_once():
     every = {
         (size, color, shape, place, background)
         for size in SIZES
@@ -92,20 +93,20 @@ def test_both_parts_together_are_every_combination_once():
         for background in COLORS
         if color != background
     }
-    got = [(s.size, s.color, s.shape, s.place, s.background) for s in all_scenes(True) + all_scenes(False)]
+    got = [(s.size, s.color, s.shape, s.place, s.background) for split in SPLITS for s in all_scenes(split)]
     assert len(got) == len(set(got)) and set(got) == every
 
 
-@pytest.mark.parametrize("held_out", (True, False))
-def test_every_value_of_every_attribute_occurs_in_each_part(held_out):
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_value_of_every_attribute_occurs_in_each_part(split):
     wanted = dict(background=COLORS, color=COLORS, place=PLACES, shape=SHAPES, size=SIZES)
     for attribute in ATTRIBUTES:
-        assert {getattr(s, attribute) for s in all_scenes(held_out)} == set(wanted[attribute])
+        assert {getattr(s, attribute) for s in all_scenes(split)} == set(wanted[attribute])
         assert set(VALUES[attribute]) == set(wanted[attribute])
 
 
 def test_captions_name_their_scene_and_no_other():
-    scenes = all_scenes(True) + all_scenes(False)
+    scenes = [s for split in SPLITS for s in all_scenes(split)]
     assert len({s.caption for s in scenes}) == len(scenes)
     for s in scenes[::97]:
         assert all(getattr(s, attribute) in s.caption for attribute in ATTRIBUTES)
@@ -150,7 +151,7 @@ def test_jitter_moves_a_shape_by_at_most_one_pixel_each_way_and_by_all_of_these(
 
 
 def test_a_given_shift_moves_the_picture_by_so_many_pixels_down_and_to_the_right():
-    scenes = list(all_scenes(True))[::7]
+    scenes = list(all_scenes("test"))[::7]
     plain = render(scenes)
     for shift in ((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)):
         moved = render(scenes, shifts=[shift] * len(scenes))
@@ -161,7 +162,7 @@ def test_a_given_shift_moves_the_picture_by_so_many_pixels_down_and_to_the_right
 
 
 def test_the_jitter_of_an_rng_is_that_of_its_shifts():
-    scenes, rng, again = list(all_scenes(True))[:40], random.Random(5), random.Random(5)
+    scenes, rng, again = list(all_scenes("test"))[:40], random.Random(5), random.Random(5)
     shifts = [draw_shift(again) for _ in scenes]
     assert torch.equal(render(scenes, rng), render(scenes, shifts=shifts))
     assert rng.random() == again.random()
@@ -301,9 +302,9 @@ def test_some_of_what_anybody_knows():
 # ---- edits ----
 
 
-def edits(n: int, held_out: bool, seed: int = 0, source: Scene | None = None) -> list[Edit]:
+def edits(n: int, split: str, seed: int = 0, source: Scene | None = None) -> list[Edit]:
     rng = random.Random(seed)
-    return [draw_edit(rng, held_out, source) for _ in range(n)]
+    return [draw_edit(rng, split, source) for _ in range(n)]
 
 
 def check_edit(edit: Edit) -> None:
@@ -315,13 +316,12 @@ def check_edit(edit: Edit) -> None:
     assert edit.instruction in forms
 
 
-@pytest.mark.parametrize("held_out", (True, False))
-def test_an_edit_changes_one_attribute_and_says_so(held_out):
-    drawn = edits(3000, held_out)
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_edit_changes_one_attribute_and_says_so(split):
+    drawn = edits(3000, split)
     for edit in drawn:
         check_edit(edit)
-        assert (edit.target in HELD_OUT) == held_out
-        assert held_out or edit.source in TRAIN
+        assert edit.target.split == split and edit.source.split in ("train", split)
     count = Counter(e.attribute for e in drawn)
     assert set(count) == set(ATTRIBUTES) and min(count.values()) > 400  # 600 +- 22, hardly bent by the split
     for attribute in ATTRIBUTES:
@@ -337,9 +337,8 @@ def spelled_edit(wording: str) -> re.Pattern:
     return re.compile(re.escape(wording).replace(r"\{shape\}", r".+").replace(r"\{new\}", r".+"))
 
 
-def test_the_source_of_an_edit_to_something_held_out_may_be_anything():
-    sources = {e.source in HELD_OUT for e in edits(500, True)}
-    assert sources == {True, False}
+def test_the_source_of_an_edit_to_a_test_scene_trains_or_is_one_too():
+    assert {e.source.split for e in edits(500, "test")} == {"train", "test"}
 
 
 def test_instructions_of_edits_name_the_shape_before_and_the_value_after():
@@ -348,19 +347,19 @@ def test_instructions_of_edits_name_the_shape_before_and_the_value_after():
         assert all("{new}" in w and ("{shape}" in w) == (attribute != "background") for w in wordings)
 
 
-@pytest.mark.parametrize("held_out", (True, False))
-def test_a_given_source_is_kept(held_out):
-    sources, missed = list(all_scenes(False)), 0
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_given_source_is_kept(split):
+    sources, missed = list(all_scenes("train")), 0
     for n, source in enumerate(sources):
-        edit = draw_edit(random.Random(n), held_out, source)
-        check_edit(edit)
-        assert edit.source is source
-        if (edit.target in HELD_OUT) != held_out:  # only where there is no such target
+        edit = draw_edit(random.Random(n), split, source)
+        if edit is None:  # only where nothing of the split is one edit away
             missed += 1
-            near = {s for s in HELD_OUT if len(differing(s, source)) == 1}
-            assert held_out and not near
-    assert missed <= 0.15 * len(sources) and (held_out or not missed)
-    given = edits(300, False, source=sources[50])
+            assert not any(len(differing(s, source)) == 1 for s in BY_SPLIT[split])
+            continue
+        check_edit(edit)
+        assert edit.source is source and edit.target.split == split
+    assert missed <= 0.15 * len(sources) and (split != "train" or not missed)
+    given = edits(300, "train", source=sources[50])
     assert {e.attribute for e in given} == set(ATTRIBUTES) and len({e.target for e in given}) > 10
 
 
@@ -463,7 +462,7 @@ def test_text_never_mentions_a_held_out_combination():
 
 
 def test_questions_in_the_text_are_answered_rightly():
-    rng, scenes, asked = random.Random(0), {s.caption: s for s in all_scenes(held_out=False)}, Counter()
+    rng, scenes, asked = random.Random(0), {s.caption: s for s in all_scenes("train")}, Counter()
     for _ in range(1000):
         caption, *rest = text_document(rng).split(". ")
         if caption not in scenes:  # another wording, or facts
