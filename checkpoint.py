@@ -280,7 +280,7 @@ def load_trained(
 
 
 def save_run(run: Run) -> None:
-    """Write OUT/step-STEP, whole or not at all, and then remove the older one. All processes call it."""
+    """Write OUT/step-STEP, whole or not at all, and then remove old ones. All processes call it."""
     tensors = {
         "model.safetensors": run.trained,
         "latents.safetensors": {"bound": run.codec.bound} if run.vae else run.codec.tensors(),
@@ -305,7 +305,7 @@ def save_run(run: Run) -> None:
     write_folder(run.out / f"step-{run.step:06d}", tensors, info, "checkpoint.json", team=run.team)
     if not run.team.is_main:
         return
-    for old in list_checkpoints(run.out)[:-1]:
+    for old in list_checkpoints(run.out)[: -run.config.keep]:
         shutil.rmtree(old, ignore_errors=True)
     if run.name in LAST_RUNS:
         LAST_RUNS[run.name].parent.mkdir(parents=True, exist_ok=True)

@@ -13,13 +13,15 @@ import functools
 import math
 import re
 import sys
+import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import ge, gt, le, lt
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from diffusion import Diffusion
 
@@ -164,6 +166,11 @@ class TrainConfig:
     val_every: int = setting(500, "steps between validations", above=0, resumable=True)
     sheet_every: int = setting(500, "steps between sheets of fixed prompts; 0: none", low=0, resumable=True)
     checkpoint_every: int = setting(500, "steps between checkpoints", above=0, resumable=True)
+    log_minutes: float = setting(1.0, "at most, between lines; 0: any", low=0, resumable=True, newer=True)
+    checkpoint_minutes: float = setting(
+        0.0, "between more of them; 0: none", low=0, resumable=True, newer=True
+    )
+    keep: int = setting(1, "checkpoints to keep, the last ones", above=0, resumable=True, newer=True)
 
     def __post_init__(self):
         for name, rule in rules(TrainConfig).items():
@@ -361,6 +368,34 @@ def add_fields(parser: Parser, cls: type) -> None:
             metavar=None if rule.choices else field.name.upper(),
             rare=some_common and not rule.common,
         )
+
+
+class Bar(tqdm):
+    """A progress bar on a terminal; elsewhere, as in a log file, a line a minute. quiet: neither."""
+
+    def __init__(self, iterable: Iterable | None = None, quiet: bool = False, **kwargs: typing.Any):
+        super().__init__(iterable, disable=True if quiet else None, **kwargs)  # None: unless on a terminal
+        self.in_lines, self.what = self.disable and not quiet, (kwargs["desc"], kwargs.get("unit"))
+        self.first, self.began, self.postfix = self.n, time.monotonic(), None
+        self.said = self.began
+
+    def __iter__(self) -> Iterator:
+        for x in super().__iter__():
+            yield x
+            if self.disable:  # tqdm counts only what it draws
+                self.update()
+
+    def update(self, n: int = 1) -> None:
+        super().update(n)
+        if not self.disable:
+            return
+        self.n, now = self.n + n, time.monotonic()
+        if self.in_lines and now - self.said >= 60:
+            self.said, (desc, unit) = now, self.what
+            left = (now - self.began) / (self.n - self.first) * (self.total - self.n)
+            done = f"{desc}: {self.n} of {self.total}{f' {unit}s' if unit else ''}"
+            parts = (done, f"{self.format_interval(left)} left", self.postfix)
+            print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
 
 def check_range(args: argparse.Namespace, **bounds: tuple[float, float]) -> None:

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -277,8 +279,15 @@ class Batch:
         return x_t, t * keep, which.to(t.device)
 
     def to(self, device: torch.device | str) -> Batch:
-        """With the latents and their noise on a device; tokens and max_t are a plan, and stay."""
-        latents, u, eps = (x.to(device) for x in (self.latents, self.u, self.eps))
+        """With the latents and their noise on a device; tokens and max_t are a plan, and stay.
+
+        To a GPU they go from pinned memory, which waits for nothing that it still has to do.
+        """
+        parts = self.latents, self.u, self.eps
+        if torch.device(device).type == "cuda":
+            with torch.cuda.device(device):  # a thread of its own would pin for the first one
+                parts = [x.pin_memory() for x in parts]
+        latents, u, eps = (x.to(device, non_blocking=True) for x in parts)
         return Batch(self.prefix, self.rest, latents, self.max_t, u, eps)
 
 
@@ -319,6 +328,22 @@ def make_batches(
         latents = source.latents(pictures, codec) if pictures else torch.zeros(0)
         batches.append(collate(part, latents, config, pack))
     return batches
+
+
+class Ahead:
+    """What `make(step)` gives, made by a thread of its own while the step before it computes."""
+
+    def __init__(self, make: Callable[[int], list[Batch]]):
+        self.make, self.thread = make, ThreadPoolExecutor(1)
+        self.step, self.future = -1, Future()
+
+    def take(self, step: int) -> list[Batch]:
+        """That of `step`, or the error that making it raised; that of the next one is begun."""
+        if self.step != step:  # the first one, or not the one that was to be expected
+            self.future = self.thread.submit(self.make, step)
+        batches = self.future.result()
+        self.step, self.future = step + 1, self.thread.submit(self.make, step + 1)
+        return batches
 
 
 def split_phases(documents: list[Document], num_patches: int, pack: int = 0) -> tuple[Tokens, Tokens]:

@@ -30,10 +30,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from checkpoint import Trained, check_device, load_trained, write_atomic
-from config import Parser, check_range, run_command, tune_torch
+from config import Bar, Parser, check_range, run_command, tune_torch
 from data import CAPTION_FIRST, Batch, caption_document, collate
 from diffusion import Diffusion, T
 from generate import derive_seed, describe_images, encode_text, generate_images, generate_text, picture_size
@@ -53,7 +52,7 @@ STARTS = ("the sky is", "a small red circle in the center on a blue background. 
 def in_batches(work: Callable[..., Iterable[Any]], what: str, size: int, *columns: Sequence[Any]) -> list:
     """The results of work(*columns) on `size` rows of the columns at a time, with a progress bar."""
     results = []
-    for i in tqdm(range(0, len(columns[0]), size), desc=what, disable=None):
+    for i in Bar(range(0, len(columns[0]), size), desc=what):
         results += list(work(*(c[i : i + size] for c in columns)))
     return results
 

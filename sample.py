@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from chat.conversation import answer_last, check_folder, read_messages, talk
 from checkpoint import Trained, check_device, load_trained, write_atomic
-from config import Parser, check_range, run_command, tune_torch
+from config import Bar, Parser, check_range, run_command, tune_torch
 from diffusion import T
 from generate import (
     GenerationConfig,
@@ -132,7 +131,7 @@ def paint_prompts(trained: Trained, args: argparse.Namespace, batch: int = 64) -
     prompts = [p for p in args.prompt for _ in range(args.n)]
     seeds = [derive_seed(args.seed, i) for i in range(len(prompts))]
     pictures, films = [], []
-    bar = tqdm(total=-(-len(prompts) // batch) * args.steps, unit="step", desc="denoising", disable=None)
+    bar = Bar(total=-(-len(prompts) // batch) * args.steps, unit="step", desc="denoising")
 
     def watch(x: Tensor) -> None:
         bar.update()

@@ -6,7 +6,7 @@
     python train.py --config qwen3-8b --dry-run                                        # memory and FLOPs
 
 Every field of `TrainConfig` (config.py) is a flag of the same name. A run's folder holds metrics.jsonl,
-sheets of fixed prompts, curves.png, and the last checkpoint (checkpoint.py). All randomness of a step comes
+sheets of fixed prompts, curves.png, and the last checkpoints (checkpoint.py). All randomness of a step comes
 from the seed and the number of the step, so that a resumed run goes on exactly as if it had never stopped.
 """
 
@@ -45,8 +45,8 @@ from config import (
     run_command,
     tune_torch,
 )
-from data import Batch, Documents, make_batches, next_tokens
-from lab.watch import Progress, draw_curves, draw_sheets, validate
+from data import Ahead, Batch, Documents, make_batches, next_tokens
+from lab.watch import Progress, asking_to_stop, draw_curves, draw_sheets, validate
 from load_qwen3 import base_fingerprint, fingerprint, load_qwen3, load_tokenizer, read_json, resolve
 from model import Hidden, LMFusion
 from scale.muon import Muon
@@ -208,6 +208,10 @@ class Run:
         self.optimizers = make_optimizers(self.model, config)
         self.stages = [(step, self.matching(patterns)) for step, patterns in parse_stages(config.stages)]
         self.step, self.seconds = 0, 0.0
+        # what this process asks of all, and what any asked in the last step: see train_step
+        self.asked, self.agreed = {"stop": False, "save": False}, set()
+        # Beside the step on a GPU alone: a CPU that prepares is one that does not compute.
+        self.ahead = Ahead(self.batches) if torch.device(self.team.device).type == "cuda" else None
 
     def matching(self, patterns: list[str]) -> set[str]:
         """Names of the trained parameters that a stage trains; ValueError for a pattern that fits none."""
@@ -225,14 +229,14 @@ class Run:
         now = [names for step, names in self.stages if step <= self.step]
         return [p for n, p in self.trained.items() if n not in now[-1]] if now else []
 
-    def batches(self) -> list[Batch]:
-        """This process's share of the step, in micro batches: pictures first, then text alone."""
+    def batches(self, step: int | None = None) -> list[Batch]:
+        """This process's share of a step (the next), in micro batches: pictures first, then text alone."""
         config, model, team, data = self.config, self.model.config, self.team, self.documents
-        size, pack = config.micro_batch, config.pack
+        size, pack, step = config.micro_batch, config.pack, self.step if step is None else step
         batches = []
         for documents in (
-            data.of_step(self.step, team.share(config.batch_size)),
-            data.text_of_step(self.step, team.share(config.text_batch)),
+            data.of_step(step, team.share(config.batch_size)),
+            data.text_of_step(step, team.share(config.text_batch)),
         ):
             batches += make_batches(documents, data.source, self.codec, model, size, pack)
         return [batch.to(team.device) for batch in batches]
@@ -240,23 +244,28 @@ class Run:
     def train_step(self) -> dict[str, float]:
         """One step; returns the losses of the whole batch."""
         config, team = self.config, self.team
-        batches = self.batches()
-        counts = [count_targets(self.model, batch) for batch in batches]
-        totals = dict(zip(PARTS, team.total([float(sum(c[k] for c in counts)) for k in PARTS]), strict=True))
-        means: dict[str, Tensor | float] = dict.fromkeys(PARTS, 0.0)
-        for batch, count in zip(batches, counts, strict=True):
-            parts = losses(self.model, batch, config)
+        batches = self.ahead.take(self.step) if self.ahead else self.batches()
+        counts = [[*count_targets(self.model, batch).values()] for batch in batches]
+        counts = torch.tensor(counts, dtype=torch.float64)  # (micro batches, PARTS)
+        (totals,) = team.sum(counts.sum(0))
+        shares = (counts.to(totals.device, non_blocking=True) / totals.clamp(min=1)).float()
+        means = torch.zeros(len(PARTS), dtype=torch.float64, device=team.device)
+        for batch, share in zip(batches, shares, strict=True):
+            found = losses(self.model, batch, config)
             # a mean over this micro batch -> its share of the mean over all
-            parts = {k: x * (count[k] / max(1, totals[k])) for k, x in parts.items()}
+            parts = {k: found[k] * s for k, s in zip(PARTS, share, strict=True) if k in found}
             (total_loss(parts, config) * team.size).backward()  # gradients of the processes are averaged
             for k, x in parts.items():
-                means[k] = means[k] + x.detach().double()
+                means[PARTS.index(k)] += x.detach()
         for p in self.resting():  # no gradient: in no norm, no step, no decay
             p.grad = None
-        found = dict(zip(PARTS, team.total([float(means[k]) for k in PARTS]), strict=True))
-        result = {k: x for k, x in found.items() if totals[k]}
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.trained.values(), config.clip))
+        means, asked = team.sum(means, torch.tensor([*self.asked.values()], dtype=torch.float64))
+        # Here alone the device is waited for, and nothing has changed yet.
+        found, totals = (dict(zip(PARTS, x.tolist(), strict=True)) for x in (means, totals))
+        self.agreed = {name for name, n in zip(self.asked, asked.tolist(), strict=True) if n}
+        norm, result = norm.item(), {k: x for k, x in found.items() if totals[k]}
         result["loss"] = found["lm_loss"] + config.lambda_ddpm * found["ddpm_loss"]  # Eq. (4)
-        norm = full_tensor(nn.utils.clip_grad_norm_(self.trained.values(), config.clip)).item()
         for what, value in (("loss", result["loss"]), ("norm of the gradient", norm)):
             if not math.isfinite(value):
                 raise ValueError(
@@ -281,24 +290,32 @@ class Run:
 
 
 def train(run: Run, watch: Callable[[Run], dict] | None = None) -> None:
-    """Train to the end. At each validation, what `watch` says goes into metrics.jsonl as "watched"."""
+    """Train to the end. At each validation, what `watch` says goes into metrics.jsonl as "watched".
+
+    Ctrl-C or SIGTERM, to any process: after the step a checkpoint, and then KeyboardInterrupt, in all.
+    """
     config, progress = run.config, Progress(run)
-    while run.step < config.steps:
-        progress.add(run.train_step())
-        last, line = run.step == config.steps, {}
-        with progress.paused():
-            if last or run.step % config.val_every == 0:
-                line["val"] = validate(run)
-                if watch is not None:
-                    line["watched"] = watch(run)
-            if config.sheet_every and (last or run.step % config.sheet_every == 0):
-                draw_sheets(run)
-        if last or line or run.step % config.log_every == 0:
-            progress.log(line, lr=config.lr * lr_factor(run.step - 1, config))
-        if last or run.step % config.checkpoint_every == 0:
-            with progress.paused():
-                save_run(run)
-                draw_curves(run)
+    with asking_to_stop(run):
+        while run.step < config.steps:
+            run.asked["save"] = progress.checkpoint_is_due()
+            result, line = run.train_step(), {}
+            last = run.step == config.steps
+            stopped = "stop" in run.agreed and not last
+            if not stopped:  # else there may be little time
+                with progress.paused():
+                    if last or run.step % config.val_every == 0:
+                        line["val"] = validate(run)
+                        if watch is not None:
+                            line["watched"] = watch(run)
+                    if config.sheet_every and (last or run.step % config.sheet_every == 0):
+                        draw_sheets(run)
+            progress.add(result, line, lr=config.lr * lr_factor(run.step - 1, config), last=last or stopped)
+            if last or run.agreed or run.step % config.checkpoint_every == 0:
+                with progress.paused():
+                    save_run(run)
+                    draw_curves(run)
+            if stopped:
+                raise KeyboardInterrupt
     progress.close()
 
 

@@ -28,12 +28,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from chat.conversation import ChatPicture, Conversation, replace_images
 from chat.template import image_part, parts_of, text_part
 from checkpoint import Trained, load_trained, write_atomic
-from config import Parser, check_range, run_command, tune_torch
+from config import Bar, Parser, check_range, run_command, tune_torch
 from evaluate import check_shapes, in_batches, percentages, text_line, text_report, unseen_documents
 from generate import GenerationConfig, derive_seed, edit_images, encode_pictures, generate_images
 from lab import figures
@@ -57,7 +56,7 @@ def answer_all(
     trained: Trained, what: str, cases: list, thinking: list[bool], options: GenerationConfig
 ) -> list[dict]:
     """The model's answer in each case, with a thought or without, and with a seed of its own."""
-    todo = zip(tqdm(cases, desc=what, disable=None), thinking, itertools.count(options.seed))
+    todo = zip(Bar(cases, desc=what), thinking, itertools.count(options.seed))
     return [reply(trained, c[:-1], think, replace(options, seed=seed)) for c, think, seed in todo]
 
 

@@ -30,10 +30,9 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from checkpoint import Trained, list_checkpoints, read_metrics, resume, saved_config, write_atomic
-from config import CONFIGS, Parser, TrainConfig, run_command, tune_torch
+from config import CONFIGS, Bar, Parser, TrainConfig, run_command, tune_torch
 from evaluate import caption_report, load_base, text_parameters_changed
 from generate import describe_images, encode_text, generate_images
 from lab.language import knowledge, multiple_choice, perplexity, reasoning
@@ -289,7 +288,7 @@ def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int) -> None:
     todo = [(name, seed) for name, seed in wanted if not result_file(plan, name, seed).is_file()]
     print(f"{len(todo)} of {len(wanted)} cells to do; results in {plan.out}")
     if jobs == 1:
-        for name, seed in tqdm(todo, desc="cells", disable=None):
+        for name, seed in Bar(todo, desc="cells"):
             run_cell(plan, name, seed)
         return
     ensure_lab_base(plan)
@@ -306,7 +305,7 @@ def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int) -> None:
             raise ValueError(f"cell {name} of seed {seed} ended with status {status}; see {log.name}")
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(tqdm(pool.map(work, todo), total=len(todo), desc="cells", disable=None))
+        list(Bar(pool.map(work, todo), total=len(todo), desc="cells"))
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from attention import Tokens
+from config import Bar
 from model import LMFusion
 from small import world
 
@@ -125,7 +125,7 @@ def multiple_choice(
                 raise ValueError(f"{long} context; the model takes {limit} in all and needs one of context")
             rows.append((ids, n))
     found: list[float] = []
-    for start in tqdm(range(0, len(rows), 512), desc=what, disable=None, leave=False):
+    for start in Bar(range(0, len(rows), 512), desc=what, leave=False):
         found += log_likelihoods(model, rows[start : start + 512])
     hits, values = [0, 0], iter(found)
     for q in questions:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from checkpoint import Trained, append_metrics, read_metrics
+from config import Bar
 from data import make_batches
 from evaluate import TIMESTEPS, errors_by_timestep
 from generate import edit_images, generate_images
@@ -92,21 +94,36 @@ def draw_curves(run: Run) -> None:
     figures.save_image(page, run.out / "curves.png")
 
 
+@contextlib.contextmanager
+def asking_to_stop(run: Run) -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM ask the run to stop after the step; Ctrl-C once more ends it at once."""
+
+    def ask(number: int, _: object) -> None:
+        if run.asked["stop"] and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if run.team.is_main and not run.asked["stop"]:  # not print, which may be what was interrupted
+            os.write(2, b"\nending with a checkpoint after this step; Ctrl-C ends at once, without\n")
+        run.asked["stop"] = True
+
+    # what is ignored stays so, for a job in the background
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    former = {n: signal.signal(n, ask) for n in numbers}
+    try:
+        yield
+    finally:
+        for n, handler in former.items():
+            signal.signal(n, handler or signal.SIG_DFL)
+
+
 class Progress:
     """The bar of a run, and its lines in metrics.jsonl; the main process writes them."""
 
     def __init__(self, run: Run):
         self.run, self.first, self.start = run, run.step, time.perf_counter()
         self.window: list[dict[str, float]] = []  # the losses of the steps since the last line
-        self.window_start, self.waited = self.start, 0.0
-        disable = None if run.team.is_main else True  # None: only on a terminal
+        self.window_start, self.waited, self.saved = self.start, 0.0, self.start
         bar = dict(total=run.config.steps, initial=run.step, unit="step", desc="training")
-        self.bar = tqdm(**bar, disable=disable)
-
-    def add(self, losses: dict[str, float]) -> None:
-        """One more step."""
-        self.window.append(losses)
-        self.bar.update()
+        self.bar = Bar(**bar, quiet=not run.team.is_main)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -115,16 +132,27 @@ class Progress:
         yield
         self.waited += time.perf_counter() - pause
 
-    def log(self, more: dict, lr: float) -> None:
-        """A line about the steps since the last one, with what `more` has to say."""
-        now = time.perf_counter()
-        pictures = len(self.window) * self.run.config.batch_size
-        rate = pictures / max(1e-9, now - self.window_start - self.waited)
-        line = log_line(self.run.step, self.window, lr, rate, self.run.seconds + now - self.start) | more
-        if self.run.team.is_main:
-            append_metrics(self.run.out, line)
-            show(self.bar, line)
-        self.window, self.window_start, self.waited = [], now, 0.0
+    def checkpoint_is_due(self) -> bool:
+        """Whether --checkpoint-minutes have passed since this was last so. The main process decides."""
+        now, wait = time.perf_counter(), 60 * self.run.config.checkpoint_minutes
+        due = self.run.team.is_main and 0 < wait <= now - self.saved
+        self.saved = now if due else self.saved
+        return due
+
+    def add(self, losses: dict[str, float], more: dict, lr: float, last: bool) -> None:
+        """One more step; and a line, if it is the last, if there is `more` to say, or if it is time."""
+        config, now = self.run.config, time.perf_counter()
+        self.window.append(losses)
+        late = 0 < 60 * config.log_minutes <= now - self.window_start
+        if last or more or late or self.run.step % config.log_every == 0:
+            pictures = len(self.window) * config.batch_size
+            rate = pictures / max(1e-9, now - self.window_start - self.waited)
+            line = log_line(self.run.step, self.window, lr, rate, self.run.seconds + now - self.start) | more
+            if self.run.team.is_main:
+                append_metrics(self.run.out, line)
+                show(self.bar, line)
+            self.window, self.window_start, self.waited = [], now, 0.0
+        self.bar.update()
 
     def close(self) -> None:
         self.bar.close()
@@ -148,7 +176,7 @@ def log_line(
     }
 
 
-def show(bar: tqdm, line: dict) -> None:
+def show(bar: Bar, line: dict) -> None:
     """A line of metrics.jsonl for people: behind the bar, and at validations as a line of its own."""
     loss = {k: math.nan if line[f"{k}_loss"] is None else line[f"{k}_loss"] for k in ("ddpm", "lm")}
     if "val" in line:
@@ -159,5 +187,5 @@ def show(bar: tqdm, line: dict) -> None:
             f"validation at t = {TIMESTEPS[middle]}: {right:.4f} under the right caption, "
             f"{permuted:.4f} under another; {line['images_per_second']:.0f} pictures/s"
         )
-    rate = f"{line['images_per_second']:.0f}"
-    bar.set_postfix(ddpm=f"{loss['ddpm']:.4f}", lm=f"{loss['lm']:.3f}", ips=rate)
+    rate = f"{line['images_per_second']:.0f} pictures/s"
+    bar.set_postfix_str(f"ddpm {loss['ddpm']:.4f}, lm {loss['lm']:.3f}, {rate}")

@@ -32,10 +32,9 @@ import torch
 from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 from checkpoint import check_device, write_atomic
-from config import Parser, add_fields, flag_name, rules, run_command, setting
+from config import Bar, Parser, add_fields, flag_name, rules, run_command, setting
 from load_qwen3 import address, encode_plain, load_tokenizer, open_safetensors, read_json, resolve
 from scale.pictures import NAMED, Sample, list_samples, nothing_to_load, read_sample, skipped_line
 from scale.vae import AutoencoderKL, load_vae
@@ -133,8 +132,8 @@ def encode_source(config: EncodeConfig, codec: AutoencoderKL) -> LatentShards:
     out.mkdir(parents=True, exist_ok=True)
     pieces = read_shards(sorted(out.glob("shard-*")), settings, REMEDY)  # what a killed run has left
     start = pieces[-1].end if pieces else 0
-    shown = dict(total=len(samples), initial=start, desc="encoding", unit="picture", disable=None)
-    with tqdm(samples[start:], **shown) as bar:
+    shown = dict(total=len(samples), initial=start, desc="encoding", unit="picture")
+    with Bar(samples[start:], **shown) as bar:
         todo = iter(bar)
         while start < len(samples):
             tensors, piece = encode_shard(todo, start, codec, tokenizer, config)

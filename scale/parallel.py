@@ -40,13 +40,17 @@ class Team:
         """This process's part of n samples; n is a multiple of `size`."""
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
+    def sum(self, *vectors: Tensor) -> tuple[Tensor, ...]:
+        """Sums over the processes, in one go; on the device where there are several, and not waited for."""
+        if self.size == 1:
+            return vectors
+        x = torch.cat([v.to(self.device, non_blocking=True) for v in vectors])
+        dist.all_reduce(x)
+        return x.split([len(v) for v in vectors])
+
     def total(self, values: list[float]) -> list[float]:
         """Sums over the processes."""
-        if self.size == 1:
-            return values
-        x = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(x)
-        return x.tolist()
+        return self.sum(torch.tensor(values, dtype=torch.float64))[0].tolist()
 
     def wait(self) -> None:
         """Until all are here."""

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
+
+from config import Bar
 
 FIELDS = {"png": "picture", "jpg": "picture", "jpeg": "picture", "webp": "picture", "txt": "caption"}
 DECODED = ("PNG", "JPEG", "WEBP")  # Pillow knows many more, some of which start other programs
@@ -124,7 +125,7 @@ def load_samples(kind: str, source: str | list[str], size: int, max_memory: int)
         raise ValueError(f"{sources}: {take}, {max_memory / 2**30:.2f} are allowed; make it fewer or smaller")
     pixels = torch.empty(parts, len(samples), 3, size, size, dtype=torch.uint8)
     texts, names, skipped = [], [], []
-    for sample in tqdm(samples, desc=f"{unit}s", unit=unit, disable=None):
+    for sample in Bar(samples, desc=f"{unit}s", unit=unit):
         try:
             *images, text = read(sample, size)
         except (ValueError, OSError) as e:

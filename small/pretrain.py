@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
 from attention import Tokens
 from chat.template import END_THINK, IM_END, IM_START, THINK, apply_chat_template, assistant_mask, encode
 from checkpoint import write_folder
-from config import Parser, run_command
+from config import Bar, Parser, run_command
 from data import next_tokens
 from load_qwen3 import BOI, EOI, STOCK, known_config, text_names
 from model import LMFusion, ModelConfig, replace
@@ -135,7 +134,7 @@ def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> N
         return min(1.0, (i + 1) / WARMUP) * (0.03 + 0.97 * (1 + math.cos(math.pi * i / steps)) / 2)
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]
-    bar = tqdm(range(steps), desc="pretraining the tiny language model", unit="step", disable=None)
+    bar = Bar(range(steps), desc="pretraining the tiny language model", unit="step")
     batches: list[list[tuple[list[int], list[bool]]]] = []
     for step in bar:
         if not batches:  # documents of like length together
@@ -175,7 +174,7 @@ def random_base(stock: str, folder: Path, seed: int = 0) -> None:
     with torch.device("meta"):
         model = LMFusion(config)
     generator, state = torch.Generator().manual_seed(seed), {}
-    for name, p in tqdm(model.text_parameters().items(), desc="random weights", disable=None):
+    for name, p in Bar(model.text_parameters().items(), desc="random weights"):
         value = torch.ones(p.shape) if p.dim() == 1 else torch.empty(p.shape)
         if p.dim() == 2:
             value.normal_(std=0.02, generator=generator)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -706,28 +705,50 @@ def start(here: Path, *more: object) -> helpers.Result:
     return helpers.call(train, *helpers.photo_flags(Path("run"), "--steps", 6, *more), folder=here)
 
 
-@pytest.mark.parametrize("what, after", (("Ctrl-C", 0), ("Ctrl-C", 3), ("SIGTERM", 3)))
-def test_an_interrupt_ends_in_one_line_that_says_where_it_goes_on(tmp_path, monkeypatch, what, after):
+@pytest.mark.parametrize("after", (0, 3))
+@pytest.mark.parametrize(
+    "signals, saves",
+    (("SIGINT", True), ("SIGTERM", True), ("SIGTERM SIGTERM", True), ("SIGINT SIGINT", False)),
+)
+def test_an_interrupt_ends_in_one_line_that_says_where_it_goes_on(
+    tmp_path, monkeypatch, signals, saves, after
+):
+    """Asked once, a run ends with a checkpoint of the step it was in; after a second Ctrl-C, at once."""
     train_step = train.Run.train_step
 
     def interrupted(run):
-        if run.step == after and what == "SIGTERM":
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif run.step == after:
-            raise KeyboardInterrupt  # no SIGINT: a process in the background may ignore it
+        if run.step == after:
+            for name in signals.split():
+                signal.raise_signal(getattr(signal, name))
         return train_step(run)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "train_step", interrupted)
-        result = start(tmp_path, "--checkpoint-every", 2)
-    line = one_line(result)
-    assert result.status == 130 and line.startswith("interrupted") and f"at step {after}" in line
-    if after:
-        assert "--resume goes on from step-000002" in line
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process may ignore it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Run, "train_step", interrupted)
+            result = start(tmp_path, "--checkpoint-every", 2)
+    finally:
+        signal.signal(signal.SIGINT, former)
+    step = after + saves
+    line, left = one_line(result), [p.name for p in list_checkpoints(tmp_path / "run")]
+    assert result.status == 130 and line.startswith(f"interrupted: at step {step}; ")
+    if step:
+        name = f"step-{step if saves else 2:06d}"
+        assert line.endswith(f"--resume goes on from {name}") and left == [name]
         assert start(tmp_path, "--resume", "--checkpoint-every", 2).status == 0
     else:
-        assert "no checkpoint had been written" in line
+        assert line.endswith("no checkpoint had been written yet") and not left
         assert start(tmp_path).status == 0  # nothing stands in the way of a fresh start
+
+
+def test_a_job_in_the_background_that_ignores_ctrl_c_goes_on_ignoring_it(tmp_path, monkeypatch):
+    train_step, former = train.Run.train_step, signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupted = lambda run: (signal.raise_signal(signal.SIGINT), train_step(run))[1]  # noqa: E731
+    try:
+        monkeypatch.setattr(train.Run, "train_step", interrupted)
+        assert start(tmp_path).status == 0 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def test_ctrl_c_while_the_base_is_made_leaves_no_half_base(tmp_path, monkeypatch):

@@ -404,6 +404,39 @@ def test_two_steps_a_kill_and_two_more_equal_four_bit_for_bit(tmp_path, monkeypa
     assert {k for k in info[0]["config"] if info[0]["config"][k] != info[1]["config"][k]} == {"out"}
 
 
+def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    """Without --checkpoint-every's help: the step in which the signal came is kept."""
+    flags, train_step = ("--steps", 5, "--sheet-every", 0, "--ema", 0.8), Run.train_step
+
+    def asked(run):
+        if run.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(run)
+
+    helpers.good(train, *helpers.photo_flags(Path("whole"), *flags), folder=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", asked)
+        assert helpers.call(train, *helpers.photo_flags(Path("cut"), *flags), folder=tmp_path).status == 130
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    assert last(cut).name == "step-000003"
+    helpers.good(train, *helpers.photo_flags(Path("cut"), "--resume"), folder=tmp_path)
+    for name in ("model", "ema", "optimizer"):
+        file = f"{name}.safetensors"
+        assert (last(cut) / file).read_bytes() == (last(whole) / file).read_bytes(), name
+    assert metrics_without_clocks(cut) == metrics_without_clocks(whole)
+
+
+def test_the_last_checkpoints_are_kept_and_as_many_as_asked_for(tmp_path):
+    flags = ("--steps", 5, "--checkpoint-every", 1, "--keep", 3, "--sheet-every", 0)
+    helpers.good(train, *helpers.photo_flags(Path("run"), *flags), folder=tmp_path)
+    names = [p.name for p in list_checkpoints(tmp_path / "run")]
+    assert names == ["step-000003", "step-000004", "step-000005"]
+    assert all(load_trained(tmp_path / "run" / name).info["step"] == int(name[5:]) for name in names)
+    again = ("--resume", "--steps", 6, "--keep", 2)
+    helpers.good(train, *helpers.photo_flags(Path("run"), *again), folder=tmp_path)
+    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-000005", "step-000006"]
+
+
 @pytest.fixture
 def begun(tmp_path) -> Path:
     """A copy of the run of two steps, below the folder of the test."""

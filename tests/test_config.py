@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -173,6 +175,7 @@ def test_a_field_that_is_unknown_or_of_another_type_is_named(change, words):
 FREE = {"base", "data", "val_data", "text_data", "vae", "init_from", "out", "device", "dtype", "steps"}
 FREE |= {"micro_batch", "pack", "activation_checkpointing"}
 FREE |= {"log_every", "val_every", "sheet_every", "checkpoint_every"}
+FREE |= {"log_minutes", "checkpoint_minutes", "keep"}
 
 
 @pytest.mark.parametrize("field", rules(TrainConfig))
@@ -237,3 +240,50 @@ def test_what_the_first_stage_was_may_be_said_again_and_not_be_contradicted(odd_
     with pytest.raises(ValueError, match=f"first: {field} was .* there and cannot become ") as error:
         train.parse([*start, *flags_of({field: other})])
     assert str(OF_THE_MODEL[field]) in str(error.value) and str(other) in str(error.value)
+
+
+# ---- bars ----
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The seconds that `Bar` sees."""
+    now = [100.0]
+    monkeypatch.setattr(config.time, "monotonic", lambda: now[0])
+    return now
+
+
+def run_bar(clock: list[float], bar: config.Bar) -> None:
+    """Eight steps of 25 seconds, some by hand and some by iterating."""
+    for number, _ in enumerate(bar):
+        bar.set_postfix_str(f"loss {number}")
+        clock[0] += 25
+    bar.close()
+
+
+def test_without_a_terminal_there_is_a_line_a_minute_and_none_in_a_short_run(clock, capsys):
+    run_bar(clock, config.Bar(range(8), desc="encoding", unit="picture"))
+    done = "encoding: {} of 8 pictures, {} left, loss {}\n"
+    assert capsys.readouterr().err == done.format(3, "02:05", 2) + done.format(6, "00:50", 5)
+    bar = config.Bar(total=12, initial=4, desc="training", unit="step")
+    for _ in range(4):
+        clock[0] += 20
+        bar.update()
+    assert capsys.readouterr().err == "training: 7 of 12 steps, 01:40 left\n"
+    run_bar(clock, config.Bar(range(2), desc="short"))
+    run_bar(clock, config.Bar(range(8), desc="quiet", quiet=True))
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_there_is_a_bar_and_no_line(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    run_bar(clock, config.Bar(range(8), desc="encoding", unit="picture"))
+    run_bar(clock, config.Bar(range(8), desc="quiet", quiet=True))
+    text = terminal.getvalue()
+    assert "encoding: 100%" in text and "8/8" in text and "loss 7" in text
+    assert " of 8" not in text and "quiet" not in text

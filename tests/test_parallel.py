@@ -793,6 +793,33 @@ def test_a_kill_of_one_process_ends_the_run_and_it_can_be_resumed(here, start, t
     assert largest_difference(lines(alone(here, "plain"))[:n], lines(run)[:n]) < 1e-4
 
 
+def asked_to_stop(victim: int, rank: int) -> None:
+    """SIGTERM, to one process, in its third step."""
+    train_step = Run.train_step
+
+    def asked(run):
+        if run.step == 2 and rank == victim:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(run)
+
+    Run.train_step = asked
+    train.draw_curves = lambda run: None
+
+
+@pytest.mark.parametrize("victim", (0, 1))
+def test_a_signal_to_one_process_ends_all_with_a_checkpoint_of_the_same_step(start, tmp_path, victim):
+    flags = [*flags_of("plain"), "--out", "run", "--steps", "9"]
+    results = start(2, flags, partial(asked_to_stop, victim)).end()
+    for rank, result in enumerate(results):
+        assert (
+            result.status == 130 and "interrupted: at step 3; --resume goes on from step-000003" in result.err
+        )
+        assert ("ending with a checkpoint" in result.err) == (rank == victim == 0)  # one speaks for all
+    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-000003"]
+    assert [m["step"] for m in lines(tmp_path / "run")] == [1, 2, 3]
+    assert load_trained(tmp_path / "run").info["step"] == 3
+
+
 def die_while_writing(moment: str, victim: int, rank: int) -> None:
     """kill -9 at a moment of writing the checkpoint of step 4."""
     train.validate, train.draw_curves = unseen, lambda run: None

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import math
 import random
+import signal
+import threading
 from pathlib import Path
 
 import helpers
@@ -38,6 +40,7 @@ from data import (
     CAPTION_DROPPED,
     CAPTION_FIRST,
     IMAGE_FIRST,
+    Ahead,
     Batch,
     Document,
     Documents,
@@ -669,6 +672,95 @@ def test_a_document_follows_from_the_seed_the_step_and_its_number_alone(make_run
     assert drawn_by(run)[:12] == whole
     change(run, batch_size=12, seed=1)
     assert not set(drawn_by(run)) & set(whole)
+
+
+def test_a_process_draws_documents_and_noise_for_its_own_share_alone(make_run, monkeypatch):
+    run, seeds, drawn = make_run("--batch-size", 12, "--micro-batch", 2), [], []
+    noise, draw = data.draw_noise, Documents.draw
+    monkeypatch.setattr(data, "draw_noise", lambda shape, seed: seeds.append(seed) or noise(shape, seed))
+    monkeypatch.setattr(Documents, "draw", lambda *a: drawn.append(a) or draw(*a))
+    run.batches()
+    whole = set(seeds)
+    shares = []
+    for rank in range(3):
+        seeds.clear(), drawn.clear()
+        run.team = Team(rank, 3)
+        run.batches()
+        shares.append(set(seeds))
+        assert len(seeds) == len(drawn) == len(shares[-1]) == 4
+    assert set.union(*shares) == whole and len(whole) == 12
+
+
+# ---- batches made ahead ----
+
+
+def test_steps_with_batches_made_ahead_are_the_same_to_the_last_bit(make_run, monkeypatch):
+    flags = ("--task", TASKS, "--batch-size", 6, "--micro-batch", 4, *SHAPES)
+    plain, ahead = make_run(*flags), make_run(*flags)
+    ahead.ahead, made = Ahead(ahead.batches), []
+    of_step = Documents.of_step
+    monkeypatch.setattr(
+        Documents, "of_step", lambda d, *a: made.append((a[0], threading.get_ident())) or of_step(d, *a)
+    )
+    for step in (0, 1, 2, 7, 8):  # a resumed run begins anywhere
+        plain.step = ahead.step = step
+        assert plain.train_step() == ahead.train_step()
+    assert all(torch.equal(p, ahead.trained[n]) for n, p in plain.trained.items())
+    ahead.ahead.future.result()
+    here = [step for step, thread in made if thread == threading.get_ident()]
+    beside = [step for step, thread in made if thread != threading.get_ident()]
+    assert here == [0, 1, 2, 7, 8] and beside == [0, 1, 2, 3, 7, 8, 9]  # each once, and one too many twice
+
+
+def test_the_next_batch_is_begun_before_the_step_is_taken_and_its_error_comes_with_its_own_step():
+    begun, goes_on = [], threading.Event()
+
+    def make(step: int) -> list[str]:
+        begun.append(step)
+        if step == 6:
+            goes_on.wait()
+            raise ValueError("no such picture")
+        return [f"batch {step}"]
+
+    ahead = Ahead(make)
+    assert ahead.take(4) == ["batch 4"] and ahead.take(5) == ["batch 5"]
+    goes_on.set()
+    for _ in range(2):  # whoever asks again is told again
+        with pytest.raises(ValueError, match="no such picture"):
+            ahead.take(6)
+    assert begun == [4, 5, 6]
+
+
+def test_ctrl_c_does_not_wait_for_a_batch_that_does_not_come():
+    goes_on, former = threading.Event(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            Ahead(lambda step: goes_on.wait(60)).take(0)
+        assert not goes_on.is_set()
+    finally:
+        signal.signal(signal.SIGINT, former)
+        goes_on.set()
+
+
+def test_an_error_in_a_batch_made_ahead_is_told_like_any_other(tmp_path, monkeypatch):
+    init, of_step = Run.__init__, Documents.of_step
+
+    def with_ahead(run: Run, *args: object) -> None:
+        init(run, *args)
+        run.ahead = Ahead(run.batches)
+
+    def broken(documents: Documents, step: int, share: slice) -> list[Document]:
+        if step == 2:
+            raise ValueError("shard-00007.safetensors: is gone")
+        return of_step(documents, step, share)
+
+    monkeypatch.setattr(Run, "__init__", with_ahead)
+    monkeypatch.setattr(Documents, "of_step", broken)
+    flags = helpers.photo_flags(Path("run"), "--steps", 4, "--checkpoint-every", 1, "--sheet-every", 0)
+    result = helpers.call(train, *flags, folder=tmp_path)
+    assert result.status == 2 and result.err == "error: shard-00007.safetensors: is gone\n"
+    assert runs.last(tmp_path / "run").name == "step-000002"
 
 
 # ---- text alone ----

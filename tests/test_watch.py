@@ -16,7 +16,7 @@ from runs import EDITS, SHAPES, Killed, change, documents_that, last, new_run, t
 
 import train
 from attention import IMAGE, Tokens
-from checkpoint import load_trained, read_metrics
+from checkpoint import list_checkpoints, load_trained, read_metrics
 from data import draw_noise, make_batches
 from evaluate import TIMESTEPS
 from lab import watch
@@ -261,15 +261,46 @@ def test_what_is_watched_stands_in_the_metrics_at_each_validation_and_nowhere_el
     assert b"seen" not in (last(run.out) / "checkpoint.json").read_bytes()
 
 
+@pytest.fixture
+def slow_clock(monkeypatch) -> None:
+    """A step takes 40 seconds by the clock of the run, and no time."""
+    clock, train_step = [0.0], Run.train_step
+    monkeypatch.setattr(watch, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def step(run):
+        clock[0] += 40
+        return train_step(run)
+
+    monkeypatch.setattr(Run, "train_step", step)
+
+
+@pytest.mark.parametrize("minutes, steps", ((1, [2, 4, 5]), (1.5, [3, 5]), (0, [5])))
+def test_a_line_is_written_after_so_many_minutes_at_the_latest(make_run, slow_clock, minutes, steps):
+    run = make_run("--steps", 5, "--log-every", 100, "--log-minutes", minutes, "--sheet-every", 0)
+    run.out.mkdir()
+    train.train(run)
+    lines = read_metrics(run.out / "metrics.jsonl")
+    assert [m["step"] for m in lines] == steps and lines[-1]["seconds"] == 200
+    assert {m["images_per_second"] for m in lines} == {round(6 / 40, 1)}
+
+
+@pytest.mark.parametrize("minutes, steps", ((1, [3, 5, 7]), (0, [7])))
+def test_a_checkpoint_is_written_whenever_so_many_minutes_have_passed(make_run, slow_clock, minutes, steps):
+    run = make_run("--steps", 7, "--checkpoint-minutes", minutes, "--keep", 9, "--sheet-every", 0)
+    run.out.mkdir()
+    train.train(run)
+    assert [int(p.name[5:]) for p in list_checkpoints(run.out)] == steps
+
+
 def test_a_line_for_people_says_what_was_measured_and_a_validation_gets_a_line_of_its_own():
     window = [{"loss": 1.0, "ddpm_loss": 0.2}, {"loss": 2.0, "ddpm_loss": 0.4, "lm_loss": 3.0}]
     line = watch.log_line(7, window, lr=0.5, rate=123.456, seconds=7.8912)
     wanted = dict(step=7, loss=1.5, lm_loss=3.0, ddpm_loss=pytest.approx(0.3), draw_loss=None)
     assert line == wanted | dict(lr=0.5, images_per_second=123.5, seconds=7.89)
-    told, behind = [], {}
-    bar = SimpleNamespace(write=told.append, set_postfix=lambda **values: behind.update(values))
+    told, behind = [], []
+    bar = SimpleNamespace(write=told.append, set_postfix_str=behind.append)
     watch.show(bar, line | {"lm_loss": None})
-    assert behind == dict(ddpm="0.3000", lm="nan", ips="124") and not told
+    assert behind == ["ddpm 0.3000, lm nan, 124 pictures/s"] and not told
     val = {"right": [0, 0, 0.25, 0, 0], "permuted": [0, 0, 0.75, 0, 0]}
     watch.show(bar, line | {"val": val})
     (text,) = told
