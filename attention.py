@@ -41,13 +41,21 @@ def hybrid_mask(query: Tokens, key: Tokens | Cache) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Eq. (9, 10): q (B, H, N, d), k and v (B, K, S, d) -> (B, H, N, d), one softmax for both modalities.
 
-    mask (B, 1, N, S) is True where M is 0 and False where it is -infinity; None if nothing is masked, and
-    `causal` if the N = S tokens only look back. Query head i shares key/value head i // (H/K). The paper
-    writes M inside the division by sqrt(d), which makes no difference to 0 and -infinity.
+    mask (B, 1, N, S), or (B, 1, 1, S) where all queries see the same, is True where M is 0 and False where it
+    is -infinity; None if nothing is masked, and `causal` if the N = S tokens only look back. Query head i
+    shares key/value head i // (H/K). The paper writes M inside the division by sqrt(d), which makes no
+    difference to 0 and -infinity.
     """
     (B, H, N, d), (K, S) = q.shape, k.shape[1:3]
     if q.device.type == "cuda" or N * S > WRITTEN_OUT[q.dtype == torch.float32]:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != K)
+        if causal:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
+        # The query heads of a group as so many more queries of its key/value head: of the fused kernels, none
+        # takes a mask and heads that share keys at once.
+        if mask is not None and H != K and mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, H // K, 1)
+        q = q.unflatten(1, (K, H // K)).reshape(B, K, H // K * N, d)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, N, d)
     # Short sequences on a CPU: two batched products, up to several times faster than torch's fused kernel.
     if causal:
         mask = torch.ones(N, S, dtype=torch.bool, device=q.device).tril()
@@ -77,6 +85,10 @@ class Tokens:
     position: Tensor
     document: Tensor
     loss_mask: Tensor | None = None
+
+    def slots(self, n: int) -> Tokens:
+        """The first n slots of each row."""
+        return Tokens(*(x[:, :n] for x in (self.ids, self.image, self.position, self.document)))
 
     @staticmethod
     def text(ids: Tensor, start: int = 0) -> Tokens:
@@ -216,7 +228,14 @@ def append_slots(past: Tensor, length: int, new: Tensor) -> tuple[Tensor, Tensor
     return past[:, :, :end], past[:, :, length:end]
 
 
-def seen_slots(past: Cache, new: Tokens | Cache) -> tuple[Tensor, Tensor, Tensor]:
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on a device. A copy to a GPU is from pinned memory and not waited for."""
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def seen_slots(past: Tokens | Cache, new: Tokens | Cache) -> tuple[Tensor, Tensor, Tensor]:
     """What the mask asks of a cache and the slots behind it: image, position, document (B, S + N)."""
     fields = ("image", "position", "document")
     return tuple(torch.cat((getattr(past, f), getattr(new, f)), dim=1) for f in fields)
@@ -246,46 +265,55 @@ class Layout:
     The mask takes the cheapest form there is; at most one of these is set.
 
     causal      Unpacked text with nothing before it: a flag, and the kernel draws the triangle itself.
-    mask        Few slots: `hybrid_mask` as it is, (B, 1, N, S).
+    mask        Few slots: `hybrid_mask` as it is, (B, 1, N, S). Patches of one image a row, while it is
+                denoised, all see the same: (B, 1, 1, S).
     block_mask  Many slots on CUDA: FlexAttention evaluates the rule in its kernel and skips empty blocks.
     segments    Many slots elsewhere: each image and each run of text attends to just the runs that it sees.
     none        Every query sees every slot: one token behind its past, or one image behind its text.
     """
 
-    def __init__(self, tokens: Tokens, cache: Cache | None, device: torch.device, cos: Tensor, sin: Tensor):
-        """cos and sin (B * N, 1, d/2): RoPE of all slots, in main memory like `tokens`."""
-        ids = tokens.ids.flatten()
+    def __init__(
+        self,
+        tokens: Tokens,
+        past: Tokens | Cache | None,
+        device: torch.device,
+        rope: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ):
+        """`past`: what was read before. rope(positions (T,)) -> cosines and sines (T, 1, d/2) of RoPE."""
+        ids, position = tokens.ids.flatten(), tokens.position.flatten()
         self.shape = tokens.ids.shape
         text, image = (ids >= 0).nonzero().squeeze(1), (ids == IMAGE).nonzero().squeeze(1)
         n_text, n_image = len(text), len(image)
-        self.text, self.image = text.to(device), image.to(device)  # (T_text,), (T_image,)
-        self.ids = ids[text].to(device)  # (T_text,)
+        self.text, self.image = send(text, device), send(image, device)  # (T_text,), (T_image,)
+        self.ids = send(ids[text], device)  # (T_text,)
         self.whole = max(n_text, n_image) == ids.numel()  # one modality and no padding: nothing to move
         if not self.whole:
             # row of cat(text, image, one row of zeros) that belongs in each slot
             source = ids.new_full((ids.numel(),), n_text + n_image)
             source[text] = torch.arange(n_text)
             source[image] = torch.arange(n_text, n_text + n_image)
-            self.source = source.to(device)
-        self.rope_text = cos[text].to(device), sin[text].to(device)  # (T_text, 1, d/2) each
-        self.rope_image = cos[image].to(device), sin[image].to(device)  # (T_image, 1, d/2) each
-        self.choose_mask(tokens, cache, device)
+            self.source = send(source, device)
+        self.rope_text = rope(send(position[text], device))  # (T_text, 1, d/2) each
+        self.rope_image = rope(send(position[image], device))  # (T_image, 1, d/2) each
+        self.choose_mask(tokens, past, device)
 
-    def choose_mask(self, tokens: Tokens, cache: Cache | None, device: torch.device) -> None:
+    def choose_mask(self, tokens: Tokens, past: Tokens | Cache | None, device: torch.device) -> None:
         """Set one of `causal`, `mask`, `block_mask` and `segments`, or none of them."""
         self.causal, self.mask, self.block_mask, self.segments = False, None, None, None
-        key = tokens if cache is None else Tokens(None, *seen_slots(cache, tokens))
+        key = tokens if past is None else Tokens(None, *seen_slots(past, tokens))
         N, S = tokens.ids.shape[1], key.document.shape[1]
+        one = (tokens.image == tokens.image[:, :1]) & (tokens.document == tokens.document[:, :1])
+        alike = N == 1 or bool((one & (tokens.image > 0)).all())  # all queries of a row see the same
         if tokens.document[0, 0] >= 0 and (key.document == tokens.document[:1, :1]).all():
             # one document, no padding
-            if N == 1 or (tokens.image > 0).all() and (tokens.image == tokens.image[:, :1]).all():
+            if alike:
                 return
-            if cache is None and not tokens.image.any():
+            if past is None and not tokens.image.any():
                 self.causal = True
                 return
-        if N * S <= DENSE:
-            mask = hybrid_mask(tokens, key)
-            self.mask = None if bool(mask.all()) else mask.unsqueeze(1).to(device)  # (B, 1, N, S)
+        if alike or N * S <= DENSE:
+            mask = hybrid_mask(tokens.slots(1) if alike else tokens, key)
+            self.mask = None if bool(mask.all()) else send(mask.unsqueeze(1), device)  # (B, 1, N or 1, S)
         elif device.type == "cuda":
             self.block_mask = make_block_mask(tokens, key, device)
         else:
@@ -314,7 +342,8 @@ class Layout:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, N, d), k and v (B, K, S, d) -> (B, H, N, d), under the mask in whatever form it has."""
         if self.block_mask is not None:
-            return compiled_flex()(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1])
+            gqa = q.shape[1] != k.shape[1]  # FlexAttention is fast only when compiled
+            return compiled(flex_attention)(q, k, v, block_mask=self.block_mask, enable_gqa=gqa)
         if self.segments is None:
             return attention(q, k, v, self.mask, self.causal)
         rows = []
@@ -361,6 +390,12 @@ def make_block_mask(query: Tokens, key: Tokens, device: torch.device) -> BlockMa
 
 
 @lru_cache
-def compiled_flex() -> Callable:
-    """FlexAttention, which is fast only when compiled."""
-    return torch.compile(flex_attention, dynamic=True)
+def compiled(function: Callable) -> Callable:
+    """A function whose chains of elementwise work become one kernel each, for any number of tokens."""
+    torch._dynamo.config.recompile_limit = 64  # text and images, with gradients and without, one token, many
+    return torch.compile(function, dynamic=True)
+
+
+def fused(function: Callable, device: torch.device) -> Callable:
+    """The function compiled on a GPU, where it takes seconds once; as it is elsewhere."""
+    return compiled(function) if device.type == "cuda" else function

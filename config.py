@@ -407,13 +407,15 @@ def check_range(args: argparse.Namespace, **bounds: tuple[float, float]) -> None
 
 
 def tune_torch() -> None:
-    """Two settings that make small models on CPUs about three times as fast; on GPUs the first means TF32.
+    """Settings that make small models on CPUs about three times as fast; on GPUs the first means TF32.
 
     "medium" hands float32 products to oneDNN, which is twice as fast as MKL on AMD processors and as exact
     there. On processors with AMX it rounds their inputs to bfloat16, and is no faster for models of this
     size: where a product comes out rounded, the setting is taken back. Gradients that fade out become
-    denormal numbers, with which arithmetic is slow; they are flushed to zero.
+    denormal numbers, with which arithmetic is slow; they are flushed to zero. Of the attention kernels on
+    GPUs, cuDNN's builds a plan anew for every length, and is left out.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision("medium")
     x = torch.full((256, 256), 1 + 2.0**-12)  # bfloat16 would make it 1
     if not torch.cuda.is_available() and not torch.equal(x @ torch.eye(256), x):

@@ -81,10 +81,12 @@ def predictor(trained: Trained, cache: Cache, start: list[int], before: list[int
     """
     model, P, kinds = trained.model, trained.model.config.num_patches, len(scales) + 1
     patches = Tokens.rows([[IMAGE]] * len(start), P, start, before)
+    # All that does not change from step to step: who stands where and sees whom, and room for their keys.
+    layout, cache = model.layout(patches, cache), cache.reserve(P)
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
+        hidden = model.encode(patches, x, t, cache, False, layout)  # the cache stays as it is
         xx, tt = x.repeat(kinds, 1, 1, 1), t.repeat(kinds)
-        hidden = model.encode(patches, xx, tt, cache, keep=False)  # the cache stays as it is
         eps = trained.diffusion.eps_from_output(model.unet_output(hidden), xx, tt).chunk(kinds)
         if not scales:
             return eps[0]

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attention import Cache, Layout, Tokens, append_slots
+from attention import Cache, Layout, Tokens, append_slots, fused
 from unet import UNetDown, UNetUp
 
 SEPARATIONS = ("deep", "shallow", "none")
@@ -91,7 +91,7 @@ class ModelConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 whatever the dtype of x, as Qwen3 does."""
+    """x / rms(x) * weight; the quotient is computed in float32 and rounded to the dtype of x, as in Qwen3."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -99,7 +99,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x, (x.shape[-1],), eps=self.eps) * self.weight
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -220,10 +220,11 @@ class Block(nn.Module):
         Returns both streams after the layer, and this call's own keys and values (B, K, N, d).
         """
         of_text = of_image = None, None
+        qkv, output = (fused(f, layout.text.device) for f in (Expert.qkv, Expert.output))
         if text is not None:
-            of_text = self.text.qkv(text, layout.rope_text)  # Eq. (7)
+            of_text = qkv(self.text, text, layout.rope_text)  # Eq. (7)
         if image is not None:
-            of_image = self.image.qkv(image, layout.rope_image)  # Eq. (8)
+            of_image = qkv(self.image, image, layout.rope_image)  # Eq. (8)
         qk, v_new = map(layout.merge, of_text, of_image)  # (B, H + K, N, d), (B, K, N, d)
         q, k_new = qk.split(self.heads, dim=1)  # (B, H, N, d), (B, K, N, d)
         k, v = k_new, v_new
@@ -232,9 +233,9 @@ class Block(nn.Module):
             v, v_new = append_slots(past[1], past[2], v_new)
         to_text, to_image = layout.split(layout.attend(q, k, v))  # Eq. (9, 10): (T, H * d) each
         if text is not None:
-            text = self.text.output(text, to_text)  # Eq. (9, 11)
+            text = output(self.text, text, to_text)  # Eq. (9, 11)
         if image is not None:
-            image = self.image.output(image, to_image)  # Eq. (10, 12)
+            image = output(self.image, image, to_image)  # Eq. (10, 12)
         return text, image, k_new, v_new
 
 
@@ -268,6 +269,7 @@ class LMFusion(nn.Module):
         self.unet_down = UNetDown(config)
         self.unet_up = UNetUp(config)
         self.activation_checkpointing = False  # recompute each layer in the backward pass: less memory
+        self.text_is_frozen = False  # as `freeze_text` left it; asked for several times a step
 
     # ---- parameters ----
 
@@ -295,12 +297,9 @@ class LMFusion(nn.Module):
 
         norm = False thaws that too: where the text is learned from nothing, there is none to keep.
         """
+        self.text_is_frozen = frozen
         for name, p in self.text_parameters().items():
             p.requires_grad_(not frozen and not (norm and name == "norm_text.weight"))
-
-    @property
-    def text_is_frozen(self) -> bool:
-        return not any(p.requires_grad for p in self.text_parameters().values())
 
     @torch.no_grad()
     def image_at_start(self, text: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -330,6 +329,10 @@ class LMFusion(nn.Module):
 
     # ---- the transformer ----
 
+    def layout(self, tokens: Tokens, past: Tokens | Cache | None = None) -> Layout:
+        """The layout of `tokens` behind `past`, for `encode`; depends on no weight and no value."""
+        return Layout(tokens, past, self.device, partial(rope_angles, config=self.config))
+
     def encode(
         self,
         tokens: Tokens,
@@ -337,20 +340,25 @@ class LMFusion(nn.Module):
         t: Tensor | None = None,
         cache: Cache | None = None,
         keep: bool = True,
+        layout: Layout | None = None,
     ) -> Hidden:
         """Run the transformer over `tokens`, attending to `cache` as well; the cache itself is not changed.
 
-        latents (M, C, h, w) and timesteps t (M,): the images of `tokens`, row by row, in order. A clean image
-        has t = 0. keep: return keys and values, for a cache.
+        latents (M, C, h, w) and timesteps t (M,): the images of `tokens`, row by row, in order; M may be a
+        part of their number, and then comes again until all have one. A clean image has t = 0. keep: return
+        keys and values, for a cache. layout: that of these tokens behind this cache, if it is made already.
         """
-        layout = Layout(tokens, cache, self.device, *rope_angles(tokens.position.flatten(), self.config))
+        layout = layout or self.layout(tokens, cache)
         text = image = unet = None
         if len(layout.text):
             text = self.embed_tokens(layout.ids)  # Eq. (5): (T_text, D)
         if len(layout.image):
             P = self.config.num_patches
-            assert latents is not None and t is not None and len(latents) * P == len(layout.image)
+            assert latents is not None and t is not None and len(layout.image) % (len(latents) * P) == 0
             h_in, skips = self.unet_down(latents.to(self.dtype), t)  # Eq. (6): (M, P, D)
+            if (n := len(layout.image) // (len(latents) * P)) > 1:  # under guidance: once for all contexts
+                h_in, t = h_in.repeat(n, 1, 1), t.repeat(n)
+                skips = [skip.repeat(n, 1, 1, 1) for skip in skips]
             unet = (h_in, skips, t)
             image = h_in.flatten(0, 1)  # (T_image, D)
         keys, values = [], []

@@ -22,6 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention import fused
+
 if TYPE_CHECKING:
     from model import ModelConfig
 
@@ -63,6 +65,9 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return fused(ResBlock.residual, x.device)(self, x, emb)
+
+    def residual(self, x: Tensor, emb: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x))) + self.emb(emb)[:, :, None, None]
         return self.skip(x) + self.conv2(F.silu(self.norm2(y)))
 
@@ -79,10 +84,12 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         M, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(M, 3, self.heads, c // self.heads, h * w)  # (M, 3, heads, d, hw)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (M, heads, hw, d) each
-        y = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(M, c, h, w)
-        return x + self.proj(y)
+        qkv = (
+            self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
+        )  # (M, hw, 3c): for a fused kernel
+        q, k, v = qkv.view(M, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (M, heads, hw, d) each
+        y = F.scaled_dot_product_attention(q, k, v)  # (M, heads, hw, d)
+        return x + self.proj(y.transpose(1, 2).reshape(M, h, w, c).permute(0, 3, 1, 2))
 
 
 def init_weights(module: nn.Module) -> None:
@@ -123,6 +130,8 @@ class UNetDown(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
         """x (M, C, h, w), t (M,) -> patches h_in (M, P, D) and the skips for UNet-Up."""
         emb = self.time(t)  # (M, E)
+        if x.is_cuda:  # convolutions of bfloat16 are made for channels in the last place in memory
+            x = x.contiguous(memory_format=torch.channels_last)
         full = self.block1(self.conv_in(x), emb)  # (M, c1, h, w)
         half = self.attention(self.block2(self.down(full), emb))  # (M, c2, h/2, w/2)
         h_in = self.proj_out(self.norm_out(half).flatten(2).transpose(1, 2))  # (M, P, D), row-major

@@ -61,12 +61,13 @@ class TrainingStep:
     optimizers: Callable[[LMFusion, TrainConfig], list[torch.optim.Optimizer]]
 
 
-# How torch's FlopCounterMode counts, which knows nothing of torch's own attention on CPUs.
-FLOPS = {
-    **flop_registry,
+# Torch's own attention on CPUs, of which its FlopCounterMode knows nothing: `custom_mapping` takes these.
+attention_flops._get_raw = attention_backward_flops._get_raw = True  # it is to hand over tensors, not shapes
+CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }
+FLOPS = {**flop_registry, **CPU_ATTENTION}
 
 
 class Books(TorchDispatchMode):
@@ -295,8 +296,8 @@ def sampling(config: ModelConfig, train: TrainConfig, tokens: int) -> dict[str, 
     with books:
         cache = model.encode(Tokens.rows(rows, P)).cache
         once, books.flops = books.flops, 0
-        t = torch.zeros(2, dtype=torch.long)
-        model.unet_output(model.encode(patches, books.latents(2, config), t, cache))
+        t = torch.zeros(1, dtype=torch.long)
+        model.unet_output(model.encode(patches, books.latents(1, config), t, cache))
     often = books.flops
     weights = model.boi_head.itemsize * numel(model.parameters())
     flops = {"prefill_flops": once, "step_flops": often, "picture_flops": once + DDIM_STEPS * often}

@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from sequences import (
 )
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex_file
-from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention as attention_file
@@ -42,7 +43,7 @@ from model import LMFusion, ModelConfig, rope_angles
 
 
 def make_layout(tokens: Tokens, cache: Cache | None, config: ModelConfig) -> Layout:
-    return Layout(tokens, cache, torch.device("cpu"), *rope_angles(tokens.position.flatten(), config))
+    return Layout(tokens, cache, torch.device("cpu"), partial(rope_angles, config=config))
 
 
 def test_the_mask_of_a_worked_example():
@@ -547,12 +548,21 @@ def test_segments_stand_for_the_hybrid_mask_whatever_the_layout(make_config, mon
     config, seen = make_config(), Counter()
     monkeypatch.setattr(attention_file, "DENSE", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(attention_file, "hybrid_mask", None)  # not called
+        whole = attention_file.hybrid_mask
+
+        def one_row(query: Tokens, key: Tokens) -> Tensor:
+            assert query.ids.shape[1] == 1  # never made in full
+            return whole(query, key)
+
+        patch.setattr(attention_file, "hybrid_mask", one_row)
         found = [(x, make_layout(x[0], x[2], config)) for x in layouts(P, 100, P, text)]
     for (tokens, key, cache), layout in found:
         (B, N), S = tokens.ids.shape, key.document.shape[1]
-        assert layout.mask is None and layout.block_mask is None
-        if layout.segments is not None:
+        assert layout.block_mask is None
+        if layout.mask is not None:
+            assert layout.mask.shape == (B, 1, 1, S) and layout.segments is None
+            dense = layout.mask[:, 0].expand(B, N, S)
+        elif layout.segments is not None:
             dense = dense_of_segments(layout, N, S)
             for query_runs, _, segments in layout.segments:
                 for n, part in zip(query_runs, segments, strict=True):
@@ -575,13 +585,35 @@ def test_short_sequences_take_the_hybrid_mask_or_a_cheaper_form_of_it(make_confi
         assert layout.segments is None and layout.block_mask is None
         wanted = hybrid_mask(tokens, key)
         if layout.mask is not None:
-            assert torch.equal(layout.mask[:, 0], wanted) and not wanted.all() and not layout.causal
+            assert torch.equal(layout.mask[:, 0].expand_as(wanted), wanted)
+            assert not wanted.all() and not layout.causal
         elif layout.causal:
             assert torch.equal(wanted, torch.ones_like(wanted).tril())
         else:
             assert wanted.all()
         seen["mask" if layout.mask is not None else "causal" if layout.causal else "none"] += 1
     assert seen["mask"] > 50 and seen["causal"] and seen["none"], seen
+
+
+def test_pictures_behind_prompts_of_different_lengths_need_one_row_of_the_mask(make_model):
+    """While denoising: every patch of a row sees the same slots."""
+    model, P = make_model().double(), 16
+    prompts = Tokens.rows([[5, 6, BOI], [5, BOI], [BOI]], P)
+    patches = Tokens.rows([[IMAGE]] * 3, P, start=[3, 2, 1])
+    cache = model.encode(prompts).cache
+    layout = model.layout(patches, cache)
+    wanted = hybrid_mask(patches, with_cache(patches, [prompts]))
+    assert layout.mask.shape == (3, 1, 1, 3 + P) and torch.equal(layout.mask[:, 0].expand_as(wanted), wanted)
+    latents, t = draw(model, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, "full")
+        whole = model.encode(patches, latents, t, cache).image
+    for kernel in (attention_file.WRITTEN_OUT, (0, 0)):  # written out, and the fused kernel
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention_file, "WRITTEN_OUT", kernel)
+            assert torch.allclose(
+                model.encode(patches, latents, t, cache, layout=layout).image, whole, **TOLERANCE
+            )
 
 
 @pytest.mark.parametrize(("P", "text"), ((4, 60), (100, 200)))
@@ -626,7 +658,7 @@ def force(patch: pytest.MonkeyPatch, form: str) -> None:
                 self.make_segments(tokens, key)
 
         patch.setattr(Layout, "choose_mask", choose_mask)
-        patch.setattr(attention_file, "compiled_flex", lambda: flex_attention)
+        patch.setattr(attention_file, "compiled", lambda function: function)
         # its eager form, not traced first: many times faster on tensors as small as these
         patch.setattr(flex_file, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
 

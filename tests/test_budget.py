@@ -166,7 +166,7 @@ def test_flops_of_a_picture_are_the_recipes_average_and_a_step_has_all_pictures(
 def test_the_flops_are_those_of_torchs_own_counter(make_model):
     model, latents = make_model(num_hidden_layers=2), torch.randn(1, 4, 8, 8)
     batch = arrange([[5] * CAPTION], latents, [IMAGE_FIRST], model.config)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=budget.CPU_ATTENTION) as counter:
         train.step_loss(model, batch, FIXED).backward()
     ours = flops(2, 0.0, 0.0)
     assert counter.get_total_flops() == ours["picture"]
