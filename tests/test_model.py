@@ -7,6 +7,7 @@ is a list of token ids in which IMAGE stands for one whole image, as in `Tokens.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 
@@ -36,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import model as model_file
+import unet
 from attention import IMAGE, PAD, Tokens
 from model import Hidden, LMFusion, ModelConfig, RMSNorm, replace
 
@@ -625,3 +627,67 @@ def test_patches_start_about_as_large_as_words(make_model, perturb):
     patches = model.unet_down(latents, t)[0]
     ratio = (patches.pow(2).mean() / model.embed_tokens.weight.pow(2).mean()).sqrt().item()
     assert 0.7 < ratio < 1.4
+
+
+# ---- what a GPU does in a faster way, on a CPU ----
+
+
+@pytest.mark.parametrize("separation", ("deep", "none"))
+@pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
+def test_what_is_compiled_on_a_gpu_equals_the_plain_functions(make_model, monkeypatch, backend, separation):
+    """Expert.qkv, Expert.output and ResBlock.residual: features and gradients, with and without a graph."""
+    compiled = functools.lru_cache(lambda f: torch.compile(f, backend=backend, dynamic=True))
+    found = []
+    for wrap in (lambda f, _: f, lambda f, _: compiled(f)):
+        model = make_model(dtype=torch.float64, separation=separation)
+        monkeypatch.setattr(model_file, "fused", wrap)
+        monkeypatch.setattr(unet, "fused", wrap)
+        out = []
+        for checkpointing, rows in ((False, RAGGED), (True, RAGGED[:2]), (False, [[BOI, IMAGE]])):
+            model.activation_checkpointing = checkpointing
+            _, after, latents = two_phases(model, rows)
+            (after.image.square().mean() + ddpm_loss(model, after, latents)).backward()
+            out.append(after.image.detach())
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        with torch.no_grad():
+            out.append(model.text_logits(torch.tensor([[5]])))  # one token: a size of its own
+        found.append((out, gradients))
+    (plain, wanted), (fast, got) = found
+    for a, b in zip(plain, fast, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)  # RoPE is in float32
+    assert wanted.keys() == got.keys() and len(got) > 50
+    for name, value in wanted.items():
+        assert torch.allclose(got[name], value, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+def test_the_norm_without_an_upcast_is_bit_equal_to_the_one_with_it(dtype):
+    x = (torch.randn(300, 1024, generator=torch.Generator().manual_seed(0)) * 30).to(dtype)
+    norm = RMSNorm(1024, 1e-6).to(dtype)
+    norm.weight.data = torch.randn(1024).to(dtype)
+    x32 = x.float()
+    upcast = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6)).to(dtype) * norm.weight
+    close = (norm(x) == upcast).float().mean()
+    assert torch.equal(norm(x), upcast) if dtype != torch.float32 else close > 0.5
+
+
+def test_channels_last_gives_the_same_unet(make_model):
+    model = make_model(dtype=torch.float64, unet_channels=(8, 64))
+    latents, t = draw(model, 3)
+    tokens, out = Tokens.rows([[IMAGE]] * 3, model.config.num_patches), []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        hidden = model.encode(tokens, latents.contiguous(memory_format=memory_format), t)
+        out.append(model.unet_output(hidden))
+    assert torch.allclose(*out, atol=1e-9)
+
+
+def test_a_layout_made_ahead_and_latents_that_come_again_are_those_of_a_plain_call(make_model):
+    model = make_model(dtype=torch.float64)
+    P, (latents, t) = model.config.num_patches, draw(model, 2)
+    cache = model.encode(Tokens.rows([[5, BOI], [6, BOI], [BOI], [BOI]], P)).cache
+    tokens = Tokens.rows([[IMAGE]] * 4, P, [2, 2, 1, 1])
+    plain = model.encode(tokens, latents.repeat(2, 1, 1, 1), t.repeat(2), cache)
+    again = model.encode(tokens, latents, t, cache, layout=model.layout(tokens, cache))
+    assert torch.allclose(plain.image, again.image, atol=1e-12)
+    assert torch.allclose(model.unet_output(plain), model.unet_output(again), atol=1e-6)
+    assert torch.equal(again.unet[2], t.repeat(2))
