@@ -255,6 +255,16 @@ class Paragraphs:
 
 
 @dataclass
+class Targets:
+    """What the text of a `Tokens` has to learn (see `next_tokens`), and at which rows of `Hidden.text`."""
+
+    word_at: Tensor  # (W,)
+    word: Tensor  # (W,) the id that comes next
+    draw_at: Tensor  # (K,)
+    draw: Tensor  # (K,) 1.0 where an image comes next, else 0.0
+
+
+@dataclass
 class Batch:
     """Sequences cut into the two phases of `LMFusion.forward`, their images in row order, and the noise."""
 
@@ -264,6 +274,8 @@ class Batch:
     max_t: Tensor  # (M,) as in `Document`, in main memory
     u: Tensor  # (M,) uniform in 0 .. 1: the timestep is u max_t
     eps: Tensor  # (M, C, h, w) standard normal
+    before: Targets  # of `prefix`
+    behind: Targets  # of `rest`
 
     def noised(self, diffusion: Diffusion, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Eq. (2), where clean images stay clean and have t = 0: x_t, t, and the numbers of the others.
@@ -274,21 +286,25 @@ class Batch:
         if noisy.all():
             return x_t, t, None
         which = noisy.nonzero().squeeze(1) if noisy.any() else torch.tensor([0])
-        keep = noisy.to(t.device)
+        keep = noisy.to(t.device, non_blocking=True)
         x_t = torch.where(keep[:, None, None, None], x_t, self.latents)
-        return x_t, t * keep, which.to(t.device)
+        return x_t, t * keep, which.to(t.device, non_blocking=True)
 
     def to(self, device: torch.device | str) -> Batch:
-        """With the latents and their noise on a device; tokens and max_t are a plan, and stay.
+        """With latents, noise and targets on a device; tokens and max_t are a plan, and stay.
 
-        To a GPU they go from pinned memory, which waits for nothing that it still has to do.
+        A GPU gets them from pinned memory, without being waited for.
         """
-        parts = self.latents, self.u, self.eps
-        if torch.device(device).type == "cuda":
-            with torch.cuda.device(device):  # a thread of its own would pin for the first one
-                parts = [x.pin_memory() for x in parts]
-        latents, u, eps = (x.to(device, non_blocking=True) for x in parts)
-        return Batch(self.prefix, self.rest, latents, self.max_t, u, eps)
+
+        def move(x: Tensor) -> Tensor:
+            if torch.device(device).type == "cuda":
+                with torch.cuda.device(device):  # a thread of its own would pin for the first one
+                    x = x.pin_memory()
+            return x.to(device, non_blocking=True)
+
+        before, behind = (Targets(*map(move, vars(x).values())) for x in (self.before, self.behind))
+        tensors = move(self.latents), self.max_t, move(self.u), move(self.eps)
+        return Batch(self.prefix, self.rest, *tensors, before, behind)
 
 
 def draw_noise(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
@@ -311,7 +327,8 @@ def collate(documents: list[Document], latents: Tensor, config: ModelConfig, pac
     u, eps = (torch.cat(x) for x in zip(*noise, strict=True))
     max_t = torch.tensor([t for d in documents for t in d.max_t])
     prefix, rest = split_phases(documents, config.num_patches, pack)
-    return Batch(prefix, rest, latents, max_t, u, eps)
+    before, behind = find_targets(prefix, config.boi_id), find_targets(rest, config.boi_id)
+    return Batch(prefix, rest, latents, max_t, u, eps, before, behind)
 
 
 def make_batches(
@@ -393,6 +410,13 @@ def next_tokens(tokens: Tokens, boi_id: int) -> tuple[Tensor, Tensor]:
     draw = torch.where(known, (following == boi_id).long(), -100)
     text = tokens.ids >= 0
     return word[text], draw[text]
+
+
+def find_targets(tokens: Tokens, boi_id: int) -> Targets:
+    """`next_tokens` where there is something to learn."""
+    word, draw = next_tokens(tokens, boi_id)
+    word_at, draw_at = ((x >= 0).nonzero().squeeze(1) for x in (word, draw))
+    return Targets(word_at, word[word_at], draw_at, draw[draw_at].float())
 
 
 def main() -> None:

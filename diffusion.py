@@ -36,7 +36,7 @@ def cosine_alpha_bar(steps: int = T, s: float = 0.008, max_beta: float = 0.999, 
 
 def extract(level: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """level[t] as (M, 1, 1, 1), in the dtype and on the device of `like`."""
-    return level.to(like.dtype).to(like.device)[t].view(-1, *[1] * (like.dim() - 1))
+    return level.to(like.dtype).to(like.device, non_blocking=True)[t].view(-1, *[1] * (like.dim() - 1))
 
 
 class Diffusion:
@@ -74,7 +74,7 @@ class Diffusion:
         """Eq. (3), a mean over images and elements; weighting "v" divides it by alpha_bar_t."""
         error = (eps - eps_pred).float().square().flatten(1).mean(1)  # (M,)
         if weighting == "v":
-            error = error / self.alpha_bar.float().to(error.device)[t]
+            error = error / self.alpha_bar.float().to(error.device, non_blocking=True)[t]
         return error.mean()
 
     # ---- sampling ----

@@ -45,10 +45,10 @@ from config import (
     run_command,
     tune_torch,
 )
-from data import Ahead, Batch, Documents, make_batches, next_tokens
+from data import Ahead, Batch, Documents, make_batches
 from lab.watch import Progress, asking_to_stop, draw_curves, draw_sheets, validate
 from load_qwen3 import base_fingerprint, fingerprint, load_qwen3, load_tokenizer, read_json, resolve
-from model import Hidden, LMFusion
+from model import LMFusion
 from scale.muon import Muon
 from scale.parallel import Team, end_processes, full_tensor, init_processes, own_device, shard
 from scale.sources import find_base, init_from_scratch, open_source, open_text
@@ -66,7 +66,8 @@ def losses(model: LMFusion, batch: Batch, config: TrainConfig) -> dict[str, Tens
     a mean of is missing or 0.
     """
     diffusion = config.diffusion
-    t = (batch.u * batch.max_t.to(batch.u.device)).long()  # uniform below each picture's limit
+    limit = batch.max_t.to(batch.u.device, non_blocking=True)
+    t = (batch.u * limit).long()  # uniform below each picture's limit
     x_t, t, which = batch.noised(diffusion, t)  # Eq. (2)
     before, hidden = model(batch.prefix, batch.rest, x_t, t)
     output, eps = model.unet_output(hidden, which), batch.eps
@@ -77,20 +78,11 @@ def losses(model: LMFusion, batch: Batch, config: TrainConfig) -> dict[str, Tens
     if not (batch.max_t > 0).any():
         out["ddpm_loss"] = 0.0 * out["ddpm_loss"]
 
-    def of_text(part: Hidden | None, targets: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Features (T, D), next words (T,), and whether an image comes next (T,), if there is text."""
-        return [] if part is None or part.text is None else [(part.text, *targets)]
-
-    def pick(features: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Those with something to learn; `wanted` is in main memory, and no device has to be waited for."""
-        i = (wanted >= 0).nonzero().squeeze(1)
-        return features[i.to(features.device)], wanted[i].to(features.device)
-
     # Eq. (1): text behind an image. If the text is frozen, none before it carries a gradient: no logits.
-    behind = of_text(hidden, next_tokens(batch.rest, model.config.boi_id))
-    everywhere = behind + of_text(before, next_tokens(batch.prefix, model.config.boi_id))
-    learned = [pick(h, w) for h, w, _ in (behind if model.text_is_frozen else everywhere)]
-    drawing = [pick(h, d) for h, _, d in everywhere]
+    texts = [(hidden, batch.behind), (before, batch.before)]
+    texts = [(part.text, targets) for part, targets in texts if part is not None and part.text is not None]
+    learned = [(h[x.word_at], x.word) for h, x in texts if x is batch.behind or not model.text_is_frozen]
+    drawing = [(h[x.draw_at], x.draw) for h, x in texts]
     # A mean over nothing is 0, with a gradient of 0: all processes must have one of the same parameters.
     if learned:
         features, words = map(torch.cat, zip(*learned, strict=True))
@@ -99,7 +91,7 @@ def losses(model: LMFusion, batch: Batch, config: TrainConfig) -> dict[str, Tens
     if drawing:
         features, draw = map(torch.cat, zip(*drawing, strict=True))
         logit, n = model.draw_logit(features).float(), max(1, len(draw))
-        out["draw_loss"] = F.binary_cross_entropy_with_logits(logit, draw.float(), reduction="sum") / n
+        out["draw_loss"] = F.binary_cross_entropy_with_logits(logit, draw, reduction="sum") / n
     return out
 
 
@@ -116,11 +108,9 @@ def step_loss(model: LMFusion, batch: Batch, config: TrainConfig) -> Tensor:
 
 def count_targets(model: LMFusion, batch: Batch) -> dict[str, int]:
     """How many things each part is a mean over: pictures, words to predict, decisions to draw."""
-    boi = model.config.boi_id
-    (words, draw), (words_before, draw_before) = next_tokens(batch.rest, boi), next_tokens(batch.prefix, boi)
-    learned = words if model.text_is_frozen else torch.cat((words, words_before))
-    counts = (batch.max_t > 0), (learned >= 0), (torch.cat((draw, draw_before)) >= 0)
-    return {part: int(count.sum()) for part, count in zip(PARTS, counts, strict=True)}
+    words = len(batch.behind.word) + (0 if model.text_is_frozen else len(batch.before.word))
+    draws = len(batch.behind.draw) + len(batch.before.draw)
+    return {"ddpm_loss": int((batch.max_t > 0).sum()), "lm_loss": words, "draw_loss": draws}
 
 
 # ---- Optimisation ----

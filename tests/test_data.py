@@ -31,6 +31,7 @@ from data import (
     collate,
     draw_noise,
     edit_document,
+    find_targets,
     make_batches,
     next_tokens,
     split_phases,
@@ -339,8 +340,9 @@ def noisy_batch(max_t: list[int]) -> tuple[Batch, torch.Tensor]:
     x, eps = torch.randn(2, len(max_t), 3, 4, 4, generator=generator)
     t = torch.randint(1, 1000, (len(max_t),), generator=generator)
     u = torch.zeros(len(max_t))  # t is given
-    batch = Batch(*phases([[BOI] + [IMAGE] * len(max_t)]), x, torch.tensor(max_t), u, eps)
-    return batch, t
+    parts = phases([[BOI] + [IMAGE] * len(max_t)])
+    targets = (find_targets(part, BOI) for part in parts)
+    return Batch(*parts, x, torch.tensor(max_t), u, eps, *targets), t
 
 
 def test_clean_images_stay_clean_and_the_others_get_noise():
