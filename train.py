@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from checkpoint import (
     check_device,
@@ -56,6 +57,7 @@ from scale.sources import find_base, init_from_scratch, open_source, open_text
 # ---- The loss ----
 
 PARTS = ("ddpm_loss", "lm_loss", "draw_loss")
+LOGITS = 2**26  # at once, at the most: 256 MiB in float32
 
 
 def losses(model: LMFusion, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
@@ -86,13 +88,29 @@ def losses(model: LMFusion, batch: Batch, config: TrainConfig) -> dict[str, Tens
     # A mean over nothing is 0, with a gradient of 0: all processes must have one of the same parameters.
     if learned:
         features, words = map(torch.cat, zip(*learned, strict=True))
-        logits = model.logits(features).float()
-        out["lm_loss"] = F.cross_entropy(logits, words, reduction="sum") / max(1, len(words))
+        out["lm_loss"] = word_loss(model, features, words) / max(1, len(words))
     if drawing:
         features, draw = map(torch.cat, zip(*drawing, strict=True))
         logit, n = model.draw_logit(features).float(), max(1, len(draw))
         out["draw_loss"] = F.binary_cross_entropy_with_logits(logit, draw, reduction="sum") / n
     return out
+
+
+def word_loss(model: LMFusion, features: Tensor, words: Tensor) -> Tensor:
+    """The sum of -log P(word), of features (T, D) and words (T,).
+
+    Logits (T, V) would be the largest tensor of a step. Where there are many, they are made for some words at
+    a time, and once more in the backward pass.
+    """
+
+    def of_some(features: Tensor, words: Tensor) -> Tensor:
+        return F.cross_entropy(model.logits(features).float(), words, reduction="sum")
+
+    n = max(1, LOGITS // model.config.vocab_size)
+    if len(words) <= n:
+        return of_some(features, words)
+    parts = zip(features.split(n), words.split(n), strict=True)
+    return sum(recomputed(of_some, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
 
 
 def total_loss(parts: dict[str, Tensor | float], config: TrainConfig) -> Tensor | float:
@@ -221,15 +239,11 @@ class Run:
 
     def batches(self, step: int | None = None) -> list[Batch]:
         """This process's share of a step (the next), in micro batches: pictures first, then text alone."""
-        config, model, team, data = self.config, self.model.config, self.team, self.documents
-        size, pack, step = config.micro_batch, config.pack, self.step if step is None else step
-        batches = []
-        for documents in (
-            data.of_step(step, team.share(config.batch_size)),
-            data.text_of_step(step, team.share(config.text_batch)),
-        ):
-            batches += make_batches(documents, data.source, self.codec, model, size, pack)
-        return [batch.to(team.device) for batch in batches]
+        config, team, step = self.config, self.team, self.step if step is None else step
+        pictures = self.documents.of_step(step, team.share(config.batch_size))
+        text = self.documents.text_of_step(step, team.share(config.text_batch))
+        how = self.documents.source, self.codec, self.model.config, config.micro_batch, config.pack
+        return [b.to(team.device) for part in (pictures, text) for b in make_batches(part, *how)]
 
     def train_step(self) -> dict[str, float]:
         """One step; returns the losses of the whole batch."""

@@ -226,6 +226,20 @@ def test_small_micro_batches_keep_less_and_checkpointing_computes_again(make_con
     assert twice["forward"] == once["forward"] and twice["backward"] == once["backward"] + again
 
 
+def test_a_large_vocabulary_takes_the_memory_of_some_logits_at_a_time(make_config, monkeypatch):
+    vocabulary = 5_000
+    config = make_config(num_hidden_layers=1, vocab_size=vocabulary)
+    text = with_fields(FIXED, lr_text_ratio=1.0, batch_size=16)
+    plain = budget.training_bytes(config, text, STEP, 1, 30)
+    monkeypatch.setattr(train, "LOGITS", 40 * vocabulary)
+    less = budget.training_bytes(config, text, STEP, 1, 30)
+    words = 16 * 29  # of each caption all but the first, and a few more: EOI and EOS
+    logits = 4 * vocabulary * words  # bytes
+    assert less["activations"] < plain["activations"] - logits
+    assert less["computing"] < plain["computing"] - 2 * logits
+    assert less["trained_weights"] == plain["trained_weights"]
+
+
 def test_writing_reads_every_text_weight_and_the_cache_once(make_config):
     config = make_config(max_position_embeddings=101)
     text = budget.writing(config, FIXED)

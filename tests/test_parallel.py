@@ -89,6 +89,7 @@ JOBS = {
     "none": Job("--separation none"),
     "shallow": Job("--separation shallow"),
     "text": Job("--lr-text-ratio 0.1"),
+    "chunks": Job("--lr-text-ratio 0.1"),  # logits for a few words at a time, by two processes
     "half": Job("--ema 0.9", steps=5),
     "two by two": Job(steps=10, of="half"),
     "one by two": Job(steps=10, of="alone half"),
@@ -173,6 +174,8 @@ def do(name: str, team: Team) -> None:
     patch.setattr(train, "count_targets", counting)
     patch.setattr(train, "resume", resuming)
     patch.setattr(train, "save_run", saving)
+    if name == "chunks":
+        patch.setattr(train, "LOGITS", 3000)
     if name.startswith("watched"):
         patch.setattr(PictureSource, "prompts", two_prompts)
     else:

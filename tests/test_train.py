@@ -91,6 +91,31 @@ def test_the_loss_is_lm_plus_lambda_times_ddpm_and_the_draw_loss_is_trained_besi
     assert result["loss"] == pytest.approx(result["lm_loss"] + factor * result["ddpm_loss"])
 
 
+@pytest.mark.parametrize("frozen", (True, False), ids=("frozen text", "trained text"))
+def test_logits_made_for_some_words_at_a_time_change_no_loss_and_no_gradient(make_model, monkeypatch, frozen):
+    model, config, found, rows = make_model(), train.TrainConfig(), [], []
+    model.freeze_text(frozen)
+    batch, logits = pack_rows(model, 0), model.logits
+    monkeypatch.setattr(model, "logits", lambda h: rows.append(len(h)) or logits(h))
+    for at_once in (10**9, 20, 1):
+        monkeypatch.setattr(train, "LOGITS", at_once * model.config.vocab_size)
+        rows.clear()
+        out = losses(model, batch, config)
+        total_loss(out, config).backward()
+        found.append((out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad(set_to_none=True)
+        n = count_targets(model, batch)["lm_loss"]
+        once = [min(at_once, n - i) for i in range(0, n, at_once)]
+        assert 20 < n == sum(once) and sorted(rows) == sorted(once * (1 + (at_once < n)))
+    (whole, gradient), *others = found
+    assert ("embed_tokens.weight" in gradient) != frozen
+    for out, other in others:
+        assert other.keys() == gradient.keys() and out.keys() == whole.keys()
+        assert all(torch.allclose(out[k], x, rtol=1e-6, atol=0) for k, x in whole.items())
+        for name, x in gradient.items():
+            assert (other[name] - x).abs().max() <= 2e-6 * x.abs().max(), name
+
+
 @pytest.mark.parametrize("weighting", ("none", "v"))
 def test_the_diffusion_loss_is_the_mean_squared_error_of_the_noise(make_run, monkeypatch, weighting):
     run = make_run("--loss-weighting", weighting, "--prediction", "eps")
