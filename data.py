@@ -216,25 +216,33 @@ class Documents:
         return documents
 
     def validation(self, n: int) -> tuple[list[Document], list[Document]]:
-        """Up to n fixed documents under the right caption, and the same under the next one's.
+        """Up to n fixed documents under the right caption, and the same under another one, if there is one.
 
         Where edits are all that is trained, they are edits: the context is the picture before.
         """
         edits = set(self.config.tasks) == {"edit"}
         examples = self.source.validation_edits(n) if edits else self.source.validation(n)
 
-        def make(number: int, shift: int) -> Document:
+        captions = [self.tokenise(caption, 2 if edits else 1) for *_, caption in examples]
+
+        def make(number: int, caption: list[int]) -> Document:
             *pictures, _ = examples[number]
-            caption = examples[(number + shift) % len(examples)][-1]
             if edits:
-                document = edit_document(*pictures, self.tokenise(caption, 2), self.model)
+                document = edit_document(*pictures, caption, self.model)
             else:
-                document = caption_document(*pictures, self.tokenise(caption), CAPTION_FIRST, self.model)
+                document = caption_document(*pictures, caption, CAPTION_FIRST, self.model)
             document.seed = number
             return document
 
-        right, permuted = ([make(i, shift) for i in range(len(examples))] for shift in (0, 1))
-        return right, permuted
+        right, others = ([make(*x) for x in enumerate(ids)] for ids in (captions, permuted(captions)))
+        return right, others
+
+
+def permuted(captions: list) -> list:
+    """In place of each caption the next one that is another; [] where all are alike."""
+    if all(c == captions[0] for c in captions):
+        return []
+    return [next(c for c in captions[i:] + captions[:i] if c != own) for i, own in enumerate(captions)]
 
 
 class Paragraphs:

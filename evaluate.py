@@ -4,9 +4,11 @@ python evaluate.py                              # the last run of --config small
 python evaluate.py --checkpoint runs/other --n 228 --json results.json --sheet results.png
 python evaluate.py --checkpoint runs/qwen3-8b --text book.txt --choices hellaswag.jsonl --data coco/val
 
-On the built-in shapes, combinations that training never showed:
+On the built-in shapes, combinations that training never showed (--split validation for every choice, and the
+other ones, the default, for what is reported):
 
-prompt match   each attribute, and all at once, read off the painted picture (small/world.py)
+prompt match   each attribute, and all at once, read off the painted picture (small/world.py); strict: and
+               the picture hardly differs from a rendering of what was asked for
 captions       of held-out pictures: CIDEr, and exactly right, word for word
 Frechet        the distance of painted from real pictures (lab/metrics.py: features of our own, not FID's)
 validation     the diffusion error under the right and under another caption, by timestep
@@ -33,16 +35,16 @@ from torch import Tensor
 
 from checkpoint import Trained, check_device, load_trained, write_atomic
 from config import Bar, Parser, check_range, run_command, tune_torch
-from data import CAPTION_FIRST, Batch, caption_document, collate
+from data import CAPTION_FIRST, Batch, caption_document, collate, permuted
 from diffusion import Diffusion, T
 from generate import derive_seed, describe_images, encode_text, generate_images, generate_text, picture_size
 from lab import figures
 from lab.language import knowledge, multiple_choice, perplexity, puzzles, read_questions, reasoning
 from lab.metrics import caption_tokens, cider, exact_match, frechet
-from load_qwen3 import encode_plain, load_qwen3
+from load_qwen3 import encode_plain, materialise, model_config, resolve, text_tensors
 from model import LMFusion
 from scale.pictures import Pictures, load_pictures
-from small.world import PIXELS, all_scenes, prompt_match, render, text_document
+from small.world import PIXELS, SPLITS, STRICT, all_scenes, prompt_match, render, text_document
 
 BATCH = 76  # of prompts
 TIMESTEPS = (100, 300, 500, 700, 900)
@@ -74,11 +76,13 @@ def errors_by_timestep(model: LMFusion, diffusion: Diffusion, batch: Batch, weig
 
 
 def validation_error(trained: Trained, pictures: Tensor, captions: list[str]) -> dict:
-    """Mean squared error of v under the right and under a permuted caption, by timestep."""
+    """Mean squared error of v under the right and under a permuted caption (if there is one), by timestep."""
     config, device = trained.model.config, trained.model.device
     ids = [encode_text(trained, c, room=0) for c in captions]
     latents, out = trained.codec.encode(pictures), {"t": list(TIMESTEPS)}
-    for key, rows in (("right", ids), ("permuted", ids[1:] + ids[:1])):
+    for key, rows in (("right", ids), ("permuted", permuted(ids))):
+        if not rows:  # there is no other caption
+            continue
         documents = [caption_document(None, row, CAPTION_FIRST, config) for row in rows]
         for number, document in enumerate(documents):
             document.seed = number
@@ -87,17 +91,35 @@ def validation_error(trained: Trained, pictures: Tensor, captions: list[str]) ->
     return out
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype are the same to the last bit; torch.equal takes -0.0 for 0.0."""
+    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))
+
+
 def load_base(trained: Trained) -> LMFusion:
-    """The language model that a checkpoint was trained on, as it was."""
+    """The language model that a checkpoint was trained on, as it was.
+
+    Read tensor by tensor. One that equals the trained model's to the last bit is shared with it, so frozen
+    text is in memory once. While this model is in use, do not train that one.
+    """
     overrides = {**trained.info["model"], "unet_channels": (4, 4), "separation": "none"}
-    like = trained.model
-    return load_qwen3(trained.info["base"], **overrides).to(device=like.device, dtype=like.dtype)
+    like, ours, folder = trained.model, trained.model.text_parameters(), resolve(trained.info["base"])
+    with torch.device("meta"):
+        base = LMFusion(model_config(folder, **overrides))
+    read = text_tensors(folder, base)
+
+    def share(name: str) -> Tensor:
+        value = read(name).to(like.device, like.dtype)
+        return ours[name].detach() if same_bits(ours[name].detach(), value) else value
+
+    materialise(base, share, like.dtype, like.device)
+    return base
 
 
 def text_parameters_changed(model: LMFusion, base: LMFusion) -> list[str]:
     """Names of the text tensors of a model that differ from its base's in any bit."""
     ours, theirs = model.text_parameters(), base.text_parameters()
-    return [n for n in theirs if not torch.equal(ours[n], theirs[n])]
+    return [n for n in theirs if not same_bits(ours[n].detach(), theirs[n].detach())]
 
 
 @torch.inference_mode()
@@ -107,6 +129,7 @@ def text_report(trained: Trained, documents: list[str]) -> dict:
     ids = [encode_text(trained, d, room=0) + [base.config.eos_id] for d in documents]
     some = [torch.tensor([row], device=device) for row in ids[:20]]
     return {
+        "dtype": str(trained.model.dtype).removeprefix("torch."),
         "perplexity_base": perplexity(base, ids),
         "perplexity_trained": perplexity(trained.model, ids),
         "tensors": len(base.text_parameters()),
@@ -121,9 +144,9 @@ def unseen_documents(seed: int) -> list[str]:
     return [text_document(rng) for _ in range(200)]
 
 
-def language_report(trained: Trained, n: int, seed: int) -> dict:
+def language_report(trained: Trained, n: int, seed: int, split: str) -> dict:
     """Built-in multiple choice: what captions never repeat, and n questions over several sentences each."""
-    sets = {"knowledge": knowledge(), "reasoning": reasoning(n, seed), "puzzles": puzzles(n, seed)}
+    sets = {"knowledge": knowledge(), "reasoning": reasoning(n, seed, split), "puzzles": puzzles(n, seed)}
     return {name: choose_answers(trained.model, trained, questions, name) for name, questions in sets.items()}
 
 
@@ -157,9 +180,11 @@ def describe_pictures(trained: Trained, found: Pictures, max_tokens: int) -> tup
     return caption_report(written, list(references.values())), results
 
 
-def evaluate(trained: Trained, n: int, steps: int, cfg: float, sampler: str, seed: int) -> dict:
-    """All figures, over n held-out combinations; also the "pictures", and the "prompts_used" for them."""
-    held_out = all_scenes("test")
+def evaluate(
+    trained: Trained, n: int, steps: int, cfg: float, sampler: str, seed: int, split: str = "test"
+) -> dict:
+    """All figures, over n combinations of a split; also the "pictures", and the "prompts_used" for them."""
+    held_out = all_scenes(split)
     scenes = random.Random(seed).sample(held_out, n)
     captions = [s.caption for s in scenes]
     seeds = [derive_seed(seed, i) for i in range(n)]
@@ -170,11 +195,15 @@ def evaluate(trained: Trained, n: int, steps: int, cfg: float, sampler: str, see
     real = render(scenes, random.Random(seed))
     written = in_batches(partial(describe_images, trained, max_tokens=32), "describing", BATCH, real)
     pairs = list(zip(captions, written, strict=True))
-    report = {"checkpoint": str(trained.folder), "step": trained.info["step"], "prompts": n}
+    matched = prompt_match(scenes, pictures)
+    strict, residual = matched.pop("strict"), matched.pop("residual")
+    report = {"checkpoint": str(trained.folder), "step": trained.info["step"], "split": split, "prompts": n}
     report |= {"held_out_combinations": len(held_out), "steps": steps, "cfg": cfg, "seed": seed}
     return report | {
         "sampler": sampler,
-        "prompt_match": prompt_match(scenes, pictures),
+        "prompt_match": matched,
+        "strict": strict,
+        "residual": residual,
         "template_check": prompt_match(scenes, real)["all"],
         "seconds_per_picture": round(seconds / n, 4),
         "frechet": frechet(pictures, real) if n > 1 else None,
@@ -182,7 +211,7 @@ def evaluate(trained: Trained, n: int, steps: int, cfg: float, sampler: str, see
         "captions_cider": caption_report(written, [[c] for c in captions])["cider"],
         "caption_errors": [{"right": a, "written": b} for a, b in pairs if a != b][:8],
         "validation": validation_error(trained, real, captions),
-        "language": language_report(trained, 300, seed),
+        "language": language_report(trained, 300, seed, split),
         "text": text_report(trained, unseen_documents(seed)),
         "answers": {text: generate_text(trained, text, max_tokens=4) for text in STARTS},
         "pictures": pictures,
@@ -192,16 +221,17 @@ def evaluate(trained: Trained, n: int, steps: int, cfg: float, sampler: str, see
 
 def table(r: dict) -> str:
     """The figures as Markdown."""
-    names = {"all": "**all five at once**"}
-    rows = [(names.get(k, k), v) for k, v in r["prompt_match"].items()]
+    rows = [(k, v) for k, v in r["prompt_match"].items() if k != "all"]
+    rows.append(("**all five at once**", r["prompt_match"]["all"], r["strict"]))
     rows.append(("caption of a held-out picture, word for word", r["captions_exact"]))
     rows.append(("(template matching itself, on real pictures)", r["template_check"]))
-    head = f"{r['prompts']} held-out prompts, {r['sampler']} {r['steps']} steps, guidance {r['cfg']}, "
-    lines = [f"{head}step {r['step']}:", "", *percentages(rows), ""]
+    head = f"{r['prompts']} held-out prompts ({r['split']}), {r['sampler']} {r['steps']} steps"
+    lines = [f"{head}, guidance {r['cfg']}, step {r['step']}:", "", *percentages(rows), ""]
     lines.append("| error of v at t = | " + " | ".join(map(str, r["validation"]["t"])) + " |")
     lines.append("|---" * (len(TIMESTEPS) + 1) + "|")
-    for k in ("right", "permuted"):
+    for k in (k for k in ("right", "permuted") if k in r["validation"]):
         lines.append(f"| {k} caption | " + " | ".join(f"{v:.4f}" for v in r["validation"][k]) + " |")
+    lines += ["", f"strict: and a residual below {STRICT:g} of 255; the median is {r['residual']:.1f}."]
     lines += ["", f"Captions: CIDEr {r['captions_cider']:.3f}."]
     if r["frechet"] is not None:
         lines[-1] += f" Frechet distance of the pictures (own features): {r['frechet']:.4f}."
@@ -209,14 +239,17 @@ def table(r: dict) -> str:
     return "\n".join([*lines, f"Questions in text: {', '.join(found)}.", text_line(r["text"])])
 
 
-def percentages(rows: list[tuple[str, float]]) -> list[str]:
-    """The lines of a Markdown table of shares."""
-    return ["| what | right |", "|---|---|", *(f"| {what} | {100 * x:.1f}% |" for what, x in rows)]
+def percentages(rows: list[tuple]) -> list[str]:
+    """The lines of a Markdown table of shares: what, how much is right and, of pictures, strictly right."""
+    cells = [[what, *(f"{100 * x:.1f}%" for x in shares), ""][:3] for what, *shares in rows]
+    return ["| what | right | strict |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in cells)]
 
 
 def text_line(text: dict) -> str:
     """What became of the text, in one line."""
     changed = f"{len(text['tensors_changed'])} of {text['tensors']} tensors changed"
+    if text["dtype"] != "float32":  # what rounding hides is not seen
+        changed += f" as {text['dtype']}"
     logits = "equal to the last bit" if text["logits_bit_equal"] else "DIFFER"
     both = f"base {text['perplexity_base']:.10f}, trained {text['perplexity_trained']:.10f}"
     return f"Text perplexity: {both}; {changed}; logits {logits}"
@@ -237,9 +270,10 @@ def read_paragraphs(path: str, flag: str = "--text") -> list[str]:
 def parse(args: list[str] | None = None) -> argparse.Namespace:
     """The flags, checked: ValueError for a value out of bounds, OSError for a file that cannot be written."""
     parser = Parser(prog="evaluate.py", usage="python evaluate.py [FLAG ...]")
-    add, all_of_them = parser.add_argument, len(all_scenes("test"))
+    add = parser.add_argument
     add("--checkpoint", metavar="DIR", help="a run or checkpoint; without it, the last small run")
-    add("--n", type=int, default=all_of_them, metavar="N", help="held-out prompts")
+    add("--split", choices=SPLITS[1:], default="test", help="validation: to choose; test: to report")
+    add("--n", type=int, metavar="N", help="held-out prompts; without it, all of the split")
     add("--steps", type=int, default=25, metavar="N", help="denoising steps")
     add("--cfg", type=float, default=3.0, metavar="S", help="guidance scale; 1 is none")
     add("--seed", type=int, default=0, metavar="N", help="of prompts' order and of all noise")
@@ -250,14 +284,17 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="PATH", help="instead: CIDEr of the captions of these pictures")
     add("--device", default="cpu", help="cpu, cuda, ...")
     add = partial(add, rare=True)
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
     add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm with 250 steps is the paper's")
     add("--captions", metavar="FILE.json", help="with --data: write them here, in the form of COCO's results")
     add("--max-tokens", type=int, default=64, help="longest caption to write for --data")
     add("--base", help="where the base language model lies, if it was moved since training")
     add("--vae", help="where the VAE lies, if it was moved since training")
     args = parser.parse_args(args)
-    if not 1 <= args.n <= all_of_them:
-        raise ValueError(f"--n is {args.n}; there are {all_of_them} held-out combinations")
+    there = len(all_scenes(args.split))
+    args.n = there if args.n is None else args.n
+    if not 1 <= args.n <= there:
+        raise ValueError(f"--n is {args.n}; there are {there} held-out combinations (--split {args.split})")
     check_range(args, steps=(1, T), cfg=(-100, 100), max_tokens=(1, 10**6))
     if args.captions and not args.data:
         raise ValueError(f"--captions {args.captions} goes with --data")
@@ -277,8 +314,8 @@ def on_files(trained: Trained, args: argparse.Namespace) -> dict:
     if paragraphs:
         report["text"] = text_report(trained, paragraphs)
         print(text_line(report["text"]))
+    by = {"trained": trained.model, "base": load_base(trained)} if questions else {}
     for path, asked in questions.items():
-        by = {"trained": trained.model, "base": load_base(trained)}
         found = {name: choose_answers(model, trained, asked, name) for name, model in by.items()}
         report.setdefault("choices", {})[path] = found
         parts = [(k, 100 * f["accuracy"], 100 * f["accuracy_unnormalised"]) for k, f in found.items()]
@@ -303,12 +340,13 @@ def check_shapes(trained: Trained) -> None:
 def main() -> None:
     args = parse()
     tune_torch()
-    trained = load_trained(args.checkpoint, args.base, args.device, vae=args.vae)
+    trained = load_trained(args.checkpoint, args.base, args.device, getattr(torch, args.dtype), args.vae)
     if args.text or args.choices or args.data:
         report = on_files(trained, args)
     else:
         check_shapes(trained)
-        report = evaluate(trained, args.n, args.steps, args.cfg, args.sampler, args.seed)
+        how = args.steps, args.cfg, args.sampler, args.seed, args.split
+        report = evaluate(trained, args.n, *how)
         pictures, prompts = report.pop("pictures"), report.pop("prompts_used")
         print(table(report))
         if args.sheet:

@@ -10,7 +10,8 @@ edits      the changed attribute and every other one, read off the picture; and 
 stories    text, picture, text, picture, text from one message, each picture the one it should be
 
 The paper has no conversations; editing is its Section 5.2. A picture is right if all five attributes are, as
-small/world.py reads them. A *case* is a conversation whose last message is the right answer.
+small/world.py reads them, and strictly right if it hardly differs from a rendering of them. A *case* is a
+conversation whose last message is the right answer.
 
 Shapes: n cases; pictures are uint8 (n, 3, 32, 32).
 """
@@ -22,7 +23,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from operator import eq
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from evaluate import check_shapes, in_batches, percentages, text_line, text_repo
 from generate import GenerationConfig, derive_seed, edit_images, encode_pictures, generate_images
 from lab import figures
 from small.dialogues import THINK_PROMPT, Shot, conversation
-from small.world import ATTRIBUTES, Scene, all_scenes, draw_edit, draw_shift, match, read_scenes, render
+from small.world import ATTRIBUTES, all_scenes, draw_edit, draw_shift, prompt_match, read_scenes, render
 
 
 def seen(trained: Trained, shot: Shot) -> ChatPicture:
@@ -75,10 +76,10 @@ def words_of(message: dict) -> str:
     return "".join(p.get("text", "") for p in parts_of(message))
 
 
-def painted(message: dict) -> Scene | None:
-    """The scene of the one picture of a message; None if there is none, or there are several."""
-    found = pictures_of(message)
-    return read_scenes(found[0].pixels[None])[0] if len(found) == 1 else None
+def painted(message: dict, n: int = 1) -> list[Tensor | None]:
+    """The n pictures of a message, uint8 (3, 32, 32); n times None if there are fewer or more."""
+    found = [p.pixels for p in pictures_of(message)]
+    return found if len(found) == n else [None] * n
 
 
 def share(flags: Iterable[bool]) -> float:
@@ -114,12 +115,12 @@ def direct(trained: Trained, n: int, options: GenerationConfig) -> dict:
     seeds = [derive_seed(options.seed, i) for i in range(n)]
     how = dict(steps=options.steps, cfg=options.cfg, sampler=options.sampler)
     plain = in_batches(partial(generate_images, trained, **how), "painting", 76, captions, seeds)
-    out = {"prompts": n, "plain": match(scenes, read_scenes(torch.stack(plain)))}
+    out = {"prompts": n, "plain": prompt_match(scenes, plain)}
     for key, thinking in (("chat", False), ("chat_thinking", True)):
         system = [{"role": "system", "content": THINK_PROMPT}] if thinking else []
         cases = [system + question(f"draw {c}") for c in captions]
         answers = answer_all(trained, key.replace("_", " "), cases, [thinking] * n, options)
-        out[key] = match(scenes, [painted(a) for a in answers])
+        out[key] = prompt_match(scenes, [p for a in answers for p in painted(a)])
     return out
 
 
@@ -131,7 +132,8 @@ def indirect_requests(trained: Trained, n: int, options: GenerationConfig) -> tu
         cases = [conversation(rng, thinking, ["indirect"], split="test") for _ in range(n)]
         answers = answer_all(trained, f"indirect, {key.replace('_', ' ')}", cases, [thinking] * n, options)
         pairs = list(zip(cases, answers, strict=True))
-        out[key] = match([pictures_of(c[-1])[0].scene for c in cases], [painted(a) for a in answers])
+        wanted = [pictures_of(c[-1])[0].scene for c in cases]
+        out[key] = prompt_match(wanted, [p for a in answers for p in painted(a)])
         if thinking:
             same = (c[-1]["reasoning_content"] == a.get("reasoning_content") for c, a in pairs)
             out["thought_exactly_right"] = share(same)
@@ -155,7 +157,9 @@ def edits(trained: Trained, n: int, options: GenerationConfig) -> tuple[dict, Te
     talked = [question([image_part(s), text_part(w)]) for s, w in zip(shots, words, strict=True)]
     answers = answer_all(trained, "editing in chat", talked, [False] * n, options)
     pairs = list(zip(read_scenes(after), cases, strict=True))
-    right = [got == e.target for got, e in pairs]
+    sources, targets = [e.source for e in cases], [e.target for e in cases]
+    plain, back = prompt_match(targets, after), prompt_match(sources, same)
+    chat = prompt_match(targets, [p for a in answers for p in painted(a)])
     by_attribute = {a: [got == e.target for got, e in pairs if e.attribute == a] for a in ATTRIBUTES}
     report = {
         "edits": n,
@@ -163,11 +167,15 @@ def edits(trained: Trained, n: int, options: GenerationConfig) -> tuple[dict, Te
         "others_kept": share(
             replace(got, **{e.attribute: getattr(e.target, e.attribute)}) == e.target for got, e in pairs
         ),
-        "right": share(right),
+        "right": plain["all"],
+        "strict": plain["strict"],
+        "residual": plain["residual"],
         "by_attribute": {a: share(found) for a, found in by_attribute.items() if found},
-        "source_back_without_instruction": share(map(eq, read_scenes(same), [e.source for e in cases])),
+        "source_back_without_instruction": back["all"],
+        "source_back_strict": back["strict"],
         "rms_to_source_without_instruction": (same.float() - before.float()).square().mean().sqrt().item(),
-        "right_in_chat": share(painted(a) == e.target for a, e in zip(answers, cases, strict=True)),
+        "right_in_chat": chat["all"],
+        "strict_in_chat": chat["strict"],
     }
     pictures = torch.stack((before, after), 1).flatten(0, 1)  # (2n, 3, 32, 32)
     return report, pictures, [x for e in cases for x in ("", e.instruction)]
@@ -180,17 +188,16 @@ def stories(trained: Trained, n: int, options: GenerationConfig) -> dict:
     answers = answer_all(trained, "telling stories", cases, [False] * n, options)
     pairs = list(zip(cases, answers, strict=True))
     order = [[p["type"] for p in a["content"]] == "text image text image text".split() for a in answers]
-    right = []  # of both pictures of each
-    for case, answer in pairs:
-        found = [read_scenes(p.pixels[None])[0] for p in pictures_of(answer)]
-        wanted = [shot.scene for shot in pictures_of(case[-1])]
-        right.append([w == g for w, g in zip(wanted, found, strict=True)] if len(found) == 2 else [False] * 2)
+    judged = [prompt_match([shot.scene for shot in pictures_of(c[-1])], painted(a, 2)) for c, a in pairs]
+    right, strict = ([both[k] for both in judged] for k in ("all", "strict"))  # 0, 0.5 or 1 each
     return {
         "stories": n,
         "in_order": share(order),
         "words_exactly_right": share(words_of(c[-1]) == words_of(a) for c, a in pairs),
-        "pictures_right": share(x for both in right for x in both),
-        "in_order_and_both_pictures_right": share(o and all(r) for o, r in zip(order, right, strict=True)),
+        "pictures_right": sum(right) / n,
+        "pictures_strict": sum(strict) / n,
+        "in_order_and_both_pictures_right": share(o and r == 1 for o, r in zip(order, right, strict=True)),
+        "in_order_and_both_pictures_strict": share(o and r == 1 for o, r in zip(order, strict, strict=True)),
     }
 
 
@@ -220,27 +227,36 @@ def thought_sheet(cases: list) -> Image.Image:
 
 def chat_table(r: dict) -> str:
     """The figures as Markdown."""
+    both = itemgetter("all", "strict")
     d, p, i, e, s = (r[k] for k in ("decisions", "direct", "indirect", "edits", "stories"))
     rows = [
         (f"decision to draw or not, {d['conversations']} mixed conversations", d["right"]),
         ("... of those that wanted no picture", d["right_where_no_picture_was_wanted"]),
         ("... answers without picture, word for word", d["words_of_answers_without_picture"]),
-        (f"direct prompts ({p['prompts']}): plain text to image, all five", p["plain"]["all"]),
-        ("... through chat", p["chat"]["all"]),
-        ("... through chat, with a thought", p["chat_thinking"]["all"]),
-        (f"indirect prompts ({i['prompts']}), with a thought: all five", i["thinking"]["all"]),
-        ("... without", i["not_thinking"]["all"]),
+        (f"direct prompts ({p['prompts']}): plain text to image, all five", *both(p["plain"])),
+        ("... through chat", *both(p["chat"])),
+        ("... through chat, with a thought", *both(p["chat_thinking"])),
+        (f"indirect prompts ({i['prompts']}), with a thought: all five", *both(i["thinking"])),
+        ("... without", *both(i["not_thinking"])),
         ("... thought right, word for word", i["thought_exactly_right"]),
-        (f"edits ({e['edits']}): the whole scene", e["right"]),
+        (f"edits ({e['edits']}): the whole scene", e["right"], e["strict"]),
         ("... the changed attribute", e["changed"]),
         ("... all others kept", e["others_kept"]),
-        ("... asked for in chat: the whole scene", e["right_in_chat"]),
-        ("... instruction dropped: the source comes back", e["source_back_without_instruction"]),
+        ("... asked for in chat: the whole scene", e["right_in_chat"], e["strict_in_chat"]),
+        (
+            "... instruction dropped: the source comes back",
+            *(e["source_back_without_instruction"], e["source_back_strict"]),
+        ),
         (f"stories ({s['stories']}): text, picture, text, picture, text", s["in_order"]),
-        ("... and both pictures right in all five", s["in_order_and_both_pictures_right"]),
+        (
+            "... and both pictures right in all five",
+            *(s["in_order_and_both_pictures_right"], s["in_order_and_both_pictures_strict"]),
+        ),
     ]
     attributes = ", ".join(f"{k} {100 * v:.1f}%" for k, v in e["by_attribute"].items())
-    return "\n".join([*percentages(rows), "", f"Edits by attribute: {attributes}.", "", text_line(r["text"])])
+    off = f"Median residual, of 255: prompts {p['plain']['residual']:.1f}, edits {e['residual']:.1f}."
+    more = ["", f"Edits by attribute: {attributes}.", "", off, "", text_line(r["text"])]
+    return "\n".join([*percentages(rows), *more])
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:

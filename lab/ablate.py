@@ -214,7 +214,7 @@ def measure_text(model: LMFusion, trained: Trained, plan: Plan) -> dict[str, flo
 
 
 def measure_pictures(trained: Trained, n: int, seed: int, cfg: float, sampler: str, steps: int) -> dict:
-    """n held-out prompts painted: each attribute and "match", all of them; and the Frechet distance."""
+    """n held-out prompts painted: `prompt_match`, with "match" for all five; and the Frechet distance."""
     scenes = random.Random("prompts").sample(all_scenes("test"), n)
     seeds = [random.Random(f"{seed}-{i}").getrandbits(63) for i in range(n)]
     painted = []

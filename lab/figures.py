@@ -189,7 +189,7 @@ def training_curves(metrics: list[dict], timesteps: tuple[int, ...]) -> Image.Im
         return [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
 
     def error(which: str, i: int) -> list[tuple[float, ...]]:
-        return [(m["step"], m["val"][which][i]) for m in metrics if "val" in m]
+        return [(m["step"], m["val"][which][i]) for m in metrics if which in m.get("val", {})]
 
     panels = [("training loss by step", {key: loss(key) for key in ("ddpm_loss", "lm_loss")})]
     for i in (1, 4):

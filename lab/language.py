@@ -156,11 +156,11 @@ def knowledge() -> list[Question]:
     return [Question(context, choices, choices.index(value)) for context, value, choices in rows]
 
 
-def reasoning(n: int, seed: int = 0) -> list[Question]:
+def reasoning(n: int, seed: int = 0, split: str = "test") -> list[Question]:
     """n scenes in words and an instruction: which scene comes of it? Neither sentence says so alone."""
     rng, out = random.Random(f"reasoning {seed}"), []
     while len(out) < n:
-        edit = world.draw_edit(rng, "test")
+        edit = world.draw_edit(rng, split)
         others = [(a, v) for a in world.VALUES for v in world.VALUES[a] if v != getattr(edit.source, a)]
         changed = [(a, replace(edit.source, **{a: v})) for a, v in rng.sample(others, len(others))]
         changed = [(a, scene) for a, scene in changed if scene.color != scene.background]

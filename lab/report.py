@@ -84,6 +84,8 @@ OVERVIEW = {  # column: path, digits
     "attributes at 1.0": ("pictures/1.0/attributes", 3),
     "attributes at 1.55": ("pictures/1.55/attributes", 3),
     "all five at 1.55": ("pictures/1.55/match", 3),
+    "strict at 1.55": ("pictures/1.55/strict", 3),  # this and the next: not in the oldest results
+    "residual at 1.55": ("pictures/1.55/residual", 1),
     "Frechet at 1.55": ("pictures/1.55/frechet", 3),
 }
 
@@ -101,13 +103,18 @@ def read_results(folder: Path) -> Results:
     return found
 
 
-def read(found: dict, name: str) -> float:
+def read(found: dict, name: str) -> float | None:
     """A figure; "attributes" is the mean of the five, which says more than "match" while that is near 0."""
+    if name in ("strict", "residual"):
+        return found.get(name)
     return mean(found[k] for k in VALUES) if name == "attributes" else found[name]
 
 
-def figure(result: dict, path: str) -> float:
-    """A final figure, like "pictures/1.55/match"; "lost/NAME": by how much the text fell below the base's."""
+def figure(result: dict, path: str) -> float | None:
+    """A final figure, like "pictures/1.55/match"; "lost/NAME": by how much the text fell below the base's.
+
+    None for one that is newer than the result.
+    """
     *parts, name = path.split("/")
     found = result["final"]
     if parts == ["lost"]:
@@ -127,7 +134,8 @@ def over_seeds(values: list[float], digits: int = 3, sign: str = "") -> str:
 
 def spread(results: Results, cell: str, path: str, digits: int = 3) -> str:
     """A figure of a cell over its seeds."""
-    return over_seeds([figure(r, path) for r in results.get(cell, {}).values()], digits)
+    found = (figure(r, path) for r in results.get(cell, {}).values())
+    return over_seeds([x for x in found if x is not None], digits)
 
 
 def differences(results: Results, a: str, b: str, path: str) -> list[float]:
@@ -150,6 +158,12 @@ def verdict(values: list[float], equal_is_enough: bool = False) -> str:
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def without_gaps(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns in which no row has a number: what the results are too old for."""
+    keep = [i for i in range(len(head)) if {row[i] for row in rows} - {"", "-"}] if rows else range(len(head))
+    return [head[i] for i in keep], [[row[i] for i in keep] for row in rows]
 
 
 def claims(results: Results) -> str:
@@ -202,9 +216,11 @@ def overview(results: Results) -> str:
         numbers = [f"{base['perplexity']:.4f}", f"{base['knowledge']:.3f}", f"{base['reasoning']:.3f}"]
         floor = [guess(seed) for seed in range(3)]
         cider, *rest = (over_seeds([f[k] for f in floor]) for k in floor[0])
-        rows.insert(0, ["the base", "", "", "", *numbers, *[""] * 5])
-        rows.insert(1, ["background right, all else guessed", "3", *[""] * 5, cider, "", *rest])
-    return markdown(["cell", "seeds", "trained (M)", "TFLOP", *OVERVIEW], rows)
+        rows.insert(0, ["the base", "", "", "", *numbers, *[""] * 7])
+        attributes, match, distance = rest
+        guessed = [cider, "", attributes, match, "", "", distance]
+        rows.insert(1, ["background right, all else guessed", "3", *[""] * 5, *guessed])
+    return markdown(*without_gaps(["cell", "seeds", "trained (M)", "TFLOP", *OVERVIEW], rows))
 
 
 def origin(results: Results) -> str:
@@ -227,9 +243,10 @@ def samplers(results: Results) -> str:
     names = list(final["samplers"])  # DDPM, and three of DDIM; the middle one has made all other pictures
     kinds = [(f"{names[2].upper()}, guidance {cfg}", f"pictures/{cfg}") for cfg in final["pictures"]]
     kinds += [(f"{name.upper()}, guidance 1.55", f"samplers/{name}") for name in names]
-    keys = ("attributes", "match", "frechet")
+    keys = ("attributes", "match", "strict", "residual", "frechet")
     rows = [[label, *(spread(results, "deep-0", f"{path}/{k}") for k in keys)] for label, path in kinds]
-    return markdown(["sampling from deep, frozen text", "attributes", "all five", "Frechet"], rows)
+    head = ["attributes", "all five", "strict", "residual", "Frechet"]
+    return markdown(*without_gaps(["sampling from deep, frozen text", *head], rows))
 
 
 def curve(by_seed: dict[int, dict], name: str) -> list[tuple[float, float, float, float]]:

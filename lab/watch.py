@@ -31,9 +31,14 @@ def as_trained(run: Run) -> Trained:
 
 
 def validate(run: Run) -> dict[str, list]:
-    """The training error of 96 fixed documents under the right and under another caption, by timestep."""
+    """The training error of 96 fixed documents under the right and under another caption, by timestep.
+
+    Without "permuted" where all their captions are alike.
+    """
     out: dict[str, list] = {"t": list(TIMESTEPS)}
     for key, documents in zip(("right", "permuted"), run.documents.validation(96), strict=True):
+        if not documents:
+            continue
         size, errors = run.config.micro_batch or len(documents), torch.zeros(len(TIMESTEPS))
         for i in range(0, len(documents), size):
             part = documents[i : i + size]
@@ -181,11 +186,12 @@ def show(bar: Bar, line: dict) -> None:
     loss = {k: math.nan if line[f"{k}_loss"] is None else line[f"{k}_loss"] for k in ("ddpm", "lm")}
     if "val" in line:
         middle = len(TIMESTEPS) // 2
-        right, permuted = line["val"]["right"][middle], line["val"]["permuted"][middle]
+        right, permuted = (line["val"].get(k, [math.nan] * 5)[middle] for k in ("right", "permuted"))
+        other = "no other caption" if math.isnan(permuted) else f"{permuted:.4f} under another"
         bar.write(
             f"step {line['step']}: ddpm {loss['ddpm']:.4f}, lm {loss['lm']:.4f}; "
             f"validation at t = {TIMESTEPS[middle]}: {right:.4f} under the right caption, "
-            f"{permuted:.4f} under another; {line['images_per_second']:.0f} pictures/s"
+            f"{other}; {line['images_per_second']:.0f} pictures/s"
         )
     rate = f"{line['images_per_second']:.0f} pictures/s"
     bar.set_postfix_str(f"ddpm {loss['ddpm']:.4f}, lm {loss['lm']:.3f}, {rate}")

@@ -11,9 +11,11 @@ It stands in for the paper's data. Shapes: M pictures; pictures are uint8 (M, 3,
 import dataclasses
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ PLACES |= {"bottom left": (22, 10), "bottom right": (22, 22)}
 JITTER = 1  # a shape's middle is off by up to this many pixels each way
 PIXELS = 32
 SPLITS = ("train", "validation", "test")
+STRICT = 15.0  # of 255: a picture with a smaller residual shows its scene and nothing beside it
 
 
 @dataclass(frozen=True)
@@ -136,17 +139,34 @@ def read_scenes(pictures: Tensor) -> list[Scene]:
     return found
 
 
-def match(wanted: list[Scene], got: list[Scene | None]) -> dict[str, float]:
-    """Share of scenes that are as wanted: by attribute, and "all" at once. None is wrong in everything."""
-    pairs = list(zip(wanted, got, strict=True))
-    right = {k: [g is not None and getattr(w, k) == getattr(g, k) for w, g in pairs] for k in ATTRIBUTES}
-    right["all"] = [w == g for w, g in pairs]
-    return {k: sum(flags) / len(pairs) for k, flags in right.items()}
+def residuals(wanted: list[Scene], pictures: Tensor) -> Tensor:
+    """How far pictures uint8 (M, 3, 32, 32) are from the wanted scenes: root mean squares (M,), of 255.
+
+    Of a scene's renderings, one a shift, the nearest counts. `read_scenes` must choose some scene, and finds
+    the right one in noise and beside a second shape as well: this tells.
+    """
+    shifts = product(range(-JITTER, JITTER + 1), repeat=2)
+    drawn = torch.stack([render(wanted, shifts=[shift] * len(wanted)) for shift in shifts])  # (9, M, ...)
+    return (drawn.float() - pictures.float()).square().mean((2, 3, 4)).sqrt().amin(0)
 
 
-def prompt_match(wanted: list[Scene], pictures: Tensor) -> dict[str, float]:
-    """`match` of the scenes that pictures uint8 (M, 3, 32, 32) show."""
-    return match(wanted, read_scenes(pictures))
+def prompt_match(wanted: list[Scene], pictures: Sequence[Tensor | None]) -> dict[str, float | None]:
+    """Share of pictures uint8 (3, 32, 32) that show the scene they should; None is no picture.
+
+    By attribute, as `read_scenes` has it; "all" at once; "strict": all, and a residual below STRICT. Beside
+    them "residual", the median of the pictures that are there, or None.
+    """
+    assert len(wanted) == len(pictures)
+    there = [i for i, picture in enumerate(pictures) if picture is not None]
+    scenes, got, off = [wanted[i] for i in there], [], []
+    if there:
+        shown = torch.stack([pictures[i] for i in there])
+        got, off = read_scenes(shown), residuals(scenes, shown).tolist()
+    judged = list(zip(scenes, got, off, strict=True))
+    right = {k: sum(getattr(w, k) == getattr(g, k) for w, g, _ in judged) for k in ATTRIBUTES}
+    right |= {"all": sum(w == g for w, g, _ in judged)}
+    right |= {"strict": sum(w == g and r < STRICT for w, g, r in judged)}
+    return {k: n / len(wanted) for k, n in right.items()} | {"residual": median(off) if off else None}
 
 
 # ---- Text ----

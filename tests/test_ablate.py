@@ -529,8 +529,8 @@ def test_a_model_that_paints_and_describes_rightly_gets_full_marks(monkeypatch):
         ablate, "describe_images", lambda trained, pictures, **_: [s.caption for s in read_scenes(pictures)]
     )
     found = ablate.measure_pictures(None, 100, 5, 1.55, "ddpm", 7)
-    assert found.pop("frechet") < 0.05 and set(found.values()) == {1.0}
-    assert list(found) == ["match", "background", "color", "place", "shape", "size"]
+    assert found.pop("frechet") < 0.05 and found.pop("residual") == 0.0 and set(found.values()) == {1.0}
+    assert list(found) == ["match", "background", "color", "place", "shape", "size", "strict"]
     assert [len(prompts) for prompts, *_ in seen] == [64, 36]
     assert {how for _, _, *how in map(lambda x: (x[0], x[1], x[2:]), seen) for how in how} == {
         (7, 1.55, "ddpm")

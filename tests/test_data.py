@@ -34,6 +34,7 @@ from data import (
     find_targets,
     make_batches,
     next_tokens,
+    permuted,
     split_phases,
 )
 from diffusion import Diffusion, T
@@ -851,6 +852,23 @@ def test_validation_shows_each_picture_under_its_own_caption_and_under_the_next_
                 assert said(d.ids[:-2]) == f"number {words}"
         assert right[number].seed == permuted[number].seed == number  # and under the same noise
     assert len(documents.validation(2)[0]) == 2
+
+
+@pytest.mark.parametrize("task", ("", "edit"))
+def test_where_there_is_no_other_caption_nothing_is_shown_under_one(task):
+    """A single picture, or several whose captions are alike, maybe only as far as the context reaches."""
+    documents = make_documents(task=task)
+    assert len(documents.validation(1)[0]) == 1 and documents.validation(1)[1] == []
+    documents.room = 2 + (P + 1 if task else 0)  # "number 1" is cut before the number, "make it 1" as well
+    right, others = documents.validation(96)
+    assert len(right) == 5 and others == []
+
+
+def test_another_caption_is_the_next_one_that_is_another():
+    assert permuted(["a", "b", "c"]) == ["b", "c", "a"]
+    assert permuted(["a", "a", "b", "a"]) == ["b", "b", "a", "b"]
+    assert permuted([[1, 2], [1, 2], [1]]) == [[1], [1], [1, 2]]
+    assert permuted(["a"]) == permuted(["a", "a"]) == permuted([]) == []
 
 
 # ---- the noise of a document ----

@@ -73,8 +73,10 @@ def test_the_validation_error_tells_captions_apart_and_repeats_itself(monkeypatc
     assert report == validation_error(trained, pictures, captions)
     assert report["t"] == [100, 300, 500, 700, 900]
     assert all(abs(a - b) > 1e-5 for a, b in zip(report["right"], report["permuted"], strict=True))
-    same = validation_error(trained, pictures, captions[:1] * 6)  # nothing to permute
-    assert same["right"] == same["permuted"]
+    some = validation_error(trained, pictures, captions[:1] * 5 + captions[5:])  # the next is often the same
+    assert all(abs(a - b) > 1e-5 for a, b in zip(some["right"], some["permuted"], strict=True))
+    for n in (1, 6):  # there is no other caption
+        assert set(validation_error(trained, pictures[:n], captions[:1] * n)) == {"t", "right"}
 
 
 def test_a_perfect_model_has_no_validation_error(monkeypatch):
@@ -136,6 +138,8 @@ def test_the_command_prints_a_table_and_writes_json_and_a_sheet_and_repeats_itse
     assert report["held_out_combinations"] == len(HELD_OUT)
     assert set(report["prompt_match"]) == {"background", "color", "place", "shape", "size", "all"}
     assert all(0 <= v <= 1 for v in report["prompt_match"].values())
+    assert report["strict"] == 0.0 and report["residual"] > 15 and report["split"] == "test"  # hardly trained
+    assert f"residual below 15 of 255; the median is {report['residual']:.1f}." in out
     assert report["template_check"] == 1.0 and 0 <= report["captions_exact"] <= 1
     assert report["text"]["tensors_changed"] == [] and report["text"]["logits_bit_equal"] is True
     assert "pictures" not in report and len(report["caption_errors"]) == 5
@@ -147,7 +151,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_sheet_and_repeats_itse
     assert f"Captions: CIDEr {report['captions_cider']:.3f}. Frechet distance of" in out
     assert f"(own features): {report['frechet']:.4f}." in out
     assert "Frechet" not in evaluate.table(report | {"frechet": None})  # of a single picture
-    for words in ("5 held-out prompts, ddim 2 steps", "| **all five at once** |", "| right caption |"):
+    for words in ("5 held-out prompts (test), ddim 2 steps", "| **all five at once** |", "| right caption |"):
         assert words in out
     assert "0 of 24 tensors changed; logits equal to the last bit" in out
     with Image.open(tmp_path / "new" / "sheet.png") as sheet:
@@ -173,12 +177,72 @@ def test_what_is_counted_is_what_was_painted(trained, monkeypatch, pictures_alon
     monkeypatch.setattr(evaluate, "BATCH", 7)
     report = evaluate.evaluate(trained, n=30, steps=1, cfg=1.0, sampler="ddim", seed=0)
     assert set(report["prompt_match"].values()) == {1.0} and report["captions_exact"] == 1.0
+    assert report["strict"] == 1.0 and report["residual"] == 0.0
     assert report["caption_errors"] == [] and len(set(report["prompts_used"])) == 30
     assert report["captions_cider"] == pytest.approx(10)
     real = render([captions[p] for p in report["prompts_used"]], random.Random(0))
     assert report["frechet"] == frechet(report["pictures"], real) > 0
     assert report["pictures"].shape == (30, 3, 32, 32)
     assert not {*report["prompts_used"]} & {s.caption for s in all_scenes("train")}
+    assert "| **all five at once** | 100.0% | 100.0% |" in evaluate.table(report)
+
+
+def test_the_validation_tenth_is_judged_without_touching_the_test_tenth(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(evaluate, "choose_answers", lambda m, t, questions, what: asked.extend(questions))
+    monkeypatch.setattr(evaluate, "table", lambda report: "")
+    flags = ("--checkpoint", helpers.shapes_run(), "--split", "validation", "--n", 233, "--steps", 1)
+    monkeypatch.setattr(evaluate, "describe_images", lambda t, pictures, **_: [""] * len(pictures))
+    small = lambda t, prompts, *a, **_: torch.zeros(len(prompts), 3, 32, 32, dtype=torch.uint8)  # noqa: E731
+    monkeypatch.setattr(evaluate, "generate_images", small)
+    helpers.good(evaluate, *flags, "--json", "report.json", folder=tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["split"] == "validation" and report["prompts"] == report["held_out_combinations"] == 233
+    own = {s.caption for s in all_scenes("validation")}
+    assert {e["right"] for e in report["caption_errors"]} <= own
+    answers = {q.choices[q.label] for q in asked}
+    assert answers & own and not answers & {s.caption for s in HELD_OUT}
+    result = helpers.call(evaluate, "--checkpoint", helpers.shapes_run(), "--n", 229, folder=tmp_path)
+    assert result.status == 2 and "there are 228 held-out combinations (--split test)" in result.err
+
+
+# ---- memory, and bits ----
+
+
+def test_frozen_text_is_in_memory_once_and_what_changed_is_the_base_s_own(trained):
+    ours = trained.model.text_parameters()
+    p = ours["layers.1.text.mlp.up_proj.weight"]
+    before = p.detach().clone()
+    with torch.no_grad():
+        p.view(-1)[3] += 1
+    base = evaluate.load_base(trained)
+    own = [n for n, x in base.text_parameters().items() if x.data_ptr() != ours[n].data_ptr()]
+    assert own == ["layers.1.text.mlp.up_proj.weight"]
+    assert torch.equal(base.text_parameters()[own[0]], before)
+    assert evaluate.text_parameters_changed(trained.model, base) == own
+
+
+def test_a_zero_that_changed_its_sign_is_a_change_of_one_bit(trained):
+    p = trained.model.text_parameters()["norm_text.weight"]
+    base = evaluate.load_base(trained)
+    theirs = dict(base.named_parameters())["norm_text.weight"]
+    theirs.data, p.data = theirs.clone(), p.clone()
+    theirs.data[5], p.data[5] = 0.0, -0.0
+    assert evaluate.text_parameters_changed(trained.model, base) == ["norm_text.weight"]
+
+
+def test_bfloat16_is_what_everything_is_computed_in(tmp_path, pictures_alone):
+    flags = ("--checkpoint", helpers.shapes_run(), "--n", 2, "--steps", 1)
+    out = helpers.good(evaluate, *flags, "--dtype", "bfloat16", "--json", "half.json", folder=tmp_path)
+    helpers.good(evaluate, *flags, "--json", "whole.json", folder=tmp_path)
+    half, whole = (json.loads((tmp_path / f"{x}.json").read_text()) for x in ("half", "whole"))
+    assert "0 of 24 tensors changed as bfloat16; logits equal" in out
+    assert half["text"]["dtype"] == "bfloat16" and whole["text"]["dtype"] == "float32"
+    for key in ("perplexity_base", "perplexity_trained"):
+        assert half["text"][key] != whole["text"][key]
+        assert half["text"][key] == pytest.approx(whole["text"][key], rel=0.02)
+    for a, b in zip(half["validation"]["right"], whole["validation"]["right"], strict=True):
+        assert a != b and a == pytest.approx(b, rel=0.05)
 
 
 def test_a_base_that_was_moved_is_named_with_a_flag(tmp_path, pictures_alone):

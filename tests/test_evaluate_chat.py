@@ -29,6 +29,7 @@ from small.world import ATTRIBUTES, SPLITS, VALUES, Edit, Scene, all_scenes, dra
 N = 24
 EVERY = {s.caption: s for split in SPLITS for s in all_scenes(split)}
 TEXT = {
+    "dtype": "float32",
     "perplexity_base": 2.5,
     "perplexity_trained": 2.5,
     "tensors": 24,
@@ -148,13 +149,18 @@ def edits_of() -> dict:
     return chat_evaluate.edits(Folder, N, GenerationConfig(steps=1))[0]
 
 
+def scores(part: dict) -> set[float]:
+    """The shares of a `prompt_match`."""
+    return {v for k, v in part.items() if k != "residual"}
+
+
 def shares(value: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every share in a report and its name; counts and the text's figures are none."""
+    """Every share in a report and its name; counts, residuals and the text's figures are none."""
     if isinstance(value, dict):
         for k, v in value.items():
             if k != "text":
                 yield from shares(v, f"{name}.{k}".lstrip("."))
-    elif isinstance(value, float) and "rms" not in name:
+    elif isinstance(value, float) and "rms" not in name and "residual" not in name:
         yield name, value
 
 
@@ -193,7 +199,7 @@ def test_a_model_that_is_right_in_everything_gets_full_marks(model):
     assert counts == [N] * 3 and report["stories"]["stories"] == N // 4 and report["direct"]["prompts"] == 27
     assert 0 < report["decisions"]["to_draw"] < N
     json.dumps({k: v for k, v in report.items() if not k.endswith("_sheet")})
-    assert chat_table(report).count("100.0%") == 16 + len(report["edits"]["by_attribute"])
+    assert chat_table(report).count("100.0%") == 16 + 9 + len(report["edits"]["by_attribute"])
 
 
 def test_a_model_that_is_wrong_in_everything_gets_none(model):
@@ -256,9 +262,9 @@ def test_a_model_that_never_draws(model):
     assert d["right"] == (N - d["to_draw"]) / N and d["right_where_no_picture_was_wanted"] == 1.0
     assert d["words_exactly_right"] == 1.0
     for part in ("chat", "chat_thinking"):
-        assert set(report["direct"][part].values()) == {0.0}
-    assert set(report["direct"]["plain"].values()) == {1.0}
-    assert set(report["indirect"]["thinking"].values()) == {0.0}
+        assert scores(report["direct"][part]) == {0.0}
+    assert scores(report["direct"]["plain"]) == {1.0}
+    assert scores(report["indirect"]["thinking"]) == {0.0}
     assert report["indirect"]["thought_exactly_right"] == 1.0
     assert report["edits"]["right_in_chat"] == 0.0 and report["edits"]["right"] == 1.0
     assert s["words_exactly_right"] == 1.0 and s["in_order"] == s["pictures_right"] == 0.0
@@ -276,7 +282,7 @@ def test_a_model_that_always_draws_one_picture_more(model):
         report["indirect"]["thinking"],
         report["indirect"]["not_thinking"],
     ):
-        assert set(part.values()) == {0.0}
+        assert scores(part) == {0.0}
     assert report["edits"]["right_in_chat"] == 0.0
     assert report["stories"]["in_order"] == report["stories"]["pictures_right"] == 0.0
 
@@ -285,9 +291,9 @@ def test_a_model_that_is_right_with_a_thought_only(model):
     model.say = lambda right, messages, thinking: right if thinking else spoilt(right)
     report = figures_of()
     direct, indirect, d = report["direct"], report["indirect"], report["decisions"]
-    assert set(direct["chat_thinking"].values()) == set(direct["plain"].values()) == {1.0}
-    assert set(direct["chat"].values()) == set(indirect["not_thinking"].values()) == {0.0}
-    assert set(indirect["thinking"].values()) == {1.0} and indirect["thought_exactly_right"] == 1.0
+    assert scores(direct["chat_thinking"]) == scores(direct["plain"]) == {1.0}
+    assert scores(direct["chat"]) == scores(indirect["not_thinking"]) == {0.0}
+    assert scores(indirect["thinking"]) == {1.0} and indirect["thought_exactly_right"] == 1.0
     assert d["words_exactly_right"] == 0.5 and d["right"] == 1.0
 
 
@@ -316,17 +322,17 @@ def test_one_attribute_wrong_is_that_attribute_and_all(model, attribute):
     model.paint = near
     model.say = lambda right, *_: repainted(right, near)
     report = figures_of(8)
-    wanted = {a: float(a != attribute) for a in ATTRIBUTES} | {"all": 0.0}
+    wanted = {a: float(a != attribute) for a in ATTRIBUTES} | {"all": 0.0, "strict": 0.0}
     found = [report["direct"][k] for k in ("plain", "chat", "chat_thinking")]
     found += [report["indirect"][k] for k in ("thinking", "not_thinking")]
-    assert found == [wanted] * 5
+    assert all(part.pop("residual") > 15 for part in found) and found == [wanted] * 5
 
 
 def test_plain_text_to_image_is_counted_apart(model):
     model.paint = other
     report = figures_of()
     wrong = {k for k, v in shares(report) if v != 1.0}
-    assert wrong == {f"direct.plain.{k}" for k in (*ATTRIBUTES, "all")}
+    assert wrong == {f"direct.plain.{k}" for k in (*ATTRIBUTES, "all", "strict")}
 
 
 def test_an_edit_that_does_nothing(model):
@@ -411,8 +417,28 @@ def test_stories(model, spoil, order, words, pictures, all_right):
         "in_order": order,
         "words_exactly_right": words,
         "pictures_right": pictures,
+        "pictures_strict": pictures,
         "in_order_and_both_pictures_right": all_right,
+        "in_order_and_both_pictures_strict": all_right,
     }
+
+
+def test_noise_on_every_picture_is_seen_by_the_strict_figures_alone(model, monkeypatch):
+    """Noise of which the reader of scenes takes no notice, in plain pictures, edits, chat and stories."""
+    generator, noise = torch.Generator().manual_seed(0), 40
+
+    def noisy(pictures: torch.Tensor) -> torch.Tensor:
+        x = pictures + noise * torch.randn(pictures.shape, generator=generator)
+        return x.round().clamp(0, 255).to(torch.uint8)
+
+    for name in ("generate_images", "edit_images"):
+        clean = getattr(chat_evaluate, name)
+        monkeypatch.setattr(chat_evaluate, name, lambda *a, clean=clean, **k: noisy(clean(*a, **k)))
+    monkeypatch.setattr(chat_evaluate, "painted", lambda *a: [noisy(x) for x in painted(*a)])
+    found = dict(shares(figures_of(12)))
+    strict = {k: v for k, v in found.items() if "strict" in k}
+    assert len(strict) == 5 + 3 + 2 and set(strict.values()) == {0.0}
+    assert min(v for k, v in found.items() if k not in strict) > 0.9
 
 
 def test_figures_of_one_case_each(model):
@@ -427,39 +453,33 @@ def test_the_table_says_each_figure_in_its_row():
         return {name: next(counter) / 1000 for name in names}
 
     counter = iter(range(101, 200))
+    both = ("all", "strict")
     report = {
         "decisions": {"conversations": 40}
         | numbers("right", "right_where_no_picture_was_wanted", "words_of_answers_without_picture"),
-        "direct": {"prompts": 50, "plain": numbers("all"), "chat": numbers("all")}
-        | {"chat_thinking": numbers("all")},
-        "indirect": {"prompts": 60, "thinking": numbers("all"), "not_thinking": numbers("all")}
+        "direct": {"prompts": 50, "plain": numbers(*both) | {"residual": 12.34}, "chat": numbers(*both)}
+        | {"chat_thinking": numbers(*both)},
+        "indirect": {"prompts": 60, "thinking": numbers(*both), "not_thinking": numbers(*both)}
         | numbers("thought_exactly_right"),
-        "edits": {"edits": 70, "by_attribute": {"color": 0.25, "size": 0.5}}
-        | numbers("right", "changed", "others_kept", "right_in_chat", "source_back_without_instruction"),
-        "stories": {"stories": 80} | numbers("in_order", "in_order_and_both_pictures_right"),
+        "edits": {"edits": 70, "by_attribute": {"color": 0.25, "size": 0.5}, "residual": 5.67}
+        | numbers("right", "strict", "changed", "others_kept", "right_in_chat", "strict_in_chat")
+        | numbers("source_back_without_instruction", "source_back_strict"),
+        "stories": {"stories": 80}
+        | numbers("in_order", "in_order_and_both_pictures_right", "in_order_and_both_pictures_strict"),
         "text": TEXT,
     }
     lines = chat_table(report).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:18]]
-    assert [value for _, value in rows] == [f"{10 + i / 10:.1f}%" for i in range(1, 17)]
+    shown = [value for row in rows for value in row[1:] if value]
+    assert shown == [f"{10 + i / 10:.1f}%" for i in range(1, 26)]
     words = ("decision", "no picture", "word for word", "text to image", "chat", "chat, with a thought")
-    words += (
-        "indirect",
-        "without",
-        "thought",
-        "edits",
-        "changed",
-        "others",
-        "chat",
-        "source",
-        "stories",
-        "both",
-    )
-    for (what, _), word in zip(rows, words, strict=True):
+    words += ("indirect", "without", "thought", "edits", "changed", "others", "chat", "source", "stories")
+    for (what, *_), word in zip(rows, (*words, "both"), strict=True):
         assert word in what
     for row, count in ((0, "40"), (3, "50"), (6, "60"), (9, "70"), (14, "80")):
         assert count in rows[row][0]
     assert lines[18:20] == ["", "Edits by attribute: color 25.0%, size 50.0%."]
+    assert lines[21] == "Median residual, of 255: prompts 12.3, edits 5.7."
     assert lines[-1].startswith("Text perplexity: base 2.5") and "equal to the last bit" in lines[-1]
 
 
@@ -517,9 +537,11 @@ def test_a_model_is_asked_in_the_words_and_pictures_of_the_case(trained, monkeyp
 
 def test_what_was_painted_is_read_only_where_there_is_one_picture():
     a, b = all_scenes("test")[3:5]
-    assert painted(message(show(a, (1, 1)))) == a
-    assert painted(message({"type": "text", "text": "here:"}, show(b))) == b
-    assert painted(message()) is painted(message(show(a), show(a))) is None
+    assert read_scenes(torch.stack(painted(message(show(a, (1, 1)))))) == [a]
+    (picture,) = painted(message({"type": "text", "text": "here:"}, show(b)))
+    assert read_scenes(picture[None]) == [b]
+    assert painted(message()) == painted(message(show(a), show(a))) == [None]
+    assert len(painted(message(show(a), show(b)), 2)) == 2 and painted(message(show(a)), 2) == [None] * 2
 
 
 # ---- all of it ----

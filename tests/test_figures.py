@@ -222,4 +222,9 @@ def test_training_curves_show_both_losses_and_two_validation_errors():
         ),
     ]
     assert training_curves(lines, (1, 3, 5, 7, 9)).tobytes() == curves(want).tobytes()
+    for line in lines[1:]:  # where there is no other caption
+        line["val"] = {"right": val["right"]}
+    for _, lines_shown in want[1:]:
+        lines_shown["permuted caption"] = []
+    assert training_curves(lines, (1, 3, 5, 7, 9)).tobytes() == curves(want).tobytes()
     assert training_curves([], (1, 3, 5, 7, 9)).size == (3 * 420, 320)  # before there is anything

@@ -349,6 +349,25 @@ def test_a_row_of_the_overview_is_what_the_results_say():
     ]
 
 
+def test_what_old_results_do_not_hold_is_no_column_and_what_some_hold_is_one():
+    """Results from before pictures were judged strictly stay readable, alone and beside newer ones."""
+    rows = several("deep-0", "cider", 1.0, 2.0) + [result("deep-1")]
+    old, old_samplers = overview(gathered(*rows)), samplers(gathered(*rows))
+    assert "strict" not in old + old_samplers and "residual" not in old + old_samplers
+    for place in ("pictures", "samplers"):
+        for painted in rows[1]["final"][place].values():
+            painted |= {"strict": 0.125, "residual": 22.25}
+    new = gathered(*rows)
+    head = [x.strip() for x in overview(new).splitlines()[0].strip("|").split("|")]
+    column = head.index("strict at 1.55")
+    assert head[column + 1] == "residual at 1.55"
+    assert [row[column : column + 2] for row in cut(overview(new))[2:]] == [
+        ["0.125 (0.125 to 0.125)", "22.2 (22.2 to 22.2)"],
+        ["-", "-"],
+    ]
+    assert all(row[3] == "0.125 (0.125 to 0.125)" for row in cut(samplers(new)))
+
+
 def test_the_samplers_are_those_of_deep_with_frozen_text():
     rows = cut(samplers(gathered(*several("deep-0", "match", 0.25, 0.75), result("deep-1", match=0.0))))
     assert [row[0] for row in rows] == [

@@ -306,3 +306,12 @@ def test_a_line_for_people_says_what_was_measured_and_a_validation_gets_a_line_o
     (text,) = told
     assert text.startswith("step 7: ddpm 0.3000, lm 3.0000; validation at t = 500: 0.2500 under the right ")
     assert "0.7500 under another" in text
+    watch.show(bar, line | {"val": {"right": val["right"]}})
+    assert "0.2500 under the right caption, no other caption; " in told[-1]
+
+
+def test_a_single_validation_picture_has_no_error_under_another_caption(make_run, tmp_path):
+    photos = helpers.write_photos(tmp_path / "few", n=9)
+    run = make_run("--data", photos, "--micro-batch", 2)
+    assert set(validate(run)) == {"t", "right"}
+    assert len(run.documents.source.validation(96)) == 1

@@ -42,11 +42,11 @@ from small.world import (
     draw_edit,
     draw_puzzle,
     draw_shift,
-    match,
     prompt_match,
     read_scenes,
     render,
     repeated_words,
+    residuals,
     text_document,
 )
 
@@ -232,6 +232,7 @@ def test_prompt_match_counts_each_attribute_and_all_at_once():
         dataclasses.replace(shown[3], place="bottom left"),
     ]
     found = prompt_match(wanted, render(shown, random.Random(0)))
+    assert found.pop("residual") > 15  # three of four are of other scenes
     assert found == {
         "background": 0.75,
         "color": 0.75,
@@ -239,8 +240,63 @@ def test_prompt_match_counts_each_attribute_and_all_at_once():
         "shape": 0.75,
         "size": 0.75,
         "all": 0.25,
+        "strict": 0.25,
     }
-    assert set(match(wanted[:1], [None]).values()) == {0.0}
+    nothing = prompt_match(wanted[:1], [None])
+    assert nothing.pop("residual") is None and set(nothing.values()) == {0.0}
+
+
+def beside(scene: Scene) -> Scene:
+    """A second shape on the same background, in the opposite corner."""
+    place = OPPOSITE.get(scene.place, "top left") if " " in scene.place else "bottom right"
+    color = next(c for c in COLORS if c not in (scene.color, scene.background))
+    return dataclasses.replace(scene, place=place, color=color)
+
+
+def spoilt(kind: str, scenes: list[Scene]) -> torch.Tensor:
+    """Pictures of the right scenes that are wrong in some way that the choice of a scene does not see."""
+    pictures, generator = render(scenes).float(), torch.Generator().manual_seed(0)
+    if kind == "noise":
+        pictures = pictures + 80 * torch.randn(pictures.shape, generator=generator)
+    elif kind == "second shape":
+        two = render([beside(s) for s in scenes]).float()
+        plain = torch.tensor([COLORS[s.background] for s in scenes]).float()[:, :, None, None]
+        pictures = torch.where(two != plain, two, pictures)
+    elif kind == "stripe":  # across the border
+        pictures[:, :, -3:] = 255 - pictures[:, :, -3:]
+    elif kind == "washed out":
+        pictures = 0.6 * pictures + 50
+    return pictures.round().clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "read"), (("noise", 0.99), ("second shape", 0.4), ("stripe", 0.9), ("washed out", 0.99))
+)
+def test_what_the_choice_of_a_scene_does_not_see_is_not_strictly_right(kind, read):
+    found = prompt_match(UNSEEN, spoilt(kind, UNSEEN))
+    assert found["all"] >= read and found["residual"] > 15 and found["strict"] < 0.02
+
+
+@pytest.mark.parametrize("shift", [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
+def test_a_picture_that_is_off_by_a_pixel_or_slightly_noisy_is_strictly_right(shift):
+    pictures = render(UNSEEN, shifts=[shift] * len(UNSEEN))
+    assert prompt_match(UNSEEN, pictures)["residual"] == 0.0
+    noise = 9 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (pictures + noise).round().clamp(0, 255).to(torch.uint8)
+    assert prompt_match(UNSEEN, noisy)["strict"] == 1.0
+
+
+def test_the_residual_is_that_of_the_scene_that_was_wanted():
+    """Not of the one that is shown: the wrong picture, perfectly drawn, is far from what was asked for."""
+    one, two = (
+        Scene("big", "red", "circle", "center", "blue"),
+        Scene("big", "red", "circle", "center", "green"),
+    )
+    difference = (render([one]).double() - render([two]).double()).square().mean().sqrt()
+    found = prompt_match([one, one], render([two, one]))
+    assert found["all"] == found["strict"] == 0.5
+    assert found["residual"] == pytest.approx(difference.item() / 2)  # the median of it and 0
+    assert residuals([one], render([two])).item() == pytest.approx(difference.item())
 
 
 # ---- facts ----
