@@ -47,7 +47,7 @@ from config import (
     tune_torch,
 )
 from data import Ahead, Batch, Documents, make_batches
-from lab.watch import Progress, asking_to_stop, draw_curves, draw_sheets, validate
+from lab.watch import Progress, Stopwatch, asking_to_stop, draw_curves, draw_sheets, validate
 from load_qwen3 import base_fingerprint, fingerprint, load_qwen3, load_tokenizer, read_json, resolve
 from model import LMFusion
 from scale.muon import Muon
@@ -175,7 +175,8 @@ class Run:
     """Everything that one run of training holds.
 
     model, codec, documents (its data), optimizers; trained, the parameters that learn, and ema, their moving
-    average or None; base, fingerprint, vae and overrides, by which a checkpoint is recognised; step, seconds.
+    average or None; base, fingerprint, vae and overrides, by which a checkpoint is recognised; step, seconds;
+    clock, of the parts of a step.
     """
 
     def __init__(self, config: TrainConfig, name: str, team: Team | None = None, former: str | None = None):
@@ -215,7 +216,7 @@ class Run:
         self.ema = {n: p.detach().clone() for n, p in self.trained.items()} if config.ema else None
         self.optimizers = make_optimizers(self.model, config)
         self.stages = [(step, self.matching(patterns)) for step, patterns in parse_stages(config.stages)]
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.clock = 0, 0.0, Stopwatch(self.team.device)
         # what this process asks of all, and what any asked in the last step: see train_step
         self.asked, self.agreed = {"stop": False, "save": False}, set()
         # Beside the step on a GPU alone: a CPU that prepares is one that does not compute.
@@ -247,8 +248,10 @@ class Run:
 
     def train_step(self) -> dict[str, float]:
         """One step; returns the losses of the whole batch."""
-        config, team = self.config, self.team
+        config, team, lap = self.config, self.team, self.clock.lap
+        lap("")
         batches = self.ahead.take(self.step) if self.ahead else self.batches()
+        lap("data")
         counts = [[*count_targets(self.model, batch).values()] for batch in batches]
         counts = torch.tensor(counts, dtype=torch.float64)  # (micro batches, PARTS)
         (totals,) = team.sum(counts.sum(0))
@@ -258,9 +261,11 @@ class Run:
             found = losses(self.model, batch, config)
             # a mean over this micro batch -> its share of the mean over all
             parts = {k: found[k] * s for k, s in zip(PARTS, share, strict=True) if k in found}
+            lap("forward")
             (total_loss(parts, config) * team.size).backward()  # gradients of the processes are averaged
             for k, x in parts.items():
                 means[PARTS.index(k)] += x.detach()
+            lap("backward")
         for p in self.resting():  # no gradient: in no norm, no step, no decay
             p.grad = None
         norm = full_tensor(nn.utils.clip_grad_norm_(self.trained.values(), config.clip))
@@ -287,6 +292,7 @@ class Run:
             decay = min(config.ema, self.step / (self.step + 10))  # forgets the random start
             now = [p.detach() for p in self.trained.values()]
             torch._foreach_lerp_(list(self.ema.values()), now, 1 - decay)
+        lap("optimizer")
         return result
 
 
@@ -298,7 +304,7 @@ def train(run: Run, watch: Callable[[Run], dict] | None = None) -> None:
 
     Ctrl-C or SIGTERM, to any process: after the step a checkpoint, and then KeyboardInterrupt, in all.
     """
-    config, progress = run.config, Progress(run)
+    config, progress = run.config, Progress(run, step_loss)
     with asking_to_stop(run):
         while run.step < config.steps:
             run.asked["save"] = progress.checkpoint_is_due()
@@ -348,10 +354,9 @@ def parse(args: list[str] | None = None) -> tuple[TrainConfig, str, bool, bool]:
         if not found:
             raise ValueError(f"--resume: {out} holds no checkpoint; leave --resume out to start there")
         return resumed_config(saved_config(found[-1]), given), name, resuming, dry
-    if given.get("init_from", config.init_from):
-        config = dataclasses.replace(config, init_from=given.get("init_from", config.init_from))
-        info, saved = first_stage(config.init_from)
-        return inherited_config(config, info, saved, given), name, resuming, dry
+    if first := given.get("init_from", config.init_from):
+        config = dataclasses.replace(config, init_from=first)
+        return inherited_config(config, *first_stage(first), given), name, resuming, dry
     return dataclasses.replace(config, **given), name, resuming, dry
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import Trained, append_metrics, read_metrics
 from config import Bar
@@ -18,6 +20,7 @@ from data import make_batches
 from evaluate import TIMESTEPS, errors_by_timestep
 from generate import edit_images, generate_images
 from lab import figures
+from scale.budget import CPU_ATTENTION
 from scale.parallel import release
 
 if TYPE_CHECKING:
@@ -101,13 +104,15 @@ def draw_curves(run: Run) -> None:
 
 @contextlib.contextmanager
 def asking_to_stop(run: Run) -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM ask the run to stop after the step; Ctrl-C once more ends it at once."""
+    """Inside, Ctrl-C and SIGTERM ask the run to stop after the step; Ctrl-C once more stops it at once."""
 
     def ask(number: int, _: object) -> None:
         if run.asked["stop"] and number == signal.SIGINT:
             raise KeyboardInterrupt
         if run.team.is_main and not run.asked["stop"]:  # not print, which may be what was interrupted
-            os.write(2, b"\nending with a checkpoint after this step; Ctrl-C ends at once, without\n")
+            os.write(
+                2, b"\nstopping after this step, with a checkpoint; Ctrl-C once more: at once, without\n"
+            )
         run.asked["stop"] = True
 
     # what is ignored stays so, for a job in the background
@@ -120,10 +125,104 @@ def asking_to_stop(run: Run) -> Iterator[None]:
             signal.signal(n, handler or signal.SIG_DFL)
 
 
-class Progress:
-    """The bar of a run, and its lines in metrics.jsonl; the main process writes them."""
+# ---- How long a step takes, and how much of it is arithmetic ----
 
-    def __init__(self, run: Run):
+
+class Stopwatch:
+    """Seconds of the parts of a step.
+
+    On a GPU they lie between events on the device, in whose time a part that waits for data counts as well.
+    The device is waited for when `read` is called, and then alone. Elsewhere a clock says them.
+    """
+
+    def __init__(self, device: str):
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.laps: list[tuple[str, Any]] = []
+
+    def lap(self, part: str) -> None:
+        """What has passed since the last call belongs to `part`; to none, if that is empty."""
+        mark: Any = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
+        if self.on_gpu:
+            mark.record()
+        self.laps.append((part, mark))
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each part since this was last called."""
+        if self.on_gpu:
+            self.laps[-1][1].synchronize()
+        seconds: dict[str, float] = {}
+        for (_, begin), (part, end) in zip(self.laps, self.laps[1:], strict=False):
+            if part:
+                passed = begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
+                seconds[part] = seconds.get(part, 0.0) + passed
+        self.laps = []
+        return seconds
+
+
+def best(work: Callable, seconds: float = 3.0) -> float:
+    """Shortest time of one run, in seconds, over about `seconds` of trying."""
+    times, start = [], time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times) < 3:
+        begin = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+@functools.cache
+def product_peak(dtype: torch.dtype, device: str, sizes: tuple[int, ...], seconds: float) -> float:
+    """FLOP/s of the fastest product of two square matrices, of some sizes, tried for `seconds` each."""
+    rates = []
+    for n in sizes:
+        a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+        rates.append(2 * n**3 / best(lambda a=a, b=b: a @ b, seconds))
+    return max(rates)
+
+
+def flops_of_step(run: Run, loss: Callable) -> float:
+    """FLOPs of this process in a step's forward and backward passes, from 64 documents of the next step.
+
+    loss(model, batch, config): what a step differentiates. The documents pass once more than they would, for
+    under torch's counter nothing runs compiled: the step itself would be another one.
+    """
+    config, documents, flops = run.config, run.documents, 0.0
+    # as the step has them, but for a GPU, on which they take more memory than compiled
+    size = 8 if torch.device(run.team.device).type == "cuda" else config.micro_batch
+    for part in (
+        documents.of_step(run.step, run.team.share(config.batch_size)),
+        documents.text_of_step(run.step, run.team.share(config.text_batch)),
+    ):
+        some = part[:: -(-len(part) // 64) or 1]
+        for batch in make_batches(some, documents.source, run.codec, run.model.config, size):
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+                loss(run.model, batch.to(run.team.device), config).backward()
+            flops += counter.get_total_flops() * len(part) / len(some)
+    run.model.zero_grad()
+    return flops
+
+
+# ---- Lines ----
+
+
+class Progress:
+    """The bar of a run, and its lines in metrics.jsonl; the main process writes them.
+
+    A line is about the steps since the one before: "step" (the last of them) and "lr" (its learning rate);
+    "loss", "lm_loss", "ddpm_loss", "draw_loss", their means; "images_per_second", of all processes;
+    "flops_per_second", of this process (forward and backward passes, see `flops_of_step`), and "peak_share",
+    that over `product_peak`; "seconds" since the run began; and how many of them a step takes for
+    "seconds_data", "seconds_forward", "seconds_backward" and "seconds_optimizer" (see `Stopwatch`). Some
+    have "val" (see `validate`) and "watched" (see train.train).
+    """
+
+    def __init__(self, run: Run, loss: Callable):
+        """loss: as `flops_of_step` takes it."""
+        self.flops, self.peak = flops_of_step(run, loss), math.nan
+        if run.team.is_main:
+            sizes = (4096, 8192) if torch.device(run.team.device).type == "cuda" else (1024,)
+            self.peak = product_peak(getattr(torch, run.config.dtype), run.team.device, sizes, 0.1)
         self.run, self.first, self.start = run, run.step, time.perf_counter()
         self.window: list[dict[str, float]] = []  # the losses of the steps since the last line
         self.window_start, self.waited, self.saved = self.start, 0.0, self.start
@@ -150,9 +249,13 @@ class Progress:
         self.window.append(losses)
         late = 0 < 60 * config.log_minutes <= now - self.window_start
         if last or more or late or self.run.step % config.log_every == 0:
-            pictures = len(self.window) * config.batch_size
-            rate = pictures / max(1e-9, now - self.window_start - self.waited)
-            line = log_line(self.run.step, self.window, lr, rate, self.run.seconds + now - self.start) | more
+            n = len(self.window)
+            rate = n / max(1e-9, now - self.window_start - self.waited)  # steps a second
+            line = {"step": self.run.step} | mean_losses(self.window) | {"lr": lr}
+            line |= {"images_per_second": round(rate * config.batch_size, 1)}
+            line |= {"flops_per_second": self.flops * rate, "peak_share": self.flops * rate / self.peak}
+            line |= {"seconds": round(self.run.seconds + now - self.start, 2)}
+            line |= {f"seconds_{part}": round(x / n, 6) for part, x in self.run.clock.read().items()} | more
             if self.run.team.is_main:
                 append_metrics(self.run.out, line)
                 show(self.bar, line)
@@ -167,18 +270,10 @@ class Progress:
             print(f"{steps} steps, {pictures} pictures in {seconds:.0f} s; all of it is in {self.run.out}")
 
 
-def log_line(
-    step: int, window: list[dict], lr: float, rate: float, seconds: float
-) -> dict[str, float | None]:
-    """A line of metrics.jsonl: means over the steps since the last one; None where a loss had no target."""
+def mean_losses(window: list[dict[str, float]]) -> dict[str, float | None]:
+    """Means over some steps; None where a loss had no target in any."""
     known = {k: [w[k] for w in window if k in w] for k in ("loss", "lm_loss", "ddpm_loss", "draw_loss")}
-    return {
-        "step": step,
-        **{k: sum(values) / len(values) if values else None for k, values in known.items()},
-        "lr": lr,
-        "images_per_second": round(rate, 1),
-        "seconds": round(seconds, 2),
-    }
+    return {k: sum(values) / len(values) if values else None for k, values in known.items()}
 
 
 def show(bar: Bar, line: dict) -> None:
@@ -193,5 +288,7 @@ def show(bar: Bar, line: dict) -> None:
             f"validation at t = {TIMESTEPS[middle]}: {right:.4f} under the right caption, "
             f"{other}; {line['images_per_second']:.0f} pictures/s"
         )
-    rate = f"{line['images_per_second']:.0f} pictures/s"
-    bar.set_postfix_str(f"ddpm {loss['ddpm']:.4f}, lm {loss['lm']:.3f}, {rate}")
+    work = f"{line['flops_per_second'] / 1e9:.0f} GFLOP/s"
+    share = f"{100 * line['peak_share']:.0f}% of the product peak"
+    rates = f"{line['images_per_second']:.0f} pictures/s, {work} ({share})"
+    bar.set_postfix_str(f"ddpm {loss['ddpm']:.4f}, lm {loss['lm']:.3f}, {rates}")

@@ -20,31 +20,11 @@ from checkpoint import check_device
 from config import CONFIGS, Parser, TrainConfig, run_command, tune_torch
 from data import CAPTION_DROPPED, CAPTION_FIRST, IMAGE_FIRST, caption_document, collate
 from generate import continue_text
+from lab.watch import best, product_peak
 from load_qwen3 import COUNTS, STOCK, known_config, materialise, text_names
 from model import LMFusion
 from small.pretrain import init_text
 from train import make_optimizers, step_loss
-
-
-def best(work: Callable, seconds: float = 3.0) -> float:
-    """Shortest time of one run, in seconds, over about `seconds` of trying."""
-    times, start = [], time.perf_counter()
-    while time.perf_counter() - start < seconds or len(times) < 3:
-        begin = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return min(times)
-
-
-def product_peak(dtype: torch.dtype, device: str, sizes: tuple[int, ...] = (1024, 2048, 3072)) -> float:
-    """FLOP/s of the fastest square product."""
-    rates = []
-    for n in sizes:
-        a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
-        rates.append(2 * n**3 / best(lambda a=a, b=b: a @ b, 1.5))
-    return max(rates)
 
 
 def make_loss(model: LMFusion, train: TrainConfig, pictures: int) -> Callable[[], Tensor]:
@@ -157,7 +137,7 @@ def main() -> None:
     tune_torch()
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     for name, dtype in dtypes.items() if args.what != "text" else ():
-        peak = product_peak(dtype, args.device)
+        peak = product_peak(dtype, args.device, (1024, 2048, 3072), 1.5)
         flops, seconds = training_step(args.stock, args.layers, args.pictures, dtype, args.device)
         rate = f"{flops / seconds / 1e9:.0f} GFLOP/s, {100 * flops / seconds / peak:.0f}% of {peak / 1e9:.0f}"
         print(f"step, {name}: {flops / 1e12:.3f} TFLOP in {seconds:.2f} s = {rate}")

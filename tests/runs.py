@@ -89,4 +89,5 @@ def last(folder: Path) -> Path:
 
 def metrics_without_clocks(folder: Path) -> list[dict]:
     lines = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in m.items() if k not in ("seconds", "images_per_second")} for m in lines]
+    clocks = ("seconds", "images_per_second", "flops_per_second", "peak_share")
+    return [{k: v for k, v in m.items() if not k.startswith(clocks)} for m in lines]

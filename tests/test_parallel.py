@@ -817,7 +817,7 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint_of_the_same_step(sta
         assert (
             result.status == 130 and "interrupted: at step 3; --resume goes on from step-000003" in result.err
         )
-        assert ("ending with a checkpoint" in result.err) == (rank == victim == 0)  # one speaks for all
+        assert ("stopping after this step" in result.err) == (rank == victim == 0)  # one speaks for all
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-000003"]
     assert [m["step"] for m in lines(tmp_path / "run")] == [1, 2, 3]
     assert load_trained(tmp_path / "run").info["step"] == 3

@@ -351,11 +351,11 @@ def test_the_words_of_others_carry_no_loss_and_no_decision(make_run):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_the_step_and_a_hint(tmp_path, monkeypatch):
-    calls, real = [], train.losses
+    calls, real = [], train.losses  # the first call is for the FLOPs of a step
 
     def broken(*args):
         calls.append(real(*args))
-        return calls[-1] if len(calls) < 3 else {**calls[-1], "ddpm_loss": calls[-1]["ddpm_loss"] * math.nan}
+        return calls[-1] if len(calls) < 4 else {**calls[-1], "ddpm_loss": calls[-1]["ddpm_loss"] * math.nan}
 
     monkeypatch.setattr(train, "losses", broken)
     flags = helpers.photo_flags(Path("run"), "--steps", 5, "--checkpoint-every", 1)

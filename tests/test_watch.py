@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import EDITS, SHAPES, Killed, change, documents_that, last, new_run, take_steps
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from attention import IMAGE, Tokens
@@ -214,10 +215,16 @@ def test_metrics_have_their_fields_and_are_numbers():
     lines = [json.loads(x) for x in (helpers.shapes_run() / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in lines] == [1, 2, 3]
     fields = ("loss", "lm_loss", "ddpm_loss", "draw_loss", "lr", "images_per_second", "seconds")
+    parts = ("seconds_data", "seconds_forward", "seconds_backward", "seconds_optimizer")
+    fields += (*parts, "flops_per_second", "peak_share")
     for m in lines:
         assert all(isinstance(m[f], float) and math.isfinite(m[f]) for f in fields), m
         assert m["loss"] == pytest.approx(m["lm_loss"] + 5 * m["ddpm_loss"], rel=1e-4)
-        assert m["images_per_second"] > 0
+        assert m["images_per_second"] > 0 and min(m[k] for k in parts) > 0 < m["peak_share"] < 1
+        peak, flops = (m["flops_per_second"] / m[k] for k in ("peak_share", "images_per_second"))
+        assert peak == pytest.approx(lines[0]["flops_per_second"] / lines[0]["peak_share"])
+        # of all documents of the first step, per picture
+        assert flops == pytest.approx(lines[0]["flops_per_second"] / lines[0]["images_per_second"], rel=0.02)
     assert [m["lr"] for m in lines] == pytest.approx([1e-3, 1e-3, (1e-3 + 3e-5) / 2])
     assert lines[0]["seconds"] <= lines[1]["seconds"] <= lines[2]["seconds"]
     assert not any("watched" in m or "val" in m for m in lines[:2]) and "watched" not in lines[2]
@@ -261,11 +268,63 @@ def test_what_is_watched_stands_in_the_metrics_at_each_validation_and_nowhere_el
     assert b"seen" not in (last(run.out) / "checkpoint.json").read_bytes()
 
 
+def counted(run: Run) -> int:
+    """FLOPs of the forward and backward passes of the next step, as torch counts them on the step itself."""
+    batches = run.batches()  # latents of pictures are no part of it
+    with FlopCounterMode(display=False) as counter:
+        for batch in batches:
+            train.step_loss(run.model, batch, run.config).backward()
+    run.model.zero_grad()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "flags, tolerance",
+    (
+        (("--batch-size", 64), 0),
+        (("--batch-size", 8, "--micro-batch", 3, "--activation-checkpointing", True), 0),
+        (("--batch-size", 48, "--micro-batch", 8), 0),
+        (("--batch-size", 150), 0.1),
+        (("--batch-size", 8, "--lr-text-ratio", 0.5, "--text-batch", 24), 0.1),
+    ),
+    ids=str,
+)
+def test_the_flops_of_a_step_are_those_that_torch_counts_and_counting_changes_nothing(
+    make_run, flags, tolerance
+):
+    run, other = make_run(*flags, "--optimizer", "adamw"), make_run(*flags, "--optimizer", "adamw")
+    flops = watch.flops_of_step(run, train.step_loss)
+    assert flops == pytest.approx(counted(other), rel=tolerance) and flops > 1e6
+    for _ in range(2):
+        assert run.train_step() == other.train_step()
+    assert all(torch.equal(p, other.trained[n]) for n, p in run.trained.items())
+
+
+def test_a_stopwatch_tells_the_parts_of_steps_and_leaves_out_what_lies_between(monkeypatch):
+    clock = iter((0, 1, 3, 6, 10, 100, 102, 107, 110, 114))
+    monkeypatch.setattr(watch.time, "perf_counter", lambda: next(clock))
+    stopwatch = watch.Stopwatch("cpu")
+    for _ in range(2):
+        for part in ("", "data", "forward", "backward", "optimizer"):
+            stopwatch.lap(part)
+    assert stopwatch.read() == dict(data=1 + 2, forward=2 + 5, backward=3 + 3, optimizer=4 + 4)
+    assert stopwatch.read() == {}
+
+
+def test_the_peak_is_the_fastest_product(monkeypatch):
+    """Products of 64 x 64 matrices take 2 seconds here, and those of 128 x 128 ones 4."""
+    monkeypatch.setattr(watch, "best", lambda work, seconds: 2 * work().shape[0] / 64)
+    watch.product_peak.cache_clear()
+    assert watch.product_peak(torch.float32, "cpu", (64, 128), 0.1) == 2 * 128**3 / 4
+    watch.product_peak.cache_clear()
+
+
 @pytest.fixture
 def slow_clock(monkeypatch) -> None:
     """A step takes 40 seconds by the clock of the run, and no time."""
     clock, train_step = [0.0], Run.train_step
     monkeypatch.setattr(watch, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(watch, "product_peak", lambda *_: 1e9)
 
     def step(run):
         clock[0] += 40
@@ -281,7 +340,7 @@ def test_a_line_is_written_after_so_many_minutes_at_the_latest(make_run, slow_cl
     train.train(run)
     lines = read_metrics(run.out / "metrics.jsonl")
     assert [m["step"] for m in lines] == steps and lines[-1]["seconds"] == 200
-    assert {m["images_per_second"] for m in lines} == {round(6 / 40, 1)}
+    assert all(m["images_per_second"] == pytest.approx(6 / 40, abs=0.06) for m in lines)
 
 
 @pytest.mark.parametrize("minutes, steps", ((1, [3, 5, 7]), (0, [7])))
@@ -294,13 +353,14 @@ def test_a_checkpoint_is_written_whenever_so_many_minutes_have_passed(make_run, 
 
 def test_a_line_for_people_says_what_was_measured_and_a_validation_gets_a_line_of_its_own():
     window = [{"loss": 1.0, "ddpm_loss": 0.2}, {"loss": 2.0, "ddpm_loss": 0.4, "lm_loss": 3.0}]
-    line = watch.log_line(7, window, lr=0.5, rate=123.456, seconds=7.8912)
-    wanted = dict(step=7, loss=1.5, lm_loss=3.0, ddpm_loss=pytest.approx(0.3), draw_loss=None)
-    assert line == wanted | dict(lr=0.5, images_per_second=123.5, seconds=7.89)
+    means = watch.mean_losses(window)
+    assert means == dict(loss=1.5, lm_loss=3.0, ddpm_loss=pytest.approx(0.3), draw_loss=None)
+    line = means | dict(step=7, images_per_second=123.5, flops_per_second=4.12e11, peak_share=0.378)
     told, behind = [], []
     bar = SimpleNamespace(write=told.append, set_postfix_str=behind.append)
     watch.show(bar, line | {"lm_loss": None})
-    assert behind == ["ddpm 0.3000, lm nan, 124 pictures/s"] and not told
+    work = "412 GFLOP/s (38% of the product peak)"
+    assert behind == [f"ddpm 0.3000, lm nan, 124 pictures/s, {work}"] and not told
     val = {"right": [0, 0, 0.25, 0, 0], "permuted": [0, 0, 0.75, 0, 0]}
     watch.show(bar, line | {"val": val})
     (text,) = told
