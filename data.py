@@ -18,18 +18,21 @@ import random
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from attention import IMAGE, PAD, Tokens
+from attention import IMAGE, PAD, Tokens, send
 from chat.template import IM_END, IM_START, Picture, apply_chat_template, assistant_mask, encode
 from config import TrainConfig, run_command
 from diffusion import Diffusion, T
 from load_qwen3 import encode_plain
 from model import ModelConfig
+
+if TYPE_CHECKING:
+    from scale.parallel import Team
 
 CAPTION_FIRST, CAPTION_DROPPED, IMAGE_FIRST = "caption first", "caption dropped", "image first"
 
@@ -207,6 +210,11 @@ class Documents:
             documents[-1].seed = rng.getrandbits(63)
         return documents
 
+    def share_of_step(self, step: int, team: Team) -> tuple[list[Document], list[Document]]:
+        """A process's documents of a step: those of `of_step`, and those of `text_of_step`."""
+        pictures, text = team.share(self.config.batch_size), team.share(self.config.text_batch)
+        return self.of_step(step, pictures), self.text_of_step(step, text)
+
     def text_of_step(self, step: int, share: slice) -> list[Document]:
         """Likewise the documents of text alone, cut to the context."""
         documents = []
@@ -294,25 +302,18 @@ class Batch:
         if noisy.all():
             return x_t, t, None
         which = noisy.nonzero().squeeze(1) if noisy.any() else torch.tensor([0])
-        keep = noisy.to(t.device, non_blocking=True)
+        keep = send(noisy, t.device)
         x_t = torch.where(keep[:, None, None, None], x_t, self.latents)
-        return x_t, t * keep, which.to(t.device, non_blocking=True)
+        return x_t, t * keep, send(which, t.device)
 
     def to(self, device: torch.device | str) -> Batch:
-        """With latents, noise and targets on a device; tokens and max_t are a plan, and stay.
-
-        A GPU gets them from pinned memory, without being waited for.
-        """
-
-        def move(x: Tensor) -> Tensor:
-            if torch.device(device).type == "cuda":
-                with torch.cuda.device(device):  # a thread of its own would pin for the first one
-                    x = x.pin_memory()
-            return x.to(device, non_blocking=True)
-
-        before, behind = (Targets(*map(move, vars(x).values())) for x in (self.before, self.behind))
-        tensors = move(self.latents), self.max_t, move(self.u), move(self.eps)
-        return Batch(self.prefix, self.rest, *tensors, before, behind)
+        """With latents, noise and targets on a device; tokens and max_t are a plan, and stay."""
+        latents, u, eps = (send(x, device) for x in (self.latents, self.u, self.eps))
+        before, behind = (
+            Targets(*(send(x, device) for x in vars(targets).values()))
+            for targets in (self.before, self.behind)
+        )
+        return Batch(self.prefix, self.rest, latents, self.max_t, u, eps, before, behind)
 
 
 def draw_noise(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
@@ -359,7 +360,8 @@ class Ahead:
     """What `make(step)` gives, made by a thread of its own while the step before it computes."""
 
     def __init__(self, make: Callable[[int], list[Batch]]):
-        self.make, self.thread = make, ThreadPoolExecutor(1)
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else -1  # as in this thread
+        self.make, self.thread = make, ThreadPoolExecutor(1, "", torch.cuda.set_device, (gpu,))
         self.step, self.future = -1, Future()
 
     def take(self, step: int) -> list[Batch]:

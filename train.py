@@ -17,6 +17,7 @@ import math
 import re
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -195,12 +196,8 @@ class Run:
             self.team.agree("the base language model", base_fingerprint(resolve(self.base)))
         self.overrides = config.model_overrides(self.codec.channels, self.codec.patch)
         torch.manual_seed(config.seed)  # of the U-Net, whether or not a base was just pretrained
-        self.model = load_qwen3(
-            self.base,
-            device=self.team.device,
-            prepare=lambda model: shard(model, self.team, getattr(torch, config.dtype)),
-            **self.overrides,
-        )
+        cut = partial(shard, team=self.team, dtype=getattr(torch, config.dtype))
+        self.model = load_qwen3(self.base, device=self.team.device, prepare=cut, **self.overrides)
         self.model.activation_checkpointing = config.activation_checkpointing
         self.fingerprint = fingerprint(self.model)
         if config.from_scratch:
@@ -240,11 +237,10 @@ class Run:
 
     def batches(self, step: int | None = None) -> list[Batch]:
         """This process's share of a step (the next), in micro batches: pictures first, then text alone."""
-        config, team, step = self.config, self.team, self.step if step is None else step
-        pictures = self.documents.of_step(step, team.share(config.batch_size))
-        text = self.documents.text_of_step(step, team.share(config.text_batch))
-        how = self.documents.source, self.codec, self.model.config, config.micro_batch, config.pack
-        return [b.to(team.device) for part in (pictures, text) for b in make_batches(part, *how)]
+        config, documents = self.config, self.documents
+        how = documents.source, self.codec, self.model.config, config.micro_batch, config.pack
+        parts = documents.share_of_step(self.step if step is None else step, self.team)
+        return [b.to(self.team.device) for part in parts for b in make_batches(part, *how)]
 
     def train_step(self) -> dict[str, float]:
         """One step; returns the losses of the whole batch."""
@@ -277,10 +273,8 @@ class Run:
         result["loss"] = found["lm_loss"] + config.lambda_ddpm * found["ddpm_loss"]  # Eq. (4)
         for what, value in (("loss", result["loss"]), ("norm of the gradient", norm)):
             if not math.isfinite(value):
-                raise ValueError(
-                    f"the {what} is {value} at step {self.step + 1}; the last checkpoint is untouched. "
-                    f"A smaller --lr or --muon-lr usually helps"
-                )
+                hint = "the last checkpoint is untouched. A smaller --lr or --muon-lr usually helps"
+                raise ValueError(f"the {what} is {value} at step {self.step + 1}; {hint}")
         factor = lr_factor(self.step, config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: the validation error, sheets of fixed prompts and edits, and curves."""
+"""What a run shows while it trains: validation errors, sheets of fixed prompts and edits, curves, speed."""
 
 from __future__ import annotations
 
@@ -190,10 +190,7 @@ def flops_of_step(run: Run, loss: Callable) -> float:
     config, documents, flops = run.config, run.documents, 0.0
     # as the step has them, but for a GPU, on which they take more memory than compiled
     size = 8 if torch.device(run.team.device).type == "cuda" else config.micro_batch
-    for part in (
-        documents.of_step(run.step, run.team.share(config.batch_size)),
-        documents.text_of_step(run.step, run.team.share(config.text_batch)),
-    ):
+    for part in documents.share_of_step(run.step, run.team):
         some = part[:: -(-len(part) // 64) or 1]
         for batch in make_batches(some, documents.source, run.codec, run.model.config, size):
             with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
