@@ -230,14 +230,25 @@ def square_rgb(image: Image.Image, size: int) -> Image.Image:
 
 
 def list_samples(source: str | list[str]) -> list[Sample]:
-    """Every sample of `source`, unread, in a fixed order, each path once. ValueError: no such file or tar."""
+    """Every sample of `source`, unread, in a fixed order, each path once. ValueError: no such file or tar.
+
+    No two files have one name: it is the path from the folder that all of them lie in, and of a tar's member
+    that of the tar and its own.
+    """
     paths: dict[str, None] = {}
     for path in map(os.path.expanduser, [source] if isinstance(source, str) else source):
         found = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not found:
             raise ValueError(f"{path}: no such file or folder, and as a pattern it matches nothing")
         paths |= dict.fromkeys(found)
-    return [sample for path in dict.fromkeys(map(Path, paths)) for sample in find_samples(path)]
+    homes = {path: os.path.abspath(path if path.is_dir() else path.parent) for path in map(Path, paths)}
+    samples = []
+    for path, home in homes.items():
+        folder = os.path.relpath(home, os.path.commonpath(homes.values()))
+        for sample in find_samples(path):
+            sample.name = os.path.normpath(os.path.join(folder, sample.name))
+            samples.append(sample)
+    return samples
 
 
 def find_samples(path: Path) -> list[Sample]:

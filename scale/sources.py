@@ -3,15 +3,21 @@
     PictureSource   pictures in memory (pictures.py); a picture is uint8 (3, S, S)
     LatentSource    shards of latents, mapped (latents.py); a picture is a number
 
-Without --val-data every 20th example is set aside for validation.
+Without --val-data every 20th picture is set aside for validation, with all its captions; two files that show
+the same are one picture. Edits are set aside by the picture before them. Their pictures are not trained on,
+and an edit that has one picture there and one in training is left out.
 """
 
 import hashlib
 import json
 import random
+import sys
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -90,9 +96,28 @@ class PictureSource:
         if train is None:  # the pictures of the edits, and what was asked for
             train = Pictures(edits.targets, edits.instructions, edits.names, [])
         self.train, self.val, self.edits = train, val or train, edits
-        found = set_aside(len(edits.instructions), "one edit") if edits else ([], [])
-        self.edit_rows, self.val_edit_rows = found
-        self.rows, self.val_rows = set_aside(len(train.captions), "one picture", val and len(val.captions))
+        shown, others = digests(train.pixels), digests(val.pixels) if val else []
+        pairs = list(zip(digests(edits.sources), digests(edits.targets), strict=True)) if edits else []
+        before = every_20th(source for source, _ in pairs)
+        held_out = {x for pair in pairs if pair[0] in before for x in pair}
+        if not val:
+            edited = set(chain(*pairs))
+            held_out |= every_20th(x for x in shown if x not in edited)
+            if held_out.isdisjoint(shown):  # all of them are pictures of edits to train on
+                held_out.add(shown[0])
+        self.rows = [i for i, x in enumerate(shown) if x not in held_out]
+        self.val_rows = first_rows(others or [x if x in held_out else None for x in shown])
+        self.edit_rows = [i for i, pair in enumerate(pairs) if held_out.isdisjoint(pair)]
+        self.val_edit_rows = [i for i, pair in enumerate(pairs) if held_out.issuperset(pair)]
+        if edits:
+            check_split(self.edit_rows, self.val_edit_rows, "edits")
+        check_split(self.rows, self.val_rows, "pictures")
+        if n := len(pairs) - len(self.edit_rows) - len(self.val_edit_rows):
+            left = f"left out {n:,} of {len(pairs):,} edits"
+            print(f"{left}: one picture is validation's, one training's", file=sys.stderr)
+        trained = {shown[i] for i in self.rows}.union(*(pairs[i] for i in self.edit_rows))
+        if n := len(trained.intersection(others)):
+            print(f"{n:,} pictures of --val-data are in --data as well, and trained on", file=sys.stderr)
 
     def captioned(self, rng: random.Random) -> tuple[Tensor, str]:
         i = rng.choice(self.rows)
@@ -149,13 +174,39 @@ class PictureSource:
         return digest.digest()
 
 
-def set_aside(n: int, one: str, others: int | None = None) -> tuple[list[int], list[int]]:
-    """Numbers of the examples (of n) to train on, and to validate with: every 20th, or all `others`."""
-    if others is not None:
-        return list(range(n)), list(range(others))
-    if n < 2:
-        raise ValueError(f"{one} is too few: training and validation need one each at least")
-    return [i for i in range(n) if i % 20], list(range(0, n, 20))
+def digests(pictures: Iterable[Tensor]) -> list[bytes]:
+    """Of each picture or latent what tells it from others: the same for the same numbers."""
+    return [hashlib.sha256(x.numpy().tobytes()).digest() for x in pictures]
+
+
+def coarse_digests(shards: LatentShards) -> list[bytes]:
+    """`digests` of all latents, rounded: in another batch a VAE may give a picture slightly other numbers."""
+    found: list[bytes] = []
+    while len(found) < len(shards):
+        z = shards.find(len(found))[0]["latents"][:].float()  # of one shard, (n, C, h, w)
+        found += digests((32 * F.adaptive_avg_pool2d(z, 4)).round().to(torch.int16))
+    return found
+
+
+def every_20th(pictures: Iterable[bytes]) -> set[bytes]:
+    """Every 20th of different pictures, in the order in which they first come."""
+    return set(list(dict.fromkeys(pictures))[::20])
+
+
+def first_rows(pictures: Iterable[bytes | None]) -> list[int]:
+    """The number of the first row of each picture, in order; None is no picture."""
+    rows: dict[bytes, int] = {}
+    for i, picture in enumerate(pictures):
+        if picture is not None:
+            rows.setdefault(picture, i)
+    return list(rows.values())
+
+
+def check_split(train: list[int], val: list[int], what: str) -> None:
+    """ValueError if one side has nothing."""
+    if not train or not val:
+        need = "training and validation need at least one each, without a picture in common"
+        raise ValueError(f"too few {what}: {need}")
 
 
 class LatentSource:
@@ -168,7 +219,14 @@ class LatentSource:
             if ours != theirs:
                 found = f"{name} is {ours} and {theirs}"
                 raise ValueError(f"{train.folder} and {self.val.folder} were not encoded alike: {found}")
-        self.rows, self.val_rows = set_aside(len(train), f"{train.folder}: one picture", val and len(val))
+        if val:
+            self.rows, self.val_rows = list(range(len(train))), first_rows(coarse_digests(val))
+        else:
+            shown = coarse_digests(train)
+            held_out = every_20th(shown)
+            self.rows = [i for i, x in enumerate(shown) if x not in held_out]
+            self.val_rows = first_rows(x if x in held_out else None for x in shown)
+        check_split(self.rows, self.val_rows, f"pictures in {train.folder}")
 
     def captioned(self, rng: random.Random) -> tuple[int, list[int]]:
         i = rng.choice(self.rows)

@@ -317,7 +317,7 @@ TRAIN = {
     ),
     "one picture": (
         f"{FEW} --base @base --data one",
-        ("one picture is too few",),
+        ("too few pictures",),
         lambda h: helpers.write_photos(h / "one", n=1),
     ),
     "a file that is no tar": (
@@ -414,7 +414,7 @@ TRAIN = {
     "a mixture with edits without sources": (f"{PHOTO} @base --task generate,edit", ("no edits",)),
     "one edit": (
         f"{FEW} --base @base --data one --task edit",
-        ("one edit is too few",),
+        ("too few edits",),
         lambda h: helpers.write_edits(h / "one", n=1),
     ),
     "captions of edits": (

@@ -387,6 +387,40 @@ def test_rows_that_name_one_file_are_references_of_one_picture(tmp_path, monkeyp
     ]
 
 
+def write_two_kinds(folder: Path) -> Path:
+    """cats/000.png and dogs/000.png, ...: ten pictures each, of equal names."""
+    for seed, kind in enumerate(("cats", "dogs")):
+        helpers.write_photos(folder / kind, n=10, seed=seed)
+        for path in (folder / kind).glob("*.txt"):
+            path.write_text(f"one of the {kind}, number {path.stem}")
+    return folder
+
+
+def test_pictures_of_equal_names_in_several_folders_are_several_pictures(tmp_path, monkeypatch):
+    write_two_kinds(tmp_path / "two")
+    shown = []
+    monkeypatch.setattr(
+        evaluate, "describe_images", lambda t, pictures, **_: shown.extend(pictures) or ["x"] * len(pictures)
+    )
+    out, report = on_files(tmp_path, "--data", "two/*", "--captions", "captions.json")
+    assert report["captions"]["pictures"] == 20 == len({p.numpy().tobytes() for p in shown})
+    names = [row["image_id"] for row in json.loads((tmp_path / "captions.json").read_text())]
+    assert names == [f"{kind}/{i:03d}.png" for kind in ("cats", "dogs") for i in range(10)]
+
+
+def test_a_picture_is_judged_by_the_captions_of_its_own_folder_however_it_is_spelled(tmp_path, monkeypatch):
+    write_two_kinds(tmp_path / "two")
+    kept = [("000.png", "first"), ("./000.png", "second"), ("x/../000.png", "third")]
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in kept]
+    (tmp_path / "two" / "dogs" / "metadata.jsonl").write_text("\n".join(lines))
+    judged = []
+    monkeypatch.setattr(evaluate, "describe_images", lambda t, pictures, **_: ["x"] * len(pictures))
+    monkeypatch.setattr(evaluate, "caption_report", lambda written, right: judged.extend(right))
+    evaluate.describe_pictures(None, load_pictures(str(tmp_path / "two" / "*"), 16), 8)
+    cats = [[f"one of the cats, number {i:03d}"] for i in range(10)]
+    assert judged == [*cats, ["first", "second", "third"]]
+
+
 @pytest.mark.parametrize(
     "name, number",
     (

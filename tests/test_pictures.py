@@ -160,6 +160,20 @@ def test_tar_samples_share_the_path_up_to_the_first_dot_of_the_file_name_in_the_
     assert colors(found.pixels) == [RED, GREEN] and found.skipped == []
 
 
+def test_names_hold_the_folder_or_tar_that_files_lie_in(tmp_path):
+    """So no two files have one name, and a file has one, however it is spelled."""
+    write_folder(tmp_path / "cats", SAMPLES)
+    write_jsonl(tmp_path / "dogs", [CAPTIONED, {**CAPTIONED, "file_name": "./two/../b.png"}], SAMPLES)
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        write_tar(tmp_path / place / "t.tar", SAMPLES)
+    names = [sample.name for sample in list_samples([str(tmp_path / "*s"), str(tmp_path / "*" / "t.tar")])]
+    tars = [f"{place}/t.tar/{name}.png" for place in ("one", "two") for name in "ba"]
+    assert names == ["cats/a.png", "cats/b.png", "dogs/b.png", "dogs/b.png", *tars]
+    assert [s.name for s in list_samples(str(tmp_path / "one" / "*.tar"))] == ["t.tar/b.png", "t.tar/a.png"]
+    assert [s.name for s in list_samples(str(tmp_path / "cats"))] == ["a.png", "b.png"]
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_tar_formats_and_long_and_foreign_names(tmp_path, form):
     name = "verzeichnis/" * 12 + "ä" if form != tarfile.USTAR_FORMAT else "verzeichnis/" * 8 + "b"
@@ -317,9 +331,9 @@ BAD_LINES = [
     ({"file_name": "a.png", "text": "x" * 10_001}, "a.png", "caption longer than"),
     ({"file_name": "nowhere.png", "text": "x"}, "nowhere.png", "no such file"),
     ({"file_name": "a\0.png", "text": "x"}, "a\0.png", "no such file"),
-    ({"file_name": "", "text": "x"}, "", "no such file"),
+    ({"file_name": "", "text": "x"}, ".", "no such file"),
     ({"file_name": "../secret.png", "text": "x"}, "../secret.png", "not inside"),
-    ({"file_name": "two/../../secret.png", "text": "x"}, "two/../../secret.png", "not inside"),
+    ({"file_name": "two/../../secret.png", "text": "x"}, "../secret.png", "not inside"),
     ({"file_name": "..", "text": "x"}, "..", "not inside"),
 ]
 
@@ -657,7 +671,7 @@ def test_edits_are_two_pictures_and_an_instruction_in_the_order_of_their_lines(t
         assert pixels.shape == (3, 3, 4, 4) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
     assert colors(found.sources) == [RED, GREEN, GREEN] and colors(found.targets) == [BLUE, RED, GREEN]
     assert found.instructions == ["grün", "make it red", "x"] and found.skipped == []
-    assert found.names == ["two/c.png", "b.png", "./two/../a.png"]
+    assert found.names == ["two/c.png", "b.png", "a.png"]
     out, err = capfd.readouterr()
     assert out == "" and "skipped" not in err
 
@@ -727,7 +741,7 @@ BAD_EDITS = [
     (edit("folder/../../secret.png", "b.png"), "b.png", "source: not inside"),
     (edit("..", "b.png"), "b.png", "source: not inside"),
     (edit("a.png", "nowhere.png"), "nowhere.png", "no such file"),
-    (edit("a.png", ""), "", "no such file"),
+    (edit("a.png", ""), ".", "no such file"),
     (edit("a.png", "half.png"), "half.png", "truncated image"),
     (edit("a.png", "../secret.png"), "../secret.png", "not inside"),
     (edit("nowhere.png", "half.png"), "half.png", "truncated image"),
@@ -846,7 +860,7 @@ def test_no_good_edit_is_an_error_that_says_what_is_expected(tmp_path):
         assert str(e.value) == f"{source}: {expected}"
     with pytest.raises(ValueError) as e:
         load_edits([bad, tar], 4)
-    reason = "skipped 1 of 1 edits: b.png (source: no such file)"
+    reason = "skipped 1 of 1 edits: bad/b.png (source: no such file)"
     assert str(e.value) == f"{bad}, {tar}: {expected}; {reason}"
 
 

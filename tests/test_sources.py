@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import helpers
@@ -65,9 +67,65 @@ def test_pictures_of_their_own_for_validation_leave_all_others_to_training(tmp_p
 
 
 def test_one_picture_alone_is_an_error():
-    with pytest.raises(ValueError, match="one picture is too few"):
+    with pytest.raises(ValueError, match="too few pictures"):
         PictureSource(some_pictures(1), None)
     assert len(PictureSource(some_pictures(1), some_pictures(1)).validation(9)) == 1
+
+
+def write_rows(folder: Path, rows: list[dict]) -> Path:
+    """A metadata.jsonl in a folder of pictures."""
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def five_captions(folder: Path, n: int = 12) -> Path:
+    """n pictures of five captions each, all first captions before all second ones; some spelled otherwise."""
+    helpers.write_photos(folder, n)
+    spelled = ("{:03d}.png", "./{:03d}.png", "{:03d}.png", "x/../{:03d}.png", "{:03d}.png")
+    names = [(form.format(i), i, k) for k, form in enumerate(spelled) for i in range(n)]
+    return write_rows(folder, [{"file_name": f, "text": f"photo {i}, caption {k}"} for f, i, k in names])
+
+
+def numbers(captions: Iterable[str]) -> set[int]:
+    """Which pictures captions speak of."""
+    return {int(c.split(",")[0].split()[1]) for c in captions}
+
+
+def test_all_captions_of_a_picture_stand_on_one_side(tmp_path):
+    found = load_pictures(str(five_captions(tmp_path / "data", 21)), 16)
+    source, rng = PictureSource(found, None), random.Random(0)
+    drawn = {source.captioned(rng)[1] for _ in range(2000)}
+    assert len(drawn) == 19 * 5 and numbers(drawn) == set(range(21)) - {0, 20}
+    assert numbers(source.sample(500, rng)[1]) == set(range(21)) - {0, 20}
+    held_out = [caption for _, caption in source.validation(96)]
+    assert sorted(held_out) == ["photo 0, caption 0", "photo 20, caption 0"]  # each picture once
+    assert not numbers(source.prompts()[:9]) & {0, 20}
+    few = PictureSource(load_pictures(str(five_captions(tmp_path / "few")), 16), None)
+    assert numbers(few.captioned(rng)[1] for _ in range(500)) == set(range(1, 12))
+    own = PictureSource(found, load_pictures(str(tmp_path / "few"), 16))
+    assert len(own.validation(96)) == 12  # of 60 rows
+
+
+def test_two_files_that_show_the_same_are_one_picture():
+    pictures = some_pictures(45)
+    pictures.pixels = pictures.pixels.contiguous()
+    pictures.pixels[[7, 33]] = pictures.pixels[0].clone()  # which is set aside
+    source, rng = PictureSource(pictures, None), random.Random(0)
+    trained = {source.captioned(rng)[1] for _ in range(2000)}
+    assert trained == {f"photo {i}" for i in range(45) if i not in (0, 7, 33, 21, 42)}
+    assert sorted(caption for _, caption in source.validation(9)) == ["photo 0", "photo 21", "photo 42"]
+
+
+def test_validation_pictures_that_training_has_as_well_are_counted(capsys):
+    PictureSource(some_pictures(30), some_pictures(3))
+    assert capsys.readouterr().err == "3 pictures of --val-data are in --data as well, and trained on\n"
+    edits = dataclasses.replace(some_edits(40))
+    edits.sources[7] = edits.targets[9] = 201
+    PictureSource(some_pictures(1), dataclasses.replace(some_pictures(3)), edits)
+    assert capsys.readouterr().err.startswith("2 pictures of --val-data are in --data")
+    other = some_pictures(3)
+    PictureSource(some_pictures(30), dataclasses.replace(other, pixels=other.pixels - 100))
+    assert capsys.readouterr().err == ""
 
 
 # ---- edits of real pictures ----
@@ -99,6 +157,58 @@ def test_every_twentieth_edit_is_held_out():
     assert captions == {f"photo {i}" for i in range(40) if i % 20}
 
 
+def check_sides(source: PictureSource) -> tuple[set[bytes], set[bytes]]:
+    """The pictures that training shows and those of validation; ValueError if one is on either side."""
+    rng, train, val = random.Random(0), [], []
+    for _ in range(3000):
+        train += [source.captioned(rng)[0], *source.edited(rng)[:2]]
+    val += [picture for picture, _ in source.validation(1000)]
+    val += [picture for edit in source.validation_edits(1000) for picture in edit[:2]]
+    train, val = ({x.numpy().tobytes() for x in pictures} for pictures in (train, val))
+    assert train and val and not train & val
+    return train, val
+
+
+def test_no_picture_is_on_either_side_whatever_edits_share(capsys):
+    """Chains of edits, several edits of one picture, one target of several, and captions of all of them."""
+    rng = random.Random(0)
+    for shared in ("chain", "source", "target", "any"):
+        before = {"source": [i // 3 for i in range(60)], "any": rng.choices(range(40), k=60)}
+        after = {"target": [100 + i // 3 for i in range(60)], "any": rng.choices(range(40), k=60)}
+        after["chain"] = range(1, 61)
+        pixels = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(200, 3, 16, 16)
+        sources, targets = (
+            list(x) for x in (before.get(shared, range(60)), after.get(shared, range(100, 160)))
+        )
+        words = [f"make it {i}" for i in range(60)]
+        edits = Edits(pixels[sources].clone(), pixels[targets].clone(), words, words, [])
+        pictures = Pictures(pixels[:160].clone(), [f"photo {i}" for i in range(160)], words, [])
+        source = PictureSource(pictures, None, edits)
+        check_sides(source)
+        check_sides(PictureSource(None, None, edits))
+        left = 60 - len(source.edit_rows) - len(source.val_edit_rows)
+        said = capsys.readouterr().err
+        assert (
+            (f"left out {left} of 60 edits" in said) == (left > 0) == (shared in ("chain", "target", "any"))
+        )
+        assert len(source.edit_rows) > (30 if shared == "any" else 50)
+
+
+def test_edits_of_one_picture_alone_cannot_be_set_aside():
+    edits = some_edits(30)
+    with pytest.raises(ValueError, match="too few edits: .* without a picture in common"):
+        PictureSource(some_pictures(30), None, dataclasses.replace(edits, sources=0 * edits.sources))
+
+
+def test_captions_of_edited_pictures_alone_are_split_as_well():
+    """Where all captioned pictures are of edits to train on, one of them is set aside with its edits."""
+    edits = some_edits(45)
+    pictures = Pictures(edits.targets[3:6].clone(), list("abc"), list("abc"), [])
+    source = PictureSource(pictures, None, edits)
+    check_sides(source)
+    assert [caption for _, caption in source.validation(9)] == ["a"] and 3 not in source.edit_rows
+
+
 def test_edits_alone_are_pictures_as_well_and_none_held_out_is_shown():
     source, rng = PictureSource(None, None, some_edits(45)), random.Random(0)
     held_out = {words for *_, words in source.validation_edits(96)}
@@ -113,7 +223,7 @@ def test_edits_alone_are_pictures_as_well_and_none_held_out_is_shown():
 
 def test_one_edit_alone_is_an_error_and_two_are_not():
     for train in (None, some_pictures(5)):
-        with pytest.raises(ValueError, match="one edit is too few"):
+        with pytest.raises(ValueError, match="too few edits"):
             PictureSource(train, None, some_edits(1))
         source = PictureSource(train, None, some_edits(2))
         assert source.edited(random.Random(0))[2] == "make it 1"
@@ -202,6 +312,31 @@ def test_the_source_draws_what_the_source_of_pictures_draws(own):
     assert ours.prompts() == pictures.prompts()
 
 
+def test_all_captions_of_a_latent_stand_on_one_side(tmp_path):
+    """Encoded in batches of 8, the last of which is smaller, so that one picture is encoded in several."""
+    data = five_captions(tmp_path / "data", 21)
+    encode_source(config(tmp_path / "latents", data=str(data)), linear())
+    shards = LatentShards(tmp_path / "latents")
+    ours, rng = LatentSource(shards), random.Random(0)
+    drawn = {shards.caption(ours.captioned(rng)[0]) for _ in range(2000)}
+    assert len(shards) == 105 and len(drawn) == 95 and numbers(drawn) == set(range(21)) - {0, 20}
+    held_out = [shards.caption(-1 - i) for i, _ in ours.validation(96)]
+    assert sorted(held_out) == ["photo 0, caption 0", "photo 20, caption 0"]
+    assert len(LatentSource(LatentShards(encoded()), shards).validation(96)) == 21
+
+
+def test_latents_that_a_vae_rounded_otherwise_are_of_one_picture(tmp_path, monkeypatch):
+    data = five_captions(tmp_path / "data", 21)
+    out = config(tmp_path / "latents", data=str(data), store="float32")
+    codec, generator = linear(), torch.Generator().manual_seed(0)
+    clean = codec.encode
+    monkeypatch.setattr(
+        codec, "encode", lambda *a: (z := clean(*a)) + 1e-6 * torch.randn(z.shape, generator=generator)
+    )
+    encode_source(out, codec)
+    assert len(LatentSource(LatentShards(tmp_path / "latents")).validation(96)) == 2
+
+
 def test_latents_set_aside_for_validation_are_never_trained_on():
     ours, rng = LatentSource(LatentShards(encoded())), random.Random(0)
     drawn = {ours.captioned(rng)[0] for _ in range(2000)}
@@ -247,6 +382,6 @@ def test_folders_that_were_not_encoded_alike_are_refused(tmp_path):
 def test_latents_of_one_picture_alone_are_an_error_that_names_the_folder(tmp_path):
     photos = helpers.write_photos(tmp_path / "photos", n=1)
     one = encode_source(config(tmp_path / "out", data=str(photos)), linear())
-    with pytest.raises(ValueError, match="out: one picture is too few"):
+    with pytest.raises(ValueError, match="too few pictures in .*out: "):
         LatentSource(one)
     assert len(LatentSource(one, one).validation(9)) == 1

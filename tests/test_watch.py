@@ -105,7 +105,7 @@ def test_edits_of_validation_are_none_of_training_and_a_mixture_is_validated_on_
     run = make_run(*ALONE)
     seen = {tuple(d.ids[3:-2]) for d in documents_that(run, lambda d: len(d.ids) > 5, n=200)}
     held_out = [tuple(run.documents.tokenise(e[-1], 2)) for e in run.documents.source.validation_edits(96)]
-    assert len(held_out) == 2 and len(seen) == 22 and not seen & set(held_out)
+    assert len(held_out) == 2 and len(seen) == 19 and not seen & set(held_out)  # 3 share a picture with these
     run = make_run("--task", "edit,generate", *EDITS)
     documents, c = run.documents.validation(96)[0], run.model.config
     captions = [caption for _, caption in run.documents.source.validation(96)]
