@@ -110,9 +110,7 @@ def asking_to_stop(run: Run) -> Iterator[None]:
         if run.asked["stop"] and number == signal.SIGINT:
             raise KeyboardInterrupt
         if run.team.is_main and not run.asked["stop"]:  # not print, which may be what was interrupted
-            os.write(
-                2, b"\nstopping after this step, with a checkpoint; Ctrl-C once more: at once, without\n"
-            )
+            os.write(2, b"\nstopping after this step, with a checkpoint; a second Ctrl-C stops without one\n")
         run.asked["stop"] = True
 
     # what is ignored stays so, for a job in the background

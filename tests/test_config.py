@@ -152,6 +152,15 @@ def test_a_configuration_comes_back_from_a_checkpoint_and_a_newer_field_gets_its
     assert restore_config(saved, Path("x")) == values | {"stages": "", "micro_batch": 0}
 
 
+def test_a_checkpoint_of_before_long_runs_keeps_one_checkpoint_and_none_by_the_minute():
+    saved = json.loads(json.dumps(asdict(CONFIGS["small"])))
+    for name in ("log_minutes", "checkpoint_minutes", "keep"):
+        del saved[name]
+    restored = restore_config(saved, Path("x"))
+    assert restored == asdict(CONFIGS["small"])
+    assert (restored["checkpoint_minutes"], restored["keep"]) == (0, 1)
+
+
 @pytest.mark.parametrize(
     "change, words",
     (
