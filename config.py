@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import dis
 import functools
+import io
 import math
+import os
 import re
 import sys
 import time
@@ -308,7 +311,10 @@ class HelpAll(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that knows near misses, not abbreviations. Flags with rare=True stand in --help-all alone."""
+    """argparse that knows near misses, not abbreviations. Flags with rare=True stand in --help-all alone.
+
+    A flag of text is a path, in which a ~ at the start is the home folder, unless its metavar is TEXT.
+    """
 
     def __init__(self, **kwargs: typing.Any):
         self.rare: list[tuple[argparse.Action, str]] = []
@@ -316,6 +322,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, rare: bool = False, **kwargs: typing.Any) -> argparse.Action:
         action = super().add_argument(*names, **kwargs)
+        if action.type is None and action.metavar != "TEXT":  # no shell expands the ~ of --out=~/run
+            action.type = os.path.expanduser
         if rare:
             hidden = argparse.SUPPRESS
             if not self.rare:
@@ -326,6 +334,10 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
+        args = sys.argv[1:] if args is None else args
+        for text in args:
+            if any("\ud800" <= c <= "\udfff" for c in text):  # how Python keeps a byte that is none
+                self.error(f"{text!r} is not UTF-8")
         namespace, unknown = self.parse_known_args(args)
         if unknown:
             flags = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
@@ -355,7 +367,7 @@ def add_fields(parser: Parser, cls: type) -> None:
     hints, some_common = typing.get_type_hints(cls), any(rule.common for rule in rules(cls).values())
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        kind = {bool: boolean, int: int, float: float, str: str}.get(hint, integers)
+        kind = {bool: boolean, int: int, float: float, str: None}.get(hint, integers)
         rule, default = field.metadata["rule"], field.default
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         parser.add_argument(
@@ -423,20 +435,58 @@ def tune_torch() -> None:
     torch.set_flush_denormal(True)
 
 
+def read_text(path: str, name: str = "") -> str:
+    """A text of the user's, in UTF-8, with line ends \\n; ValueError, which names it by `name` or its path.
+
+    Lines are what \\n ends: `splitlines` would also cut at a form feed or U+2028, which stand inside of one.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name or path}: {reason}") from None
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """A line on stderr, the first time alone."""
+    print(line, file=sys.stderr)
+
+
+def is_deliberate(error: ValueError) -> bool:
+    """Whether a `raise` of this project made the error: that is how it speaks to a user.
+
+    What a library raises, or a built-in function within a line of ours, is a mistake of ours.
+    """
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    code, root = last.tb_frame.f_code, Path(__file__).resolve().parent
+    folder = Path(code.co_filename).resolve().parent  # of an environment below the root: deeper
+    return root in (folder, folder.parent) and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
 def run_command(main: Callable[[], None]) -> typing.NoReturn:
-    """Run a command; a user's mistake ends in one line and status 2, an interrupt in status 130."""
+    """Run a command; a user's mistake ends in one line and status 2, an interrupt in status 130.
+
+    An error that nobody raised for the user is a bug: it keeps its traceback, behind a line that says so.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a caption may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt as stop:
         print(f"\ninterrupted{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        reason = str(error).partition("\n")[0]
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", reason):
-            raise  # a bug of ours: the traceback is wanted
-        print(f"error: not enough memory for this ({reason or 'MemoryError'})", file=sys.stderr)
+    except Exception as error:
+        reason = " ".join(str(error).splitlines())
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", reason):
+            first = str(error).partition("\n")[0] or "MemoryError"
+            reason = f"not enough memory for this ({first})"
+        elif not isinstance(error, OSError) and not (isinstance(error, ValueError) and is_deliberate(error)):
+            print("a bug of this program, not a mistake in what it was given:", file=sys.stderr)
+            raise
+        print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import Trained, check_device, load_trained, write_atomic
-from config import Bar, Parser, check_range, run_command, tune_torch
+from config import Bar, Parser, check_range, read_text, run_command, tune_torch
 from data import CAPTION_FIRST, Batch, caption_document, collate, permuted
 from diffusion import Diffusion, T
 from generate import derive_seed, describe_images, encode_text, generate_images, generate_text, picture_size
@@ -257,10 +257,7 @@ def text_line(text: dict) -> str:
 
 def read_paragraphs(path: str, flag: str = "--text") -> list[str]:
     """The paragraphs of a text file of more than 20 characters; ValueError if there are none."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {path}: {error}") from None
+    text = read_text(path, f"{flag} {path}")
     found = [p.strip() for p in re.split(r"\n\s*\n", text) if len(p.strip()) > 20]
     if not found:
         raise ValueError(f"{flag} {path}: no paragraph in it")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from chat.conversation import answer_last, check_folder, read_messages, talk
 from checkpoint import Trained, check_device, load_trained, write_atomic
-from config import Bar, Parser, check_range, run_command, tune_torch
+from config import Bar, Parser, check_range, read_text, run_command, tune_torch
 from diffusion import T
 from generate import (
     GenerationConfig,
@@ -41,7 +41,8 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--prompts", metavar="FILE", help="paint every line of this file")
     add("--edit", metavar="IMAGE", help="change this picture as each --prompt says")
     add("--caption", action="append", default=[], metavar="IMAGE", help="describe this picture (repeatable)")
-    add("--text", action="append", default=[], help="continue this with the language model (repeatable)")
+    how = "continue this with the language model (repeatable)"
+    add("--text", action="append", default=[], metavar="TEXT", help=how)
     add("--chat", action="store_true", help="talk with the model in the terminal")
     add("--chat-file", metavar="FILE", help="answer the last of the messages in this JSON file")
     add("--think", action="store_true", help="in a chat: think before answering")
@@ -83,10 +84,7 @@ def check(args: argparse.Namespace) -> None:
     if args.think and not talking:
         raise ValueError("--think is for --chat and --chat-file")
     if args.prompts is not None:
-        try:
-            lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts {args.prompts}: {error}") from None
+        lines = read_text(args.prompts, f"--prompts {args.prompts}").split("\n")
         args.prompt = args.prompt + [line.strip() for line in lines if line.strip()]
         if not args.prompt:
             raise ValueError(f"--prompts {args.prompts}: no line with text")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from chat import template
 from checkpoint import Trained, write_atomic
+from config import read_text
 from generate import Context, GenerationConfig, Watch, encode_pictures, generate, read_picture
 from lab import figures
 from small.dialogues import THINK_PROMPT
@@ -140,7 +141,8 @@ def as_markdown(messages: list[dict]) -> str:
     blocks = []
     for m in messages:
         thoughts = (m.get("reasoning_content") or "").strip("\n")
-        blocks += [f"**{m['role']}**", "\n".join(f"> {line}".rstrip() for line in thoughts.splitlines())]
+        lines = thoughts.split("\n") if thoughts else []
+        blocks += [f"**{m['role']}**", "\n".join(f"> {line}".rstrip() for line in lines)]
         for p in template.parts_of(m):
             blocks.append(p["text"] if p["type"] == "text" else f"![{p['image']}]({p['image']})")
     return "\n\n".join(block.strip("\n") for block in blocks if block.strip("\n")) + "\n"
@@ -168,10 +170,9 @@ def check_folder(folder: Path) -> None:
 
 def read_messages(path: str) -> list[dict]:
     """The messages of a JSON file, images as paths; ValueError unless the last is the user's."""
+    text = read_text(path)
     try:
-        messages = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+        messages = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
     template.check_messages(messages, context=path)

@@ -15,13 +15,12 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from attention import Tokens
-from config import Bar
+from config import Bar, read_text
 from model import LMFusion
 from small import world
 
@@ -37,12 +36,8 @@ class Question:
 
 def read_questions(path: str) -> list[Question]:
     """The questions of a JSONL file; ValueError names the file, the line and what is wrong there."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     questions = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

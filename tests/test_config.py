@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
+import os
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +17,8 @@ import helpers
 import pytest
 
 import config
+import evaluate
+import sample
 import train
 from config import (
     CONFIGS,
@@ -296,3 +302,121 @@ def test_on_a_terminal_there_is_a_bar_and_no_line(clock, monkeypatch):
     text = terminal.getvalue()
     assert "encoding: 100%" in text and "8/8" in text and "loss 7" in text
     assert " of 8" not in text and "quiet" not in text
+
+
+# ---- what a shell hands over, and what it shows ----
+
+
+def test_a_tilde_is_the_home_folder_in_every_flag_of_a_path_and_in_no_text(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = [f"--{x}=~/x" for x in ("out", "base", "data", "val-data", "vae", "text-data")]
+    made, *_ = train.parse(["--config", "small", *flags, "--text-batch=1", "--lr-text-ratio=1"])
+    places = [getattr(made, x) for x in ("out", "base", "data", "val_data", "vae", "text_data")]
+    assert places == [str(tmp_path / "x")] * 6
+    args = sample.parse("--edit ~/a --caption ~/b --prompts ~/c --gif ~/d --prompt ~/e --text ~/f".split())
+    assert (args.edit, args.caption, args.prompts) == (f"{tmp_path}/a", [f"{tmp_path}/b"], f"{tmp_path}/c")
+    assert args.gif == f"{tmp_path}/d" and args.prompt == ["~/e"] and args.text == ["~/f"]
+    args = evaluate.parse("--text ~/a --choices ~/b --json ~/new/c".split())
+    assert (args.text, args.choices, args.json) == (f"{tmp_path}/a", [f"{tmp_path}/b"], f"{tmp_path}/new/c")
+
+
+@pytest.mark.parametrize("flags", ("--prompt=caf\udce9", "--out=runs/caf\udce9", "--text=\udcff", "\udce9"))
+def test_an_argument_that_is_not_utf_8_is_one_line(flags, tmp_path):
+    for module in (sample, train):
+        result = helpers.call(module, "--config", "small", flags, folder=tmp_path)
+        assert result.status == 2 and "is not UTF-8" in result.err.splitlines()[-1]
+        assert "Traceback" not in result.err and ascii(flags)[1:-1] in result.err
+
+
+def run_in_shell(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Python code that ends in run_command(main), in a process of its own."""
+    code = f"import sys; sys.path.insert(0, {str(helpers.ROOT)!r})\nfrom config import run_command\n{code}"
+    file = folder / "code.py"
+    file.write_text(code, encoding="utf-8")
+    environment = os.environ | environment
+    return subprocess.run([sys.executable, file], cwd=folder, env=environment, capture_output=True)
+
+
+@pytest.mark.parametrize("environment", ({"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}))
+def test_a_caption_that_the_terminal_cannot_show_is_shown_escaped(tmp_path, environment):
+    code = "def main(): print('a caf\\u00e9 \\u7334 \\ud800'); print('\\u7334', file=sys.stderr)"
+    result = run_in_shell(f"{code}\nrun_command(main)", tmp_path, **environment)
+    assert result.returncode == 0 and b"\\u7334 \\ud800" in result.stdout and b"\\u7334" in result.stderr
+
+
+def library(kind: type, words: str):
+    """A function that raises as a library does: in a file that is not the project's."""
+    scope: dict = {"kind": kind, "words": words}
+    exec(
+        compile("def fail(*_):\n    raise kind(words)", "/usr/lib/python3/site-packages/lib.py", "exec"),
+        scope,
+    )
+    return scope["fail"]
+
+
+def on_purpose():
+    raise ValueError("--steps is 0")
+
+
+def behind_a_library():
+    try:
+        library(RuntimeError, "inner words")()
+    except RuntimeError as error:
+        raise ValueError("the file x is cut") from error
+
+
+def in_a_thread():
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(on_purpose).result()
+
+
+def in_a_block():
+    with contextlib.suppress(KeyError):
+        try:
+            on_purpose()
+        finally:
+            int("3")
+
+
+@pytest.mark.parametrize(
+    "main, line",
+    (
+        (on_purpose, "--steps is 0"),
+        (behind_a_library, "the file x is cut"),
+        (in_a_thread, "--steps is 0"),
+        (in_a_block, "--steps is 0"),
+        (lambda: open("/gone/x"), "[Errno 2] No such file or directory: '/gone/x'"),
+        (library(OSError, "disk full"), "disk full"),
+    ),
+)
+def test_what_is_raised_for_the_user_is_one_line(capsys, main, line):
+    with pytest.raises(SystemExit) as stop:
+        config.run_command(main)
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    "main, kind",
+    (
+        (library(ValueError, "cannot reshape array"), ValueError),
+        (lambda: int("x"), ValueError),  # a built-in function in a line of the project
+        (lambda: [].index(3), ValueError),
+        (lambda: json.loads("{"), ValueError),
+        (lambda: {}["x"], KeyError),
+        (library(RuntimeError, "NCCL error: invalid usage"), RuntimeError),
+        (library(TypeError, "no"), TypeError),
+    ),
+)
+def test_what_nobody_raised_for_the_user_keeps_its_traceback(capsys, main, kind):
+    with pytest.raises(kind):
+        config.run_command(main)
+    assert capsys.readouterr().err == "a bug of this program, not a mistake in what it was given:\n"
+
+
+def test_a_library_in_an_environment_below_the_root_is_no_part_of_the_project():
+    scope: dict = {}
+    place = helpers.ROOT / ".venv" / "lib" / "python3" / "site-packages" / "lib.py"
+    exec(compile("def fail():\n    raise ValueError('no')", str(place), "exec"), scope)
+    with pytest.raises(ValueError) as found:
+        scope["fail"]()
+    assert not config.is_deliberate(found.value)

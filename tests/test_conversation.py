@@ -501,7 +501,7 @@ def test_pictures_of_a_file_are_beside_it_wherever_it_is(tmp_path, picture):
 
 BAD_FILES = {
     "no JSON": ("{", "messages.json: cannot be read as JSON"),
-    "not UTF-8": (b'["\xff"]', "messages.json: cannot be read as JSON"),
+    "not UTF-8": (b'["\xff"]', "messages.json: 'utf-8' codec"),
     "too deep": ("[" * 100000, "messages.json: cannot be read as JSON"),
     "no list": ({"role": "user"}, "messages.json: messages must be a list"),
     "empty": ([], "messages.json: messages must be a list"),
@@ -827,3 +827,8 @@ def test_flags_make_the_generation_config(monkeypatch, tmp_path):
     assert seen[0][1:] == (GenerationConfig(), False, Path("runs/talk"))
     wanted = GenerationConfig(40, 30, 2, 0.5, 7, 0.9, 250, 2.0, "ddpm", 9)
     assert seen[1][1:] == (wanted, True, Path("x"))
+
+
+def test_a_thought_is_quoted_line_by_line_and_a_form_feed_ends_none():
+    thought = {"role": "assistant", "content": "yes", "reasoning_content": "a\u2028b\x0cc\n\nd"}
+    assert as_markdown([thought]) == "**assistant**\n\n> a\u2028b\x0cc\n>\n> d\n\nyes\n"

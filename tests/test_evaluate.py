@@ -448,3 +448,12 @@ def test_several_files_are_looked_at_in_one_call_and_a_bad_one_before_any_work(t
     flags = ("--checkpoint", helpers.photo_run(), "--text", "book.txt", "--choices", "b.jsonl")
     result = helpers.call(evaluate, *flags, folder=tmp_path)
     assert result.status == 2 and result.out == "" and "b.jsonl: line 1 has no " in result.err
+
+
+def test_paragraphs_of_windows_are_those_of_other_systems_and_end_at_blank_lines_alone(tmp_path):
+    text = "first line of the first\u2028\x0cparagraph\nits second line\n\n \nthe second one of them\n"
+    for name, content in (("a", text), ("b", text.replace("\n", "\r\n"))):
+        (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+    found = evaluate.read_paragraphs(str(tmp_path / "a"))
+    assert found == evaluate.read_paragraphs(str(tmp_path / "b"))
+    assert found == ["first line of the first\u2028\x0cparagraph\nits second line", "the second one of them"]

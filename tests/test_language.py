@@ -477,3 +477,11 @@ def test_the_built_in_questions_fit_the_context_of_the_tiny_base():
         for choice in q.choices:
             ids, n = cut(lambda text: encode_plain(tokenizer, text), q.context, choice)
             assert 0 < n < len(ids) <= helpers.SIZES["max_position_embeddings"]
+
+
+def test_a_line_of_questions_ends_at_a_line_feed_alone(tmp_path):
+    row = {"context": "a\u2028b\x85c", "choices": ["d\u2029", "e"], "label": 0}
+    text = json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps(row) + "\n"
+    (tmp_path / "q.jsonl").write_bytes(text.encode())
+    both = read_questions(str(tmp_path / "q.jsonl"))
+    assert [q.context for q in both] == ["a\u2028b\x85c"] * 2 and both[0].choices == ("d\u2029", "e")

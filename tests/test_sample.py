@@ -384,3 +384,11 @@ def test_help_is_one_screen_and_help_all_has_every_flag(tmp_path, monkeypatch, m
     for flag in ("--base", "--cfg", "--seed"):
         assert flag in long
     assert "--base" not in short and "--help-all shows" in short and "--help-all" not in long
+
+
+@pytest.mark.parametrize("mark", ("\u2028", "\u2029", "\x0c", "\x0b", "\x1c", "\x1d", "\x1e", "\x85", "\r"))
+def test_a_line_of_prompts_ends_at_a_line_feed_alone(tmp_path, mark):
+    (tmp_path / "p.txt").write_bytes(f"a red{mark}circle\r\n\r\na cross\n".encode())
+    args = sample.parse(["--prompts", str(tmp_path / "p.txt")])
+    sample.check(args)
+    assert args.prompt == [f"a red{mark}circle", "a cross"]
