@@ -143,7 +143,7 @@ def write_folder(
 
 def sync(path: Path) -> None:
     """On the disk, not only on its way there."""
-    with open(path, "rb") as f:
+    with open(path, "r+b") as f:  # Windows syncs no file that was opened to be read
         os.fsync(f.fileno())
 
 
@@ -158,7 +158,7 @@ def find_checkpoint(folder: str | Path | None, config: str = "small") -> Path:
     if folder is None:
         if not LAST_RUNS[config].is_file():
             raise ValueError(f"no --checkpoint given, and no run of `train.py --config {config}` yet")
-        folder = LAST_RUNS[config].read_text().strip()
+        folder = LAST_RUNS[config].read_text(encoding="utf-8").strip()
     folder = Path(folder)
     if (folder / "checkpoint.json").is_file():
         return folder
@@ -389,7 +389,7 @@ def append_metrics(out: Path, line: dict) -> None:
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         try:
             lines.append(json.loads(line))
         except ValueError:

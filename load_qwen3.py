@@ -60,8 +60,9 @@ def resolve(folder_or_hub_id: str | Path, weights: bool = True, files: list[str]
     name, folder = str(folder_or_hub_id), Path(folder_or_hub_id)
     if folder.is_dir():
         return folder
+    moved = "if it was moved, say with --base (of a VAE: --vae) where it lies now"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise ValueError(f"{name}: no such folder, and not a hub id of the form owner/name")
+        raise ValueError(f"{name}: no such folder, and not a hub id of the form owner/name; {moved}")
     from huggingface_hub import snapshot_download
 
     if files is None:
@@ -72,7 +73,7 @@ def resolve(folder_or_hub_id: str | Path, weights: bool = True, files: list[str]
     except Exception as error:  # the hub raises many kinds; for the user they are one
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what = f"{name}: no such folder, and it could not be downloaded from the hub"
-        raise ValueError(f"{what}: {reason}") from None
+        raise ValueError(f"{what}: {reason}; {moved}") from None
 
 
 def address(folder_or_hub_id: str) -> str:

@@ -58,6 +58,8 @@ from scale.sources import find_base, init_from_scratch, open_source, open_text
 # ---- The loss ----
 
 PARTS = ("ddpm_loss", "lm_loss", "draw_loss")
+# what torch's back ends say when another process is gone; not all that they say
+LOST = "(?i)by peer|broken pipe|connection|socket|time(d )?out|ncclRemoteError"
 LOGITS = 2**26  # at once, at the most: 256 MiB in float32
 
 
@@ -252,7 +254,8 @@ class Run:
         counts = torch.tensor(counts, dtype=torch.float64)  # (micro batches, PARTS)
         (totals,) = team.sum(counts.sum(0))
         shares = (counts.to(totals.device, non_blocking=True) / totals.clamp(min=1)).float()
-        means = torch.zeros(len(PARTS), dtype=torch.float64, device=team.device)
+        kind = torch.float32 if torch.device(team.device).type == "mps" else torch.float64
+        means = torch.zeros(len(PARTS), dtype=kind, device=team.device)
         for batch, share in zip(batches, shares, strict=True):
             found = losses(self.model, batch, config)
             # a mean over this micro batch -> its share of the mean over all
@@ -399,7 +402,7 @@ def main() -> None:
     try:
         work(config, name, found[-1] if resuming else None, team)
     except RuntimeError as error:
-        if team.size == 1 or not re.search("(?i)peer|gloo|nccl|socket|connection|timed out", str(error)):
+        if team.size == 1 or not re.search(LOST, str(error)):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, of which the line below says more
         last = list_checkpoints(out)

@@ -275,7 +275,8 @@ def commit(folder: Path = ROOT) -> str:
     """The commit of the code; a "+" behind it says that Python files differ from it (results may)."""
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout
+        how = dict(cwd=folder, capture_output=True, encoding="utf-8", check=True)
+        return subprocess.run(["git", *args], **how).stdout
 
     try:
         return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(git("status", "-s", "--", "*.py"))
@@ -298,7 +299,7 @@ def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int) -> None:
 
     def work(cell: tuple[str, int]) -> None:
         name, seed = cell
-        with open(Path(plan.runs) / f"{name}-{seed}.log", "w") as log:
+        with open(Path(plan.runs) / f"{name}-{seed}.log", "wb") as log:
             args = [sys.executable, *command(plan, name, seed).split()]
             status = subprocess.run(args, env=environment, stdout=log, stderr=log).returncode
         if status:

@@ -273,17 +273,18 @@ def mean_losses(window: list[dict[str, float]]) -> dict[str, float | None]:
 
 def show(bar: Bar, line: dict) -> None:
     """A line of metrics.jsonl for people: behind the bar, and at validations as a line of its own."""
-    loss = {k: math.nan if line[f"{k}_loss"] is None else line[f"{k}_loss"] for k in ("ddpm", "lm")}
+    known = [(k, line[f"{k}_loss"]) for k in ("ddpm", "lm") if line[f"{k}_loss"] is not None]
+    losses = ", ".join(f"{k} {x:.4f}" for k, x in known)
     if "val" in line:
         middle = len(TIMESTEPS) // 2
         right, permuted = (line["val"].get(k, [math.nan] * 5)[middle] for k in ("right", "permuted"))
         other = "no other caption" if math.isnan(permuted) else f"{permuted:.4f} under another"
         bar.write(
-            f"step {line['step']}: ddpm {loss['ddpm']:.4f}, lm {loss['lm']:.4f}; "
+            f"step {line['step']}: {losses}; "
             f"validation at t = {TIMESTEPS[middle]}: {right:.4f} under the right caption, "
             f"{other}; {line['images_per_second']:.0f} pictures/s"
         )
     work = f"{line['flops_per_second'] / 1e9:.0f} GFLOP/s"
     share = f"{100 * line['peak_share']:.0f}% of the product peak"
     rates = f"{line['images_per_second']:.0f} pictures/s, {work} ({share})"
-    bar.set_postfix_str(f"ddpm {loss['ddpm']:.4f}, lm {loss['lm']:.3f}, {rates}")
+    bar.set_postfix_str(f"{losses}, {rates}")

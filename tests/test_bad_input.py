@@ -559,7 +559,11 @@ SAMPLE = {
         ("checkpoint.json: not a checkpoint",),
         copy_run(lambda f: (f / "checkpoint.json").write_text("{}")),
     ),
-    "a checkpoint whose base is gone": ("--prompt red --checkpoint run", ("/gone",), run_info(base="/gone")),
+    "a checkpoint whose base is gone": (
+        "--prompt red --checkpoint run",
+        ("/gone: no such folder", "if it was moved", "--base"),
+        run_info(base="/gone"),
+    ),
     "another base": ("--prompt red --checkpoint @run --base @other", ("is not the language model", "--base")),
     "a prompt longer than the context": (
         f"--checkpoint @run --prompt {'~'.join(['red'] * 100)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
@@ -21,6 +22,8 @@ from runs import EDITS, FIXTURES, TASKS, Killed, last, metrics_without_clocks, n
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import evaluate
+import sample
 import train
 from checkpoint import (
     find_checkpoint,
@@ -665,3 +668,38 @@ def test_a_run_killed_by_the_system_at_a_random_moment_ends_as_if_it_had_not_bee
 @pytest.mark.parametrize("seed", range(10))
 def test_twenty_kills_end_as_if_there_had_been_none(tmp_path, seed):
     check_kills(tmp_path, kills=2, seed=100 + seed)
+
+
+def test_what_is_written_is_synced_through_a_handle_that_may_write(tmp_path, monkeypatch):
+    """Windows refuses to sync a file that was opened to be read."""
+    modes, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda f: (modes.append(fcntl.fcntl(f, fcntl.F_GETFL) & os.O_ACCMODE), fsync(f))
+    )
+    write_folder(tmp_path / "x", {"a.safetensors": {"a": torch.zeros(1)}}, {}, "info.json")
+    checkpoint.write_atomic(tmp_path / "y", "text")
+    assert len(modes) == 3 and all(mode in (os.O_RDWR, os.O_WRONLY) for mode in modes)
+
+
+def test_a_line_of_metrics_ends_at_a_line_feed_alone(tmp_path):
+    """One that a person added a note to, in JSON without escapes."""
+    rows = [{"step": 1, "note": "a\u2028b\x85c"}, {"step": 2}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert checkpoint.read_metrics(tmp_path / "metrics.jsonl") == rows
+
+
+def test_a_moved_project_is_told_how_to_say_where_the_base_is(tmp_path):
+    shutil.copytree(helpers.base(), tmp_path / "old")
+    run = tmp_path / "run"
+    flags = helpers.photo_flags(Path("run"), "--base", "old", "--steps", 1)
+    helpers.good(train, *flags, folder=tmp_path)
+    os.rename(tmp_path / "old", tmp_path / "new")
+    asked = ("--checkpoint", run, "--prompt", "red", "--steps", 1, "--out", "p.png")
+    again = ("--config", "small", "--resume", "--out", "run", "--steps", 2)
+    for module, line in ((sample, asked), (evaluate, ("--checkpoint", run)), (train, again)):
+        result = helpers.call(module, *line, folder=tmp_path)
+        assert result.status == 2 and len(result.err.splitlines()) == 1
+        assert "old: no such folder" in result.err and "if it was moved, say with --base" in result.err
+    helpers.good(sample, *asked, "--base", "new", folder=tmp_path)
+    helpers.good(train, *again, "--base", "new", folder=tmp_path)

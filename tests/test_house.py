@@ -129,3 +129,16 @@ def test_a_name_is_defined_once():
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 where.setdefault(node.name, []).append(module)
     assert {k: v for k, v in where.items() if len(v) > 1 and k not in ("main", "parse")} == {}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_text_is_read_or_written_in_an_encoding_or_in_lines_of_the_systems(path):
+    """open, read_text and write_text say their encoding; nothing is cut at what Unicode calls a line."""
+    for node in (n for n in ast.walk(tree(path)) if isinstance(n, ast.Call)):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        given = {k.arg for k in node.keywords} | {a.value for a in node.args if isinstance(a, ast.Constant)}
+        assert name not in ("readlines", "splitlines") or "str(error)" in ast.unparse(node), node.lineno
+        if name in ("read_text", "write_text"):
+            assert "encoding" in given or isinstance(node.func, ast.Name), node.lineno  # or config.read_text
+        elif isinstance(node.func, ast.Name) and name == "open":
+            assert "encoding" in given or any("b" in str(x) for x in given), node.lineno

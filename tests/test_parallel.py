@@ -867,3 +867,22 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(here, start,
         helpers.good(train, "--config", "small", "--resume", "--out", "run", folder=tmp_path)
     assert not list(run.glob(".step*"))
     assert largest_difference(lines(alone(here, "plain"))[:5], lines(run)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "words, lost",
+    (
+        ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2953", True),
+        ("[pair.cc:534] Read error [::1]: Connection reset by peer", True),
+        ("[pair.cc:598] writev [::1]:1: Broken pipe", True),
+        ("Timed out waiting 1800000ms for recv operation to complete", True),
+        ("Application timeout caused pair closure", True),
+        ("NCCL error: ncclRemoteError: A call failed possibly due to a remote exit", True),
+        ("NCCL error in: NCCLUtils.cpp:94, invalid usage: ncclInvalidUsage: a bug in the caller", False),
+        ("NCCL error in: ProcessGroupNCCL.cpp:2, unhandled cuda error: ncclUnhandledCudaError", False),
+        ("[enforce fail at gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4", False),
+        ("mat1 and mat2 shapes cannot be multiplied (nccl)", False),
+    ),
+)
+def test_only_what_says_that_another_process_is_gone_is_told_so(words, lost):
+    assert bool(re.search(train.LOST, words)) == lost

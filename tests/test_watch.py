@@ -360,7 +360,7 @@ def test_a_line_for_people_says_what_was_measured_and_a_validation_gets_a_line_o
     bar = SimpleNamespace(write=told.append, set_postfix_str=behind.append)
     watch.show(bar, line | {"lm_loss": None})
     work = "412 GFLOP/s (38% of the product peak)"
-    assert behind == [f"ddpm 0.3000, lm nan, 124 pictures/s, {work}"] and not told
+    assert behind == [f"ddpm 0.3000, 124 pictures/s, {work}"] and not told
     val = {"right": [0, 0, 0.25, 0, 0], "permuted": [0, 0, 0.75, 0, 0]}
     watch.show(bar, line | {"val": val})
     (text,) = told
