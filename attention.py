@@ -232,7 +232,8 @@ def send(x: Tensor, device: torch.device | str) -> Tensor:
     """x on a device. A copy to a GPU is from pinned memory and not waited for."""
     if torch.device(device).type != "cuda":
         return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
+    with torch.cuda.device(device):  # a thread of its own would pin for the first one
+        return x.pin_memory().to(device, non_blocking=True)
 
 
 def seen_slots(past: Tokens | Cache, new: Tokens | Cache) -> tuple[Tensor, Tensor, Tensor]:

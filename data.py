@@ -292,6 +292,7 @@ class Batch:
     eps: Tensor  # (M, C, h, w) standard normal
     before: Targets  # of `prefix`
     behind: Targets  # of `rest`
+    layouts: tuple | None = None  # of `LMFusion.layouts`, where they are made ahead
 
     def noised(self, diffusion: Diffusion, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Eq. (2), where clean images stay clean and have t = 0: x_t, t, and the numbers of the others.
@@ -313,7 +314,7 @@ class Batch:
             Targets(*(send(x, device) for x in vars(targets).values()))
             for targets in (self.before, self.behind)
         )
-        return Batch(self.prefix, self.rest, latents, self.max_t, u, eps, before, behind)
+        return Batch(self.prefix, self.rest, latents, self.max_t, u, eps, before, behind, self.layouts)
 
 
 def draw_noise(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:

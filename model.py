@@ -269,7 +269,7 @@ class LMFusion(nn.Module):
         self.unet_down = UNetDown(config)
         self.unet_up = UNetUp(config)
         self.activation_checkpointing = False  # recompute each layer in the backward pass: less memory
-        self.text_is_frozen = False  # as `freeze_text` left it; asked for several times a step
+        self.text_is_frozen = False  # as `freeze_text` left it
 
     # ---- parameters ----
 
@@ -409,10 +409,15 @@ class LMFusion(nn.Module):
             raise ValueError(f"ids hold {bad[0].item()}; the vocabulary is 0 .. {self.config.vocab_size - 1}")
         return self.logits(self.encode(Tokens.text(ids)).text).unflatten(0, tuple(ids.shape))
 
+    def layouts(self, prefix: Tokens | None, rest: Tokens) -> tuple[Layout | None, Layout]:
+        """Those of both phases of `forward`; what prepares a batch can make them ahead."""
+        first = prefix if prefix is not None and prefix.ids.shape[1] else None
+        return first and self.layout(first), self.layout(rest, first)
+
     def forward(
-        self, prefix: Tokens | None, rest: Tokens, latents: Tensor, t: Tensor
+        self, prefix: Tokens | None, rest: Tokens, latents: Tensor, t: Tensor, layouts: tuple | None = None
     ) -> tuple[Hidden | None, Hidden]:
-        """Read a batch in two phases, and return the features of both.
+        """Read a batch in two phases, and return the features of both; layouts: of `layouts`, if made ahead.
 
         *Prefill*: `prefix` holds the text that precedes every image of its sequence. With frozen text no
         gradient can reach it, so it runs without a graph and leaves only keys and values. *Decode*: `rest`
@@ -420,10 +425,11 @@ class LMFusion(nn.Module):
         through the frozen text layers to the image's keys and values: frozen is not detached.
         """
         before, encode = None, partial(LMFusion.encode, self)  # as it stands here, not as `shard` wraps it
-        if prefix is not None and prefix.ids.shape[1]:  # no column where every sequence begins with its image
+        first, second = layouts or self.layouts(prefix, rest)
+        if first is not None:  # there is none where every sequence begins with its image
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_is_frozen):
-                before = encode(prefix)
-        return before, encode(rest, latents, t, before.cache if before else None, keep=False)
+                before = encode(prefix, layout=first)
+        return before, encode(rest, latents, t, before and before.cache, keep=False, layout=second)
 
 
 def replace(config: ModelConfig, **changes) -> ModelConfig:

@@ -74,7 +74,7 @@ def losses(model: LMFusion, batch: Batch, config: TrainConfig) -> dict[str, Tens
     limit = batch.max_t.to(batch.u.device, non_blocking=True)
     t = (batch.u * limit).long()  # uniform below each picture's limit
     x_t, t, which = batch.noised(diffusion, t)  # Eq. (2)
-    before, hidden = model(batch.prefix, batch.rest, x_t, t)
+    before, hidden = model(batch.prefix, batch.rest, x_t, t, batch.layouts)
     output, eps = model.unet_output(hidden, which), batch.eps
     if which is not None:  # the clean pictures have no loss
         x_t, t, eps = x_t[which], t[which], eps[which]
@@ -242,7 +242,10 @@ class Run:
         config, documents = self.config, self.documents
         how = documents.source, self.codec, self.model.config, config.micro_batch, config.pack
         parts = documents.share_of_step(self.step if step is None else step, self.team)
-        return [b.to(self.team.device) for part in parts for b in make_batches(part, *how)]
+        batches = [batch for part in parts for batch in make_batches(part, *how)]
+        for batch in batches:
+            batch.layouts = self.model.layouts(batch.prefix, batch.rest)
+        return [batch.to(self.team.device) for batch in batches]
 
     def train_step(self) -> dict[str, float]:
         """One step; returns the losses of the whole batch."""

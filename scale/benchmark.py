@@ -1,153 +1,323 @@
-"""How close to the machine's limit, in one process: `python -m scale.benchmark`, with nothing else running.
+"""How close to the machine's limit: `python -m scale.benchmark --device cuda`, with nothing else running.
 
-step   A training step at the shape of a stock Qwen3's layers: its FLOPs, counted by torch.utils.flop_counter
-       on that very step, over its time, against the fastest matrix product this process can do.
-text   Prefill and decode by the frozen language model, against transformers' Qwen3 on the same weights, in
-       runs that alternate. Needs transformers, which nothing else here does.
+ceilings  a large product in each precision, and a large copy: what nothing here can be faster than
+step      training steps of `qwen3-0.6b` (packed 4,096, computed in bfloat16), with and without activation
+          checkpointing: pictures a second, share of the fastest product, memory against `--dry-run`
+denoise   guided denoising steps of 0.6B behind 8 and behind 512 tokens of prompt
+text      prefill and decode by 0.6B, beside transformers on the same weights (which must be installed)
+small     training steps of `--config small`
+
+Weights are random: speed does not depend on them. Every time is the median of runs after two that warm up;
+what is compared runs in turns. FLOPs are those that `--dry-run` counts without activation checkpointing, for
+what is computed twice is no more work done. `--quick` takes small shapes, to try out that all of it runs.
 """
 
+import gc
+import json
+import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from attention import Tokens
-from checkpoint import check_device
+from checkpoint import check_device, write_atomic
 from config import CONFIGS, Parser, TrainConfig, run_command, tune_torch
-from data import CAPTION_DROPPED, CAPTION_FIRST, IMAGE_FIRST, caption_document, collate
-from generate import continue_text
-from lab.watch import best, product_peak
-from load_qwen3 import COUNTS, STOCK, known_config, materialise, text_names
+from diffusion import Diffusion
+from generate import continue_text, read_rows
+from load_qwen3 import COUNTS, load_qwen3, model_config, text_names
 from model import LMFusion
-from small.pretrain import init_text
-from train import make_optimizers, step_loss
+from scale.budget import TrainingStep, training_bytes, training_flops
+from scale.parallel import end_processes, init_processes
+from small.pretrain import pretrain_base, random_base
+from train import Run, make_optimizers, step_loss
+
+PARTS = ("ceilings", "step", "denoise", "text", "small")
+STEP = TrainingStep(step_loss, make_optimizers)
+Row = dict[str, object]  # part, what, value, unit, and whatever else there is to say
 
 
-def make_loss(model: LMFusion, train: TrainConfig, pictures: int) -> Callable[[], Tensor]:
-    """The loss of one batch of `pictures` with captions of 32 tokens, in all three orders."""
-    c, first = model.config, CAPTION_FIRST
-    orders = (first, first, first, IMAGE_FIRST, first, CAPTION_DROPPED)
-    documents = [caption_document(None, [7] * 32, orders[i % 6], c, 500) for i in range(pictures)]
-    latents = torch.randn(pictures, c.latent_channels, c.latent_size, c.latent_size)
-    batch = collate(documents, latents, c).to(train.device)
-    return lambda: step_loss(model, batch, train)
+def wait(device: str) -> None:
+    """Until a GPU has done all it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
 
 
-def training_step(stock: str, layers: int, pictures: int, dtype: torch.dtype, device: str) -> tuple:
-    """FLOPs and shortest time of a step, optimizer included."""
-    config = replace(known_config(stock), num_hidden_layers=layers, vocab_size=8192)
-    config = replace(config, boi_id=0, eoi_id=1, eos_id=2)
-    train = replace(CONFIGS[stock.rpartition("/")[2].lower()], device=device)
-    torch.manual_seed(0)
-    model = LMFusion(config)
-    init_text(model)
-    model.init_image_from_text()
-    model.to(device=device, dtype=dtype)
-    model.freeze_text()
-    optimizers, loss = make_optimizers(model, train), make_loss(model, train, pictures)
-
-    def step() -> None:
-        loss().backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    step()
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops(), best(step, 20)
+def in_turns(works: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each run of each work, in turns, after a round that warms up: `seconds` in all, but two runs
+    at least, and five where there is time for them."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for first in (True, False):
+        start = time.perf_counter()
+        while True:
+            for name, work in works.items():
+                wait(device)
+                begin = time.perf_counter()
+                work()
+                wait(device)
+                if not first:
+                    times[name].append(time.perf_counter() - begin)
+            runs, spent = len(times[name]), time.perf_counter() - start
+            if spent > seconds / 4 if first else runs > 1 and spent > seconds * (2 if runs < 5 else 1):
+                break
+    return times
 
 
-def two_models(stock: str, layers: int, dtype: torch.dtype) -> tuple[LMFusion, nn.Module]:
-    """Ours and transformers', text alone, with the same random weights."""
+def row(part: str, what: str, amount: float, unit: str, times: list[float], **more: object) -> Row:
+    """`amount` of something in each of the times, as a rate; with the slowest and the fastest."""
+    rates = {name: amount / t for name, t in (("least", max(times)), ("most", min(times)))}
+    return (
+        {"part": part, "what": what, "value": amount / statistics.median(times), "unit": unit} | rates | more
+    )
+
+
+def ceilings(device: str, quick: bool) -> list[Row]:
+    """The fastest square product in each precision, and a copy (bytes read and bytes written)."""
+    gpu, rows = torch.device(device).type == "cuda", []
+    for dtype in (torch.bfloat16, torch.float32):
+        n = 8192 if gpu else 512 if quick else 2048
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        times = in_turns({"": lambda a=a, b=b: a @ b}, device, 1.0)[""]
+        name = str(dtype).removeprefix("torch.")
+        rows.append(row("ceilings", f"product {n} x {n} x {n}, {name}", 2e-12 * n**3, "TFLOP/s", times))
+    x = torch.randn(2**29 if gpu else 2**24, device=device)
+    y = torch.empty_like(x)
+    times = in_turns({"": lambda: y.copy_(x)}, device, 1.0)[""]
+    return [*rows, row("ceilings", f"copy of {x.nbytes / 2**20:.0f} MiB", 2e-9 * x.nbytes, "GB/s", times)]
+
+
+def write_noise(folder: Path, n: int, side: int) -> Path:
+    """n pictures of coarse noise, with captions."""
+    folder.mkdir()
+    for i in range(n):
+        noise = torch.randint(256, (8, 8, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).resize((side, side)).save(folder / f"{i:03d}.png")
+        words = " ".join(f"picture number {i} of coarse noise in many colors" for _ in range(3))
+        (folder / f"{i:03d}.txt").write_text(words, encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def made_run(config: TrainConfig):  # noqa: ANN201
+    """A run of training as train.py makes it, and the end of its processes."""
+    team = init_processes(config.device, config.dtype)
+    try:
+        yield Run(config, "benchmark", team)
+    finally:
+        end_processes(team)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def training_step(base: Path, folder: Path, device: str, quick: bool, peak: float) -> list[Row]:
+    """Steps of `qwen3-0.6b` as train.py takes them, of four micro batches; `peak` in TFLOP/s."""
+    rows, side, micro = [], 32 if quick else 256, 2 if quick else 56
+    data = write_noise(folder / "pictures", 44, side)
+    config = replace(CONFIGS["qwen3-0.6b"], base=str(base), data=str(data), vae="", image_size=side)
+    config = replace(config, device=device, micro_batch=micro, batch_size=4 * micro, warmup=10, seed=1)
+    config = replace(config, unet_channels=(64, 128), latent_patch=4) if quick else config
+    overrides = config.model_overrides(config.latent_channels, config.latent_patch)
+    model = model_config(base, **overrides)
+    plain = replace(config, activation_checkpointing=False)
+    flops = training_flops(model, plain, STEP, 32)["picture"]
+    for checkpointing in (True, False):
+        one = replace(config, activation_checkpointing=checkpointing)
+        what = f"training step, {'with' if checkpointing else 'without'} activation checkpointing"
+        predicted = training_bytes(model, one, STEP, 1, 32)["peak"]
+        try:
+            with made_run(one) as run:
+                if torch.device(device).type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                times = in_turns({"": run.train_step}, device, 2.0 if quick else 8.0)[""]
+                used = torch.cuda.max_memory_allocated() if torch.device(device).type == "cuda" else None
+        except torch.OutOfMemoryError:
+            rows.append({"part": "step", "what": what, "problem": "out of memory", "predicted": predicted})
+            continue
+        found = row("step", what, one.batch_size, "pictures/s", times)
+        found["share_of_product"] = found["value"] * flops * 1e-12 / peak
+        found |= {"tflop_a_picture": flops * 1e-12, "bytes": used, "bytes_predicted": predicted}
+        rows.append(found)
+    return rows
+
+
+def denoising(model: LMFusion, device: str, quick: bool) -> list[Row]:
+    """Guided steps of a batch of pictures, behind short and long prompts."""
+    n, works = 2 if quick else 16, {}
+    trained = SimpleNamespace(model=model, diffusion=Diffusion())
+    c = model.config
+    x = torch.randn(n, c.latent_channels, c.latent_size, c.latent_size, device=device)
+    t = torch.full((n,), 500, device=device)
+    with torch.inference_mode():
+        for length in (8, 512):
+            prompt = [*range(10, 10 + length), c.boi_id]
+            predict = read_rows(trained, [prompt] * n + [[c.boi_id]] * n, None, [3.0])
+            works[f"{length} tokens of prompt"] = partial(predict, x, t)
+        times = in_turns(works, device, 2.0 if quick else 6.0)
+    return [row("denoise", f"{n} guided pictures, {k}", 1, "steps/s", v) for k, v in times.items()]
+
+
+def their_model(ours: LMFusion, device: str) -> nn.Module:
+    """transformers' Qwen3 with the text weights of ours."""
     try:
         from transformers import Qwen3Config, Qwen3ForCausalLM
     except ImportError:
-        raise ValueError("the text part compares with transformers, which is not installed") from None
-
-    c = replace(known_config(stock), num_hidden_layers=layers, latent_size=2, unet_channels=(4, 4))
-    c = replace(c, unet_attention=False, separation="none")  # no image experts: text is all we time
+        raise ValueError("the part text compares with transformers, which is not installed") from None
+    c = ours.config
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-    fields = {name: getattr(c, name) for name in (*COUNTS, "tie_word_embeddings")}
-    torch.manual_seed(0)
-    theirs = Qwen3ForCausalLM(Qwen3Config(**fields, rope_parameters=rope)).to(dtype).eval()
-    with torch.device("meta"):
-        ours = LMFusion(c)
-    weights = {name: theirs.state_dict()[theirs_name] for theirs_name, name in text_names(c).items()}
-    materialise(ours, weights.__getitem__, dtype)
-    return ours, theirs
+    fields = {name: getattr(c, name) for name in (*COUNTS, "tie_word_embeddings", "rms_norm_eps")}
+    with torch.device(device):
+        theirs = Qwen3ForCausalLM(Qwen3Config(**fields, rope_parameters=rope)).to(ours.dtype).eval()
+    weights = ours.text_parameters()
+    values = {theirs_name: weights[name] for theirs_name, name in text_names(c).items()}
+    missing, unknown = theirs.load_state_dict(values, strict=False)
+    assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)
+    return theirs
 
 
-def text_against_transformers(
-    stock: str, layers: int, dtype: torch.dtype, prompt: int, new: int, runs: int
-) -> dict:
-    """Medians of seconds, ours and theirs, of prefill and of decoding one token; runs alternate."""
-    ours, theirs = two_models(stock, layers, dtype)
-    ids = torch.randint(3, 1000, (1, prompt), generator=torch.Generator().manual_seed(1))
+def text_alone(model: LMFusion, device: str, quick: bool) -> list[Row]:
+    """Reading 512 tokens and writing behind them, ours and transformers' in turns."""
+    theirs, (prompt, new) = their_model(model, device), (32, 4) if quick else (512, 64)
+    ids = torch.randint(10, 1000, (1, prompt), generator=torch.Generator().manual_seed(1)).to(device)
+    eos, written = model.config.eos_id, {}
 
-    def run_ours() -> tuple[Tensor, float, list[int]]:
-        hidden = ours.encode(Tokens.text(ids))
-        logits, read = ours.logits(hidden.text[-1:]), time.perf_counter()
-        return logits, read, continue_text(ours, hidden.text[-1:], hidden.cache, new + 1)[0]
+    def our_prefill() -> tuple[Tensor, object]:
+        hidden = model.encode(Tokens.text(ids))
+        return model.logits(hidden.text[-1:]), hidden
 
-    def run_theirs() -> tuple[Tensor, float, list[int]]:
+    def their_prefill() -> tuple[Tensor, object]:
         out = theirs(ids, use_cache=True, logits_to_keep=1)
-        logits, read = out.logits[:, -1], time.perf_counter()
-        written = [logits.argmax(-1)]
-        for _ in range(new):
-            out = theirs(written[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
-            written.append(out.logits[:, -1].argmax(-1))
-        return logits, read, [int(w) for w in written]
+        return out.logits[:, -1], out.past_key_values
 
-    times: dict[str, list[float]] = {}
-    found = {}
+    def our_decode() -> None:
+        _, hidden = our_prefill()
+        written["ours"] = continue_text(model, hidden.text[-1:], hidden.cache, new + 1)[0]
+
+    def their_decode() -> None:
+        logits, past = their_prefill()
+        found = [logits.argmax(-1)]
+        for _ in range(new):
+            out = theirs(found[-1][:, None], past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            found.append(out.logits[:, -1].argmax(-1))
+        written["transformers"] = torch.cat(found).tolist()
+
+    works = {"ours": our_prefill, "transformers": their_prefill}
     with torch.inference_mode():
-        for i in range(runs + 1):
-            for who, run in (("our", run_ours), ("their", run_theirs)):
-                begin = time.perf_counter()
-                logits, read, written = run()
-                end = time.perf_counter()
-                found[who] = logits, written
-                if i:  # the first round warms up
-                    times.setdefault(f"{who} prefill", []).append(read - begin)
-                    times.setdefault(f"{who} token", []).append((end - read) / new)
-    (a, mine), (b, other) = found["our"], found["their"]
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return medians | {"difference": (a - b).abs().max().item(), "agree": mine == other}
+        read = in_turns(works, device, 1.0 if quick else 3.0)
+        both = in_turns({"ours": our_decode, "transformers": their_decode}, device, 1.0 if quick else 8.0)
+        a, b = our_prefill()[0].float(), their_prefill()[0].float()
+    rows = []
+    for who in read:
+        rows.append(row("text", f"prefill of {prompt}, {who}", prompt, "tokens/s", read[who]))
+        once = statistics.median(read[who])
+        tokens = new if eos not in written[who] else max(1, written[who].index(eos))
+        rest = [max(1e-9, t - once) for t in both[who]]
+        rows.append(row("text", f"decode of {tokens}, {who}", tokens, "tokens/s", rest))
+    rows[-1]["logits_differ_by"] = ((a - b).norm() / b.norm()).item()
+    return rows
+
+
+def small_step(folder: Path, device: str, quick: bool) -> list[Row]:
+    """Steps of `--config small` on a base of one step of pretraining."""
+    pretrain_base(folder / "tiny", steps=1)
+    config = replace(CONFIGS["small"], base=str(folder / "tiny"), device=device, warmup=1)
+    with made_run(config) as run:
+        times = in_turns({"": run.train_step}, device, 2.0 if quick else 8.0)[""]
+    return [row("small", "training step of small, batch 64", config.batch_size, "pictures/s", times)]
+
+
+def machine(device: str) -> Row:
+    """What was measured on."""
+    gpu = torch.device(device).type == "cuda"
+    name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda if gpu else None}
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    } | versions
+
+
+def rows_table(found: dict) -> str:
+    """All rows as Markdown."""
+    m = found["machine"]
+    lines = [f"{m['device']}, torch {m['torch']}, CUDA {m['cuda']}{', quick' if found['quick'] else ''}", ""]
+    lines += ["| what | median (least to most) | beside it |", "|---|---:|---|"]
+    for r in found["rows"]:
+        beside = []
+        if "share_of_product" in r:
+            beside.append(f"{100 * r['share_of_product']:.0f}% of the product")
+        if r.get("bytes"):
+            beside.append(f"{r['bytes'] / 2**30:.1f} GiB, predicted {r['bytes_predicted'] / 2**30:.1f}")
+        if "logits_differ_by" in r:
+            beside.append(f"logits differ by {r['logits_differ_by']:.1e}")
+        if "problem" in r:
+            value = r["problem"]
+        else:
+            value = f"{r['value']:.4g} {r['unit']} ({r['least']:.4g} to {r['most']:.4g})"
+        lines.append(f"| {r['what']} | {value} | {'; '.join(beside)} |")
+    return "\n".join(lines)
+
+
+def benchmark(parts: list[str], device: str, quick: bool) -> dict:
+    """The rows of these parts, in order; every part that fails says so in a row, and the others go on."""
+    found: dict = {"machine": machine(device), "quick": quick, "rows": ceilings(device, quick)}
+    peak = found["rows"][0]["value"]  # of bfloat16
+    with tempfile.TemporaryDirectory() as place:
+        folder, base = Path(place), Path(place) / "base"
+        if {"step", "denoise", "text"} & set(parts):
+            random_base(
+                "Qwen/Qwen3-0.6B", base, **(dict(num_hidden_layers=2, vocab_size=8192) if quick else {})
+            )
+
+        def whole() -> LMFusion:
+            side = dict(latent_size=8, unet_channels=(64, 128)) if quick else {}
+            model = load_qwen3(base, **side).to(device, torch.bfloat16).eval()
+            return model.requires_grad_(False)
+
+        works = {
+            "step": lambda: training_step(base, folder, device, quick, peak),
+            "denoise": lambda: denoising(whole(), device, quick),
+            "text": lambda: text_alone(whole(), device, quick),
+            "small": lambda: small_step(folder, device, quick),
+        }
+        for part in [p for p in works if p in parts]:
+            try:
+                found["rows"] += works[part]()
+            except Exception as error:  # noqa: BLE001
+                problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                found["rows"].append({"part": part, "what": part, "problem": problem})
+    return found
 
 
 def main() -> None:
     parser = Parser(prog="python -m scale.benchmark", description="Speed against the machine's limit.")
     add = parser.add_argument
-    add("what", choices=("step", "text", "both"), nargs="?", default="both", help="which part")
-    add("--stock", choices=tuple(STOCK), default="Qwen/Qwen3-0.6B", help="whose shape")
-    add("--layers", type=int, default=4, help="layers in the step")
-    add("--pictures", type=int, default=8, help="pictures in the step, of 256 patches each")
-    add("--text-layers", type=int, default=28, help="layers of the language model")
-    add("--prompt", type=int, default=512, help="tokens of the prompt")
-    add("--new", type=int, default=24, help="tokens to write")
-    add("--runs", type=int, default=5, help="alternating runs")
-    add("--device", default="cpu", help="of the step: cpu, cuda, ...")
+    add("parts", nargs="*", metavar="PART", help="what to measure; all, if none is named")
+    add("--device", default="cpu", help="cpu, cuda, ...")
+    add("--quick", action="store_true", help="small shapes, to try out that all of it runs")
+    add("--json", metavar="FILE", help="write the figures here as well")
     args = parser.parse_args()
     check_device(args.device)
     tune_torch()
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    for name, dtype in dtypes.items() if args.what != "text" else ():
-        peak = product_peak(dtype, args.device, (1024, 2048, 3072), 1.5)
-        flops, seconds = training_step(args.stock, args.layers, args.pictures, dtype, args.device)
-        rate = f"{flops / seconds / 1e9:.0f} GFLOP/s, {100 * flops / seconds / peak:.0f}% of {peak / 1e9:.0f}"
-        print(f"step, {name}: {flops / 1e12:.3f} TFLOP in {seconds:.2f} s = {rate}")
-    for name, dtype in dtypes.items() if args.what != "step" else ():
-        r = text_against_transformers(args.stock, args.text_layers, dtype, args.prompt, args.new, args.runs)
-        ours, theirs = r["our prefill"], r["their prefill"]
-        one, other = 1e3 * r["our token"], 1e3 * r["their token"]  # ms
-        same = f"logits differ by {r['difference']:.1e}, ids {'agree' if r['agree'] else 'DIFFER'}"
-        prompt = f"{args.prompt} tokens of prompt {ours:.3f} s, transformers {theirs:.3f} s"
-        print(f"text, {name}: {prompt}; a token {one:.1f} ms, transformers {other:.1f} ms; {same}")
+    if unknown := sorted(set(args.parts) - set(PARTS)):
+        raise ValueError(f"{unknown[0]} is no part; choose from {', '.join(PARTS)}")
+    found = benchmark(args.parts or list(PARTS), args.device, args.quick)
+    if args.json:
+        write_atomic(Path(args.json), json.dumps(found, indent=1) + "\n")
+    print(rows_table(found))
+    if any("problem" in r for r in found["rows"]):
+        raise ValueError("not all of it could be measured: see the table")
 
 
 if __name__ == "__main__":

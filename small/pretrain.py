@@ -167,10 +167,10 @@ def ensure_base(seed: int, steps: int = STEPS) -> Path:
     return folder
 
 
-def random_base(stock: str, folder: Path, seed: int = 0) -> None:
-    """A folder with a stock Qwen3's shape, random bfloat16 weights, and the tiny tokenizer."""
+def random_base(stock: str, folder: Path, seed: int = 0, **smaller: int) -> None:
+    """A folder with a stock Qwen3's shape (or smaller), random bfloat16 weights, and the tiny tokenizer."""
     tokenizer = train_tokenizer(random.Random(seed))
-    config = replace(known_config(stock), **special_ids(tokenizer), **NO_IMAGES)
+    config = replace(known_config(stock), **special_ids(tokenizer), **NO_IMAGES, **smaller)
     with torch.device("meta"):
         model = LMFusion(config)
     generator, state = torch.Generator().manual_seed(seed), {}

@@ -107,7 +107,7 @@ def test_no_import_runs_in_a_circle():
 
 def test_the_core_stays_small():
     lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
-    budgets = {"train.py": 420, "model.py": 440, "attention.py": 410}
+    budgets = {"train.py": 420, "model.py": 450, "attention.py": 410}
     assert {name: lines[name] for name in budgets if lines[name] > budgets[name]} == {}
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 220
     assert len(list(ROOT.glob("*.py"))) <= 13 and sum(lines.values()) < 9600
