@@ -75,7 +75,7 @@ PYTHON
             --out "$OUT/$name.png" || return 1
     done
     "$PY" evaluate.py "${which[@]}" --data "${VAL:-$DATA}" --captions "$OUT/captions.json" --max-tokens 16
-    "$PY" evaluate.py "${which[@]}" --text README.md
+    "$PY" evaluate.py "${which[@]}" --text LICENSE
 }
 
 say "$CARD; results in $OUT"
