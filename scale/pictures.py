@@ -4,8 +4,9 @@
     metadata    DIR/metadata.jsonl, each line {"file_name": "name.png", "text": "a caption"}, relative to DIR
     edits       the same file, {"source": "before.png", "text": "make the sky red", "file_name": "after.png"}:
                 image, instruction, image; only `load_edits` loads these lines, and no others
-    tars        DIR/train-00000.tar or "DIR/train-*.tar"; members whose paths agree up to the first dot of the
-                file name are one sample: `.png` (...) is its picture, `.txt` its caption
+    tars        DIR/train-00000.tar, "DIR/train-*.tar" or "DIR/train-{00000..00099}.tar"; members whose paths
+                agree up to the first dot of the file name are one sample: `.png` (...) is its picture, `.txt`
+                its caption
 
 Everything is decoded once, at the start, into one uint8 tensor; latents.py goes through the same samples one
 by one. A bad sample is left out and named: ValueError or OSError says what is wrong with it.
@@ -17,6 +18,7 @@ import glob
 import io
 import json
 import os
+import re
 import sys
 import tarfile
 import warnings
@@ -26,10 +28,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from config import Bar
+from config import Bar, say_once
 
 FIELDS = {"png": "picture", "jpg": "picture", "jpeg": "picture", "webp": "picture", "txt": "caption"}
 DECODED = ("PNG", "JPEG", "WEBP")  # Pillow knows many more, some of which start other programs
@@ -37,6 +39,7 @@ MAX_PIXELS = 64_000_000  # of one picture, by its header
 MAX_FILE = 2**28  # bytes of one picture
 MAX_CAPTION = 10_000  # characters
 MAX_MEMORY = 2**33  # bytes of all decoded pictures
+MAX_NAMES = 100_000  # that a pair of braces may stand for
 NAMED = 10  # bad samples that are named; the others are counted
 Skipped = list[tuple[str, str]]  # name and reason of what was left out
 
@@ -98,8 +101,9 @@ def load_pictures(source: str | list[str], size: int, max_memory: int = MAX_MEMO
     """Every captioned picture of `source`, (M, 3, S, S) uint8 with S = `size`, always in the same order.
 
     source: a folder, a metadata.jsonl, a tar, a glob of these, or a list. Pictures are turned upright,
-    put on white where transparent, cropped to the square in their middle and resized. A bad sample is left
-    out, listed in `skipped`, and named in one line on stderr. Edits are passed over.
+    brought from their colour profile to sRGB, put on white where transparent, cropped to the square in their
+    middle and resized. A bad sample is left out, listed in `skipped`, and named in one line on stderr. Edits
+    are passed over.
     ValueError: nothing there, not a tar, no good sample at all, or more than `max_memory` bytes of pixels.
     """
     pixels, captions, names, skipped = load_samples("caption", source, size, max_memory)
@@ -217,6 +221,7 @@ def decode_picture(data: bytes, size: int) -> Tensor:
 
 def square_rgb(image: Image.Image, size: int) -> Image.Image:
     """Upright, the square in the middle, on white, RGB, `size` pixels a side."""
+    profile = image.info.get("icc_profile")
     image.draft("RGB", (2 * size, 2 * size))  # a much larger JPEG is decoded at a fraction of its size
     image = ImageOps.exif_transpose(image)
     side = min(image.size)
@@ -224,9 +229,29 @@ def square_rgb(image: Image.Image, size: int) -> Image.Image:
     image = image.crop((left, top, left + side, top + side))  # resize's own `box` lets the outside in
     if image.mode.startswith("I"):  # 16-bit grey
         image = image.point(lambda value: value * (1 / 257)).convert("L")
-    elif image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        image.info.pop("transparency", None)  # of 16 bits as well
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = to_srgb(image, profile) if profile else image.convert("RGB")
+    if alpha is not None:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The colours that an ICC profile says, as sRGB: wide gamuts, Adobe RGB, CMYK, grey.
+
+    Our choice: relative colorimetric with black point compensation, so that white stays white and what sRGB
+    can show keeps its colour. A profile that cannot be used is ignored: the numbers are taken as sRGB.
+    """
+    base = image.convert("L" if image.mode in ("1", "L", "LA") else "CMYK" if image.mode == "CMYK" else "RGB")
+    how = dict(renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB")
+    how |= dict(flags=ImageCms.Flags.BLACKPOINTCOMPENSATION)
+    try:
+        return ImageCms.profileToProfile(base, io.BytesIO(profile), ImageCms.createProfile("sRGB"), **how)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        say_once("note: a colour profile cannot be used (more may follow): its pictures are taken as sRGB")
+        return base.convert("RGB")
 
 
 def list_samples(source: str | list[str]) -> list[Sample]:
@@ -236,11 +261,12 @@ def list_samples(source: str | list[str]) -> list[Sample]:
     that of the tar and its own.
     """
     paths: dict[str, None] = {}
-    for path in map(os.path.expanduser, [source] if isinstance(source, str) else source):
-        found = [path] if os.path.exists(path) else sorted(glob.glob(path))
-        if not found:
-            raise ValueError(f"{path}: no such file or folder, and as a pattern it matches nothing")
-        paths |= dict.fromkeys(found)
+    for name in map(os.path.expanduser, [source] if isinstance(source, str) else source):
+        for path in [name] if os.path.exists(name) else expand_braces(name):
+            found = [path] if os.path.exists(path) else sorted(glob.glob(path))
+            if not found:
+                raise ValueError(f"{path}: no such file or folder, and as a pattern it matches nothing")
+            paths |= dict.fromkeys(found)
     homes = {path: os.path.abspath(path if path.is_dir() else path.parent) for path in map(Path, paths)}
     samples = []
     for path, home in homes.items():
@@ -249,6 +275,22 @@ def list_samples(source: str | list[str]) -> list[Sample]:
             sample.name = os.path.normpath(os.path.join(folder, sample.name))
             samples.append(sample)
     return samples
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """a-{00..02}.tar -> a-00.tar, a-01.tar, a-02.tar; {train,val}.tar likewise, as WebDataset has them."""
+    brace = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if brace is None:
+        return [pattern]
+    first, last, names = brace.groups()
+    if names is None:
+        if not 0 <= int(last) - int(first) < MAX_NAMES:
+            raise ValueError(f"{pattern}: {brace[0]} must count up, over {MAX_NAMES:,} names at the most")
+        parts = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+    else:
+        parts = names.split(",")
+    rest = expand_braces(pattern[brace.end() :])
+    return [pattern[: brace.start()] + part + end for part in parts for end in rest]
 
 
 def find_samples(path: Path) -> list[Sample]:

@@ -364,7 +364,8 @@ def make_codec(
     """
     rng = random.Random(config.seed)
     if not config.vae:
-        pictures, _ = sample(4000, rng)
+        # of large pictures fewer, for the memory that their patches take
+        pictures, _ = sample(min(4000, max(64, 4000 * 32**2 // config.image_size**2)), rng)
         return None, PatchPCA.fit(pictures, config.latent_channels, config.latent_patch, config.whiten)
     codec = load_vae(config.vae, device=device)
     codec.bound = codec.encode(sample(64, rng)[0]).abs().amax((0, 2, 3))[:, None, None]

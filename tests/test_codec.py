@@ -103,3 +103,15 @@ def test_a_vae_is_named_with_its_fingerprint_and_bound_by_training_pictures():
     assert entry == {"path": str(VAE), "fingerprint": load_vae(VAE).fingerprint()}
     z = codec.encode(Shapes().sample(64, random.Random(0))[0])
     assert codec.bound.shape == (4, 1, 1) and torch.equal(codec.bound.flatten(), z.abs().amax((0, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    "size, n", ((16, 4000), (32, 4000), (48, 1777), (64, 1000), (128, 250), (256, 64), (512, 64))
+)
+def test_components_are_of_fewer_pictures_where_these_are_large(size, n, monkeypatch):
+    """24 pictures of 128 pixels took 5 GB; those of `small` are as many as they were."""
+    asked = []
+    monkeypatch.setattr(PatchPCA, "fit", lambda pictures, *how: asked.append(pictures))
+    config = dataclasses.replace(SMALL, image_size=size)
+    make_codec(config, lambda n, rng: (n, rng.getstate()), "cpu")
+    assert asked == [n]

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import struct
 import tarfile
 import warnings
@@ -18,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
+from config import say_once
 from scale import pictures
 from scale.pictures import decode_picture, list_samples, load_edits, load_pictures, read_sample
 
@@ -895,3 +897,189 @@ def test_a_tar_that_breaks_off_is_no_bad_edit(tmp_path):
     folder = write_jsonl(tmp_path / "lines", [EDIT], SAMPLES)
     assert load_edits([str(tar), folder], 4).skipped == []
     assert "truncated" in load_pictures([str(tar), write_folder(tmp_path / "c", SAMPLES)], 4).skipped[0][1]
+
+
+# ---- colour profiles ----
+
+# XYZ of the primaries under D50, as the profiles of the standards have them
+SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
+ADOBE = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
+P3 = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
+D50 = (0.9642, 1.0, 0.8249)
+
+
+def fixed(*values: float) -> bytes:
+    """Numbers as ICC's s15Fixed16."""
+    return struct.pack(f">{len(values)}i", *(round(65536 * v) for v in values))
+
+
+def icc(space: bytes, tags: dict[bytes, bytes], pcs: bytes = b"XYZ ", kind: bytes = b"mntr") -> bytes:
+    """An ICC profile of version 2, from its tags."""
+    about = {b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78)}
+    tags = about | {b"cprt": b"text" + bytes(4) + b"none\0", b"wtpt": b"XYZ " + bytes(4) + fixed(*D50)} | tags
+    start, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    form = start + len(body), b"", 0x02400000, kind, space, pcs, b"", b"acsp", b""
+    head = struct.pack(">I4sI4s4s4s12s4s4s", *form)
+    return (head + bytes(20) + struct.pack(">I", 0) + fixed(*D50)).ljust(128, b"\0") + table + body
+
+
+def curve(gamma: float) -> bytes:
+    """x ** gamma."""
+    return b"curv" + bytes(4) + struct.pack(">IH", 1, round(256 * gamma))
+
+
+def matrix_profile(primaries: tuple, gamma: float) -> bytes:
+    """An RGB profile as cameras and phones embed."""
+    each = zip((b"r", b"g", b"b"), primaries, strict=True)
+    tags = {c + b"XYZ": b"XYZ " + bytes(4) + fixed(*xyz) for c, xyz in each}
+    return icc(b"RGB ", tags | {c + b"TRC": curve(gamma) for c in (b"r", b"g", b"b")})
+
+
+def grey_profile(gamma: float) -> bytes:
+    return icc(b"GRAY", {b"kTRC": curve(gamma)})
+
+
+def ink_profile(inks: dict[int, tuple]) -> bytes:
+    """A CMYK profile whose corners (bits: C 8, M 4, Y 2, K 1) have these Lab colours; others are black."""
+    lab = [inks.get(i, (0, 0, 0)) for i in range(16)]
+    nodes = bytes(x for L, a, b in lab for x in (round(L * 2.55), a + 128, b + 128))
+    line = bytes(range(256))
+    identity = fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    lut = b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + identity + line * 4 + nodes + line * 3
+    return icc(b"CMYK", {b"A2B0": lut}, b"Lab ", b"prtr")
+
+
+def srgb_of(xyz: np.ndarray) -> list[int]:
+    """XYZ under D50 -> sRGB of 8 bits, clipped."""
+    x = np.clip(np.linalg.solve(np.array(SRGB).T, xyz), 0, 1)
+    return (255 * np.where(x < 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)).round().tolist()
+
+
+def seen(image: Image.Image, profile: bytes, form: str = "PNG", **more: object) -> torch.Tensor:
+    """The colour of a picture of one colour."""
+    return decode_picture(encode(image, form, icc_profile=profile, **more), 4).float().mean((1, 2))
+
+
+COLORS = (
+    (200, 40, 40),
+    (40, 200, 60),
+    (70, 80, 220),
+    (0, 0, 0),
+    (255, 255, 255),
+    (128, 128, 128),
+    (255, 0, 0),
+)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("primaries, gamma", ((ADOBE, 2.2), (P3, 2.2), (SRGB, 1.8)))
+def test_a_colour_profile_is_followed(form, primaries, gamma):
+    """Every colour is what the standard's matrices make of it."""
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(form, {})
+    differs = 0.0
+    for color in COLORS:
+        xyz = np.array(primaries).T @ (np.array(color) / 255) ** (round(256 * gamma) / 256)
+        found = seen(Image.new("RGB", (16, 16), color), matrix_profile(primaries, gamma), form, **options)
+        assert (found - torch.tensor(srgb_of(xyz))).abs().max() <= 3, color
+        differs = max(differs, (found - torch.tensor(color)).abs().max().item())
+    assert differs > 12
+
+
+def test_a_profile_of_srgb_changes_nothing():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    pixels = np.asarray(Image.open(io.BytesIO(noise())))
+    found = decode_picture(encode(Image.fromarray(pixels), icc_profile=profile), 32)
+    assert (found.int() - torch.from_numpy(pixels.copy()).permute(2, 0, 1)).abs().max() <= 1
+
+
+def test_grey_has_a_profile_of_its_own():
+    for color in (0, 60, 128, 255):
+        expected = srgb_of(np.array(D50) * (color / 255) ** (461 / 256))
+        for image in (
+            Image.new("L", (8, 8), color),
+            Image.fromarray(np.full((8, 8), color * 257, np.uint16)),
+        ):
+            found = seen(image, grey_profile(1.8))
+            assert (found - torch.tensor(expected)).abs().max() <= 2
+    clear = Image.new("LA", (8, 8), (60, 128))
+    opaque = srgb_of(np.array(D50) * (60 / 255) ** (461 / 256))[0]
+    assert abs(seen(clear, grey_profile(1.8))[0].item() - (opaque * 128 + 255 * 127) / 255) <= 2
+
+
+def test_inks_are_what_their_profile_says():
+    inks = {0: (100, 0, 0), 8: (50, 60, 40), 4: (60, -50, 30), 2: (40, 10, -60)}  # not cyan, magenta, yellow
+    for bits, (L, a, b) in inks.items():
+        ink = tuple(255 * bool(bits & x) for x in (8, 4, 2, 1))
+        f = np.array([(L + 16) / 116 + a / 500, (L + 16) / 116, (L + 16) / 116 - b / 200])
+        xyz = np.array(D50) * np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
+        found = seen(Image.new("CMYK", (16, 16), ink), ink_profile(inks), "JPEG", quality=100)
+        assert (found - torch.tensor(srgb_of(xyz))).abs().max() <= 5, ink
+
+
+def test_a_profile_and_transparency_and_a_palette_go_together():
+    """Colours are brought to sRGB, then put on white."""
+    profile = matrix_profile(ADOBE, 2.2)
+    opaque = seen(Image.new("RGB", (8, 8), (40, 200, 60)), profile)
+    half = seen(Image.new("RGBA", (8, 8), (40, 200, 60, 128)), profile)
+    assert (half - (opaque * 128 + 255 * 127) / 255).abs().max() <= 1
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 40, 200, 60])
+    assert torch.equal(seen(palette, profile), opaque)
+    assert seen(palette, profile, transparency=1).tolist() == [255] * 3
+
+
+@pytest.mark.parametrize("image", (Image.new("RGB", (8, 8), RED), Image.new("L", (8, 8), 9)))
+def test_a_profile_that_cannot_be_used_is_ignored_with_one_line(image, capsys):
+    say_once.cache_clear()
+    plain_colors = colors(decode_picture(encode(image), 4)[None])
+    whole = matrix_profile(ADOBE, 2.2)
+    for profile in (b"x", b"not a profile" * 50, whole[:200], whole[:40], ink_profile({}), bytes(128)):
+        found = decode_picture(encode(image, icc_profile=profile), 4)
+        assert colors(found[None]) == plain_colors
+    assert capsys.readouterr().err.count("a colour profile cannot be used") == 1
+
+
+def test_the_first_frame_of_a_film_is_the_picture():
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, GREEN, BLUE)]
+    for form, options in (("PNG", {}), ("WEBP", {"lossless": True})):
+        data = encode(frames[0], form, save_all=True, append_images=frames[1:], **options)
+        assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
+        assert colors(decode_picture(data, 4)[None]) == [RED]
+
+
+# ---- braces ----
+
+
+@pytest.mark.parametrize(
+    "pattern, expected",
+    (
+        ("a", ["a"]),
+        ("a-{00..02}.tar", ["a-00.tar", "a-01.tar", "a-02.tar"]),
+        ("{8..10}", ["8", "9", "10"]),
+        ("{000008..000010}", ["000008", "000009", "000010"]),
+        ("{train,val}-{0..1}", ["train-0", "train-1", "val-0", "val-1"]),
+        ("{a,}x", ["ax", "x"]),
+        ("{a}{", ["{a}{"]),
+    ),
+)
+def test_braces_stand_for_several_names(pattern, expected):
+    assert pictures.expand_braces(pattern) == expected
+
+
+def test_tars_in_braces_are_read_in_order_and_one_that_is_missing_is_named(tmp_path):
+    for i in range(3):
+        shutil.copytree(write_folder(tmp_path / "made", SAMPLES), tmp_path / f"part-{i:06d}")
+        shutil.rmtree(tmp_path / "made")
+    found = list_samples(str(tmp_path / "part-{000000..000002}"))
+    assert len(found) == 3 * len(list_samples(str(tmp_path / "part-000000")))
+    assert len(list_samples(str(tmp_path / "part-{000000..000001}*"))) == len(found) * 2 // 3
+    with pytest.raises(ValueError, match="part-000003: no such file"):
+        list_samples(str(tmp_path / "part-{000000..000003}"))
+    for far in ("{5..1}", "{0..999999999999}"):
+        with pytest.raises(ValueError, match="must count up"):
+            list_samples(f"x-{far}")
+    (tmp_path / "{0..1}").mkdir()  # a folder of that very name is itself
+    assert list_samples(str(tmp_path / "{0..1}")) == []
