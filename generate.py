@@ -217,13 +217,14 @@ def continue_text(model: LMFusion, text: Tensor, cache: Cache, max_tokens: int, 
     """Write on from the features (B, D) of the last token of sequences of equal length; stops at EOS.
 
     The cache holds those sequences; `how` is temperature, top_k, top_p and generator, as in `choose`. Returns
-    the new ids of each, without EOS.
+    the new ids of each, without the one that ended it.
     """
     alive = torch.ones(len(text), dtype=torch.bool, device=text.device)
     position, ids = int(cache.position[0, -1]) + 1, []
+    ends = torch.tensor([model.config.eos_id, *model.config.end_ids], device=text.device)
     for step in range(max_tokens):
         new = choose(model.logits(text), **how)
-        alive = alive & (new != model.config.eos_id)
+        alive = alive & ~torch.isin(new, ends)
         ids.append(torch.where(alive, new, -1))
         if not alive.any() or step + 1 == max_tokens:
             break
@@ -348,11 +349,12 @@ def generate(
 
     features (D,): of the last token read. Before each token the extra head row says whether a picture comes
     here; inside a thought it is not asked. A finished picture is read clean, with EOI, and text goes on. The
-    end is <|im_end|> or EOS, `max_tokens`, or a full context. watch: called after each denoising step.
+    end is <|im_end|>, EOS or another of `end_ids`, `max_tokens`, or a full context. watch: called after each
+    denoising step.
     """
     model, config, tokenizer = trained.model, trained.model.config, trained.tokenizer
     think, end_think = tokenizer.token_to_id(THINK), tokenizer.token_to_id(END_THINK)
-    ends = {config.eos_id, tokenizer.token_to_id(IM_END)}
+    ends = {config.eos_id, *config.end_ids, tokenizer.token_to_id(IM_END)}
     generator = torch.Generator().manual_seed(options.seed)
     forced: list[int] = []  # what ends a thought that grows too long
     thought, words, images = -1, 0, 0  # tokens inside the thought; -1 outside

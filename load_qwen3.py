@@ -66,7 +66,7 @@ def resolve(folder_or_hub_id: str | Path, weights: bool = True, files: list[str]
     from huggingface_hub import snapshot_download
 
     if files is None:
-        files = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+        files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
         files += ["*.safetensors", "model.safetensors.index.json"] if weights else []
     try:
         return Path(snapshot_download(name, allow_patterns=files))
@@ -151,11 +151,18 @@ def read_config(folder: Path) -> dict:
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])  # Qwen2, Llama
     if fields["head_dim"] % 2:
         raise ValueError(f"{path}: head_dim = {fields['head_dim']} is odd; RoPE turns pairs")
+    ends, more = read_ends(path, raw), folder / "generation_config.json"
+    every = ends + (read_ends(more, read_json(more)) if more.is_file() else [])
+    return fields | {"eos_id": next(iter(ends), None), "end_ids": tuple(dict.fromkeys(every))}
+
+
+def read_ends(path: Path, raw: dict) -> list[int]:
+    """eos_token_id, one or several: the first of config.json ends documents, all end what is generated."""
     eos = raw.get("eos_token_id")
-    eos = next(iter(eos), None) if isinstance(eos, list) else eos
-    if eos is not None and (type(eos) is not int or eos < 0):
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(i) is not int or i < 0 for i in ends):
         raise ValueError(f"{path}: eos_token_id = {json.dumps(eos)} is not a token's id")
-    return fields | {"eos_id": eos}
+    return ends
 
 
 def read_rope(raw: dict, refuse: Callable[[str, str], None]) -> tuple[object, tuple | None]:

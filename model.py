@@ -56,6 +56,7 @@ class ModelConfig:
     boi_id: int = 0  # <|vision_start|>; a text token, outside the image's block
     eoi_id: int = 0  # <|vision_end|>; likewise
     eos_id: int = 0  # ends a document
+    end_ids: tuple[int, ...] = ()  # others that end a text when it is generated
     separation: str = "deep"  # Section 5.1: deep | shallow | none
     latent_channels: int = 4
     latent_size: int = 32  # height and width of the latent

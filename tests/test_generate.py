@@ -957,3 +957,17 @@ def test_guidance_of_an_edit_is_over_the_picture_and_over_the_instruction(traine
         patch.setattr(generate, "encode_pictures", lambda *a: latent)
         edit_images(trained, torch.zeros(1, 3, 8, 8), ["make it green"], [0], cfg=cfg, cfg_image=cfg_image)
     torch.testing.assert_close(seen["eps"], wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("end", (3, 5, "eos"))
+def test_a_text_ends_at_every_id_that_ends_one(talker, monkeypatch, end):
+    model, eos = talker.model, talker.model.config.eos_id
+    model.config = dataclasses.replace(model.config, end_ids=(eos, 3, 5))
+    monkeypatch.setattr(generate, "draws", lambda *how: False)
+    monkeypatch.setattr(generate, "choose", lambda *a, **how: torch.tensor(next(script)))
+    script = iter([[7], [9], [eos if end == "eos" else end], [8]])
+    assert answer(talker, GenerationConfig(max_tokens=9)) == [7, 9] and next(script) == [8]
+    hidden = model.encode(Tokens.text(torch.tensor([words(talker, 4)])))
+    script = iter([[7], [9], [eos if end == "eos" else end], [8]])
+    assert continue_text(model, hidden.text[-1:], hidden.cache, 9) == [[7, 9]] and next(script) == [8]

@@ -1016,3 +1016,33 @@ def test_the_real_tokenizer_gives_text_and_its_special_tokens_back():
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert tokenizer.encode("".join(special)).ids == [151643, 151644, 151645, 151652, 151653]
+
+
+@pytest.mark.parametrize(
+    "config, generation, eos, ends",
+    (
+        (2, None, 2, (2,)),
+        ([2, 0], None, 2, (2, 0)),
+        (2, 0, 2, (2, 0)),
+        (2, [0, 2, 7], 2, (2, 0, 7)),
+        ([9, 2], [2], 9, (9, 2)),
+        ([], [5], None, (5,)),
+        (None, None, None, ()),
+    ),
+)
+def test_every_id_that_ends_a_text_is_known(tmp_path, write_qwen3, config, generation, eos, ends):
+    """Of config.json and of generation_config.json; the first of config.json ends documents."""
+    folder = write_qwen3(tmp_path / "q", eos_token_id=config)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    found = load_qwen3(folder, **IMAGE_SIDE).config
+    wanted = load_tokenizer(folder).token_to_id("<|endoftext|>") if eos is None else eos
+    assert (found.eos_id, found.end_ids) == (wanted, ends)
+
+
+@pytest.mark.parametrize("text", ('{"eos_token_id": ["x"]}', '{"eos_token_id": true}', "{", "[]", '"x"'))
+def test_a_generation_config_that_makes_no_sense_is_named(tmp_path, write_qwen3, text):
+    folder = write_qwen3(tmp_path / "q")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match="generation_config.json: "):
+        load_qwen3(folder, **IMAGE_SIDE)
