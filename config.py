@@ -143,7 +143,12 @@ class TrainConfig:
     lambda_ddpm: float = setting(5.0, "lambda of Eq. (4)", low=0)
     caption_first: float = setting(0.8, "share of samples with the caption before the picture", low=0, high=1)
     caption_drop: float = setting(0.1, "share of those whose caption is dropped, for guidance", low=0, high=1)
+    # "all": sums over the words that learn are divided by all words of Eq. (1)
+    lm_mean: str = setting("learned", "words that L_LM is a mean over", ("learned", "all"), newer=True)
     edit_drop: float = setting(0.2, "share of edits whose instruction is dropped", low=0, high=1)
+    edit_empty: float = setting(
+        0.0, "share of edits whose picture is dropped as well, for --cfg-image", low=0, high=1, newer=True
+    )
     noise_limit: int = setting(500, "before its caption, t is below this", above=0, high=1000, inherited=True)
     # optimisation
     steps: int = setting(250_000, "training steps", above=0, resumable=True, common=True)
@@ -190,6 +195,9 @@ class TrainConfig:
             raise ValueError(f"{flag} trains nothing while the text is frozen: give --lr-text-ratio as well")
         if self.text_data and not self.text_batch:
             raise ValueError(f"--text-data {self.text_data} goes with --text-batch")
+        if self.edit_drop + self.edit_empty > 1:
+            shares = f"--edit-drop {self.edit_drop} and --edit-empty {self.edit_empty}"
+            raise ValueError(f"{shares} are more than 1 together")
         parse_stages(self.stages)
         parse_tasks(self.task or "caption")
 
@@ -223,6 +231,7 @@ def paper(base: str, **changes: object) -> TrainConfig:
     """
     common = dict(data="", vae="stabilityai/sd-vae-ft-mse", batch_size=3584, pack=4096, dtype="bfloat16")
     common |= dict(activation_checkpointing=True, device="cuda", micro_batch=56, val_every=1000)
+    common |= dict(edit_empty=0.05)
     return TrainConfig(base=base, **{**common, **changes})
 
 
@@ -231,7 +240,7 @@ SMALL = TrainConfig(
     **dict(image_size=32, latent_patch=4, latent_channels=16, whiten=0.8),
     **dict(unet_channels=(48, 96), unet_attention=False, patch_positions=True),
     **dict(prediction="v", loss_weighting="v", schedule_shift=2.0, noise_limit=200),
-    **dict(steps=3600, batch_size=64, warmup=100, weight_decay=0.01),
+    **dict(steps=3600, batch_size=64, warmup=100, weight_decay=0.01, edit_empty=0.05),
     **dict(optimizer="muon", muon_lr=8e-3, lr=1e-3, lr_final=3e-5),
 )
 CHAT = dict(init_from="runs/small", task="generate=2,caption=1,edit=3,chat=6", draw_lr_ratio=10.0)

@@ -186,14 +186,21 @@ class Documents:
         return len(self.tokenise(caption)) == len(encode_plain(self.tokenizer, caption))
 
     def draw(self, rng: random.Random) -> Document:
-        """One document of the mixture of tasks."""
+        """One document of the mixture of tasks.
+
+        Our choice: some edits are BOI and the picture after alone (5%, as in InstructPix2Pix). Guidance over
+        the picture subtracts that, and where edits are all that is trained, nothing else trains it.
+        """
         config, source = self.config, self.source
         task = rng.choices(list(config.tasks), list(config.tasks.values()))[0]
-        dropped = rng.random() < (config.edit_drop if task == "edit" else config.caption_drop)
+        u = rng.random()
+        dropped = u < (config.edit_drop if task == "edit" else config.caption_drop)
         if task == "chat":
             return chat_document(source.conversation(rng), self.tokenizer, self.model, rng, dropped)
         if task == "edit":
             before, after, instruction = source.edited(rng)
+            if u > 1 - config.edit_empty:
+                return caption_document(after, [], CAPTION_DROPPED, self.model, learn_caption=False)
             return edit_document(before, after, self.tokenise(instruction, 2), self.model, dropped)
         picture, caption = source.captioned(rng)
         order = IMAGE_FIRST if task == "caption" else CAPTION_DROPPED if dropped else CAPTION_FIRST

@@ -71,8 +71,7 @@ def losses(model: LMFusion, batch: Batch, config: TrainConfig) -> dict[str, Tens
     a mean of is missing or 0.
     """
     diffusion = config.diffusion
-    limit = batch.max_t.to(batch.u.device, non_blocking=True)
-    t = (batch.u * limit).long()  # uniform below each picture's limit
+    t = (batch.u * batch.max_t.to(batch.u.device, non_blocking=True)).long()  # uniform below the limit
     x_t, t, which = batch.noised(diffusion, t)  # Eq. (2)
     before, hidden = model(batch.prefix, batch.rest, x_t, t, batch.layouts)
     output, eps = model.unet_output(hidden, which), batch.eps
@@ -91,7 +90,8 @@ def losses(model: LMFusion, batch: Batch, config: TrainConfig) -> dict[str, Tens
     # A mean over nothing is 0, with a gradient of 0: all processes must have one of the same parameters.
     if learned:
         features, words = map(torch.cat, zip(*learned, strict=True))
-        out["lm_loss"] = word_loss(model, features, words) / max(1, len(words))
+        n = len(batch.before.word) + len(batch.behind.word) if config.lm_mean == "all" else len(words)
+        out["lm_loss"] = word_loss(model, features, words) / max(1, n)
     if drawing:
         features, draw = map(torch.cat, zip(*drawing, strict=True))
         logit, n = model.draw_logit(features).float(), max(1, len(draw))
@@ -127,9 +127,10 @@ def step_loss(model: LMFusion, batch: Batch, config: TrainConfig) -> Tensor:
     return total_loss(losses(model, batch, config), config)
 
 
-def count_targets(model: LMFusion, batch: Batch) -> dict[str, int]:
+def count_targets(model: LMFusion, batch: Batch, config: TrainConfig) -> dict[str, int]:
     """How many things each part is a mean over: pictures, words to predict, decisions to draw."""
-    words = len(batch.behind.word) + (0 if model.text_is_frozen else len(batch.before.word))
+    behind_alone = model.text_is_frozen and config.lm_mean == "learned"
+    words = len(batch.behind.word) + (0 if behind_alone else len(batch.before.word))
     draws = len(batch.behind.draw) + len(batch.before.draw)
     return {"ddpm_loss": int((batch.max_t > 0).sum()), "lm_loss": words, "draw_loss": draws}
 
@@ -253,7 +254,7 @@ class Run:
         lap("")
         batches = self.ahead.take(self.step) if self.ahead else self.batches()
         lap("data")
-        counts = [[*count_targets(self.model, batch).values()] for batch in batches]
+        counts = [[*count_targets(self.model, batch, config).values()] for batch in batches]
         counts = torch.tensor(counts, dtype=torch.float64)  # (micro batches, PARTS)
         (totals,) = team.sum(counts.sum(0))
         shares = (counts.to(totals.device, non_blocking=True) / totals.clamp(min=1)).float()

@@ -174,7 +174,7 @@ def test_captions_behind_pictures_are_a_tenth_of_the_words_that_a_learning_text_
         run, found = Run(configured(name, plan=Plan()), name), [0, 0]
         for run.step in range(10):
             for batch in run.batches():
-                counts = train.count_targets(run.model, batch)
+                counts = train.count_targets(run.model, batch, run.config)
                 found[not counts["ddpm_loss"]] += counts["lm_loss"] / 10
         words[name] = found
     assert words["deep-0"][1] == 0  # frozen: captions behind pictures are all of it

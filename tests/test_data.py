@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from attention import IMAGE, Tokens
 from chat.template import apply_chat_template, encode, text_of
-from config import SMALL, TASKS, TrainConfig, parse_tasks
+from config import CONFIGS, SMALL, TASKS, TrainConfig, parse_tasks
 from data import (
     CAPTION_DROPPED,
     CAPTION_FIRST,
@@ -731,7 +731,9 @@ def task_of(d: Document) -> str:
 
 def test_a_mixture_draws_its_tasks_in_proportion_and_drops_what_guidance_nulls():
     n = 3000
-    documents = make_documents(task=MIXTURE, edit_drop=0.3, batch_size=n).of_step(0, slice(None))
+    documents = make_documents(task=MIXTURE, edit_drop=0.3, edit_empty=0, batch_size=n).of_step(
+        0, slice(None)
+    )
     count = Counter(map(task_of, documents))
     assert near(count[IMAGE_FIRST], n, 1 / 12) and near(count["edit"], n, 3 / 12)
     assert near(count[CAPTION_FIRST], n, 0.9 * 2 / 12)
@@ -743,6 +745,31 @@ def test_a_mixture_draws_its_tasks_in_proportion_and_drops_what_guidance_nulls()
     for d in edits:
         before, after = d.pictures
         assert d in dropped or (after == before + 1 and f"make it {before}" in said(d.ids))
+
+
+def test_of_edits_alone_some_are_the_picture_after_alone_which_guidance_over_the_picture_subtracts():
+    """The shares of both kinds, the same tokens as sampling nulls, and nothing else moved by it."""
+    n = 3000
+    plain, some = (
+        make_documents(task="edit", edit_drop=0.3, edit_empty=share, batch_size=n).of_step(0, slice(None))
+        for share in (0.0, 0.1)
+    )
+    alone = [d for d in some if len(d.pictures) == 1]
+    assert near(len(alone), n, 0.1) and all(len(d.pictures) == 2 for d in plain)
+    for d, former in zip(some, plain, strict=True):
+        if d not in alone:
+            assert d == former
+            continue
+        assert d.ids == [CHAT.boi_id, IMAGE] and d.max_t == [1000] and d.loss_mask == [False] * 2
+        assert d.pictures == former.pictures[1:] and former.pictures[0] != former.pictures[1]
+    dropped = [d for d in some if len(d.ids) == 5]
+    assert near(len(dropped), n, 0.3)
+    assert (
+        CONFIGS["small"].edit_empty == CONFIGS["qwen3-8b"].edit_empty == 0.05
+        and TrainConfig().edit_empty == 0
+    )
+    with pytest.raises(ValueError, match="--edit-drop 0.6 and --edit-empty 0.5 are more than 1 together"):
+        TrainConfig(edit_drop=0.6, edit_empty=0.5)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ JOBS = {
     "plain": Job("--ema 0.9", steps=10),
     "gradients": Job("--clip 1e6", steps=1),
     "muon": Job("--optimizer muon --lr-final 0"),
-    "micro": Job("--micro-batch 2 --lambda-ddpm 2"),
+    "micro": Job("--micro-batch 2 --lambda-ddpm 2 --lm-mean all"),
     "pack": Job("--pack 44"),
     "recomputed": Job("--activation-checkpointing true"),
     "all": Job("--micro-batch 2 --pack 44 --activation-checkpointing true --ema 0.9 --lr-text-ratio 0.1"),

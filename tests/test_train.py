@@ -104,7 +104,7 @@ def test_logits_made_for_some_words_at_a_time_change_no_loss_and_no_gradient(mak
         total_loss(out, config).backward()
         found.append((out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
         model.zero_grad(set_to_none=True)
-        n = count_targets(model, batch)["lm_loss"]
+        n = count_targets(model, batch, config)["lm_loss"]
         once = [min(at_once, n - i) for i in range(0, n, at_once)]
         assert 20 < n == sum(once) and sorted(rows) == sorted(once * (1 + (at_once < n)))
     (whole, gradient), *others = found
@@ -251,7 +251,7 @@ def test_the_losses_are_those_of_a_loop_over_the_documents(make_run, monkeypatch
     wanted = run.config.diffusion.q_sample(batch.latents, (batch.u * batch.max_t).long(), batch.eps)
     assert torch.equal(x_t[others], wanted[others])
     parts, counts = reference_losses(run, documents, x_t, t, batch.eps, ratio > 0)
-    assert counts == count_targets(run.model, batch) and min(counts.values()) > 3
+    assert counts == count_targets(run.model, batch, run.config) and min(counts.values()) > 3
     assert out.keys() == parts.keys()
     for name, value in parts.items():
         assert torch.allclose(out[name], value, rtol=2e-4), name
@@ -292,7 +292,7 @@ def test_clean_pictures_alone_have_no_diffusion_loss_and_the_text_behind_them_tr
     batch = batch_of(run, documents_that(run, lambda d: d.pictures and not any(d.max_t)))
     out, largest = gradients(run, batch)
     assert out["ddpm_loss"] == 0 < out["lm_loss"]
-    assert count_targets(run.model, batch)["ddpm_loss"] == 0
+    assert count_targets(run.model, batch, run.config)["ddpm_loss"] == 0
     assert {n for n, x in largest.items() if x == 0 and n.startswith("unet_")} == {
         n for n in largest if n.startswith("unet_up.")
     }
@@ -310,7 +310,7 @@ def test_a_batch_without_a_picture_trains_the_boi_row_alone(make_run):
     out, largest = gradients(run, batch)
     assert out["ddpm_loss"] == 0 < out["draw_loss"] and "lm_loss" not in out
     assert [n for n, x in largest.items() if x > 0] == ["boi_head"]
-    counts = count_targets(run.model, batch)
+    counts = count_targets(run.model, batch, run.config)
     assert counts["ddpm_loss"] == counts["lm_loss"] == 0 < counts["draw_loss"]
 
 
@@ -407,7 +407,7 @@ def test_packing_changes_no_loss_and_no_gradient(make_model, monkeypatch, frozen
         total_loss(out, config).backward()
         gradient = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad(set_to_none=True)
-        found[pack] = len(batch.rest.ids), count_targets(model, batch), out, gradient
+        found[pack] = len(batch.rest.ids), count_targets(model, batch, config), out, gradient
     rows = [rows for rows, *_ in found.values()]
     assert rows[:2] == [14, 14] and 14 > rows[2] > rows[3] > 1 == rows[4]
     _, counts, expected, gradient = found.pop(0)
@@ -816,6 +816,50 @@ def test_a_step_is_the_same_in_micro_batches_and_packed(make_run, kind):
             assert (grads[name] - x).abs().max() <= 2e-4 * x.abs().max(), name
 
 
+@pytest.mark.parametrize("ratio", (0, 0.1))
+def test_over_all_words_l_lm_is_the_sum_of_what_learns_divided_by_the_words_of_equation_1(make_run, ratio):
+    """In one batch, and in micro batches of which some have words but none to learn."""
+    flags = ("--batch-size", 24, "--caption-first", 0.8, "--lr-text-ratio", ratio, "--clip", 1e9)
+    run = make_run(*flags)
+    run.optimizers = []
+    documents, (batch,) = run.documents.of_step(0, slice(24)), run.batches()
+    learned, every = (
+        sum(
+            k + 1 < len(d.ids)
+            and i not in (IMAGE, run.model.config.boi_id)
+            and d.ids[k + 1] not in (IMAGE, run.model.config.boi_id)
+            and (IMAGE in d.ids[:k] or everything)
+            for d in documents
+            for k, i in enumerate(d.ids)
+        )
+        for everything in (ratio > 0, True)
+    )
+    mean = run_losses(run, batch)["lm_loss"].item()
+    assert count_targets(run.model, batch, run.config)["lm_loss"] == learned
+    run.config = dataclasses.replace(run.config, lm_mean="all")
+    assert count_targets(run.model, batch, run.config)["lm_loss"] == every
+    wanted = pytest.approx(mean * learned / every, rel=1e-5)
+    assert run_losses(run, batch)["lm_loss"].item() == wanted and (every > 2 * learned) == (ratio == 0)
+    for micro in (0, 1, 5):
+        run.config, run.step = dataclasses.replace(run.config, micro_batch=micro), 0
+        found = run.train_step()
+        assert found["lm_loss"] == wanted
+        assert found["loss"] == pytest.approx(found["lm_loss"] + 5 * found["ddpm_loss"])
+
+
+def test_over_all_words_a_caption_trains_by_as_much_less_as_there_are_more_words(make_run):
+    run = make_run("--lambda-ddpm", 0, "--caption-first", 0.6, "--clip", 1e9)
+    run.optimizers, found = [], {}
+    for how in ("learned", "all"):
+        run.config, run.step = dataclasses.replace(run.config, lm_mean=how), 0
+        words = count_targets(run.model, run.batches()[0], run.config)["lm_loss"]
+        run.train_step()
+        found[how] = words, run.trained["layers.0.image.self_attn.v_proj.weight"].grad.clone()
+        run.model.zero_grad()
+    (few, whole), (many, part) = found.values()
+    assert many > few and (part * many - whole * few).abs().max() < 1e-4 * (whole * few).abs().max()
+
+
 def text_batches(run: Run) -> list[Batch]:
     """The batches of a step's text alone: those behind its pictures."""
     pictures = run.config.batch_size // run.team.size
@@ -847,7 +891,7 @@ def test_the_lm_loss_of_a_step_is_the_mean_over_the_words_of_captions_and_of_tex
     run = make_run(*TEXT)
     captions, _ = run.batches()
     out = run_losses(run, captions)
-    n, from_captions = count_targets(run.model, captions)["lm_loss"], out["lm_loss"].item()
+    n, from_captions = count_targets(run.model, captions, run.config)["lm_loss"], out["lm_loss"].item()
     words, texts = [n * from_captions], run.documents.text_of_step(0, slice(8))
     assert n > 0 and len(texts) == 8
     for d in texts:
