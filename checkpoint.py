@@ -29,7 +29,15 @@ from torch import Tensor
 
 from config import restore_config
 from diffusion import Diffusion
-from load_qwen3 import address, fingerprint, load_qwen3, load_tokenizer, open_safetensors, read_json
+from load_qwen3 import (
+    address,
+    base_fingerprint,
+    load_qwen3,
+    load_tokenizer,
+    open_safetensors,
+    read_json,
+    resolve,
+)
 from model import LMFusion
 from scale.parallel import Team, alike, fill, full_tensor
 from scale.vae import AutoencoderKL, PatchPCA, load_vae
@@ -256,11 +264,12 @@ def load_trained(
         info["config"]["latent_patch"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'checkpoint.json'}: not a checkpoint of this program: {error}") from None
-    model = load_qwen3(base, **overrides)
-    if fingerprint(model) != wanted:
-        found = f"fingerprint {fingerprint(model)[:12]}, expected {wanted[:12]}"
+    model, found = load_qwen3(base, **overrides), base_fingerprint(resolve(base))
+    if found != wanted:
         what = f"{base} is not the language model that {folder} was trained on"
-        raise ValueError(f"{what} ({found}); name the right one with --base")
+        raise ValueError(
+            f"{what} (fingerprint {found[:12]}, expected {wanted[:12]}); name the right one with --base"
+        )
     own = {name: torch.empty(p.shape, device="meta") for name, p in model.state_dict().items()}
     for name in trained:
         if name not in own:

@@ -12,6 +12,7 @@ that names it. `model.layers.3.mlp.up_proj.weight` is `layers.3.text.mlp.up_proj
 
 import hashlib
 import json
+import os
 import re
 import reprlib
 from collections.abc import Callable
@@ -51,6 +52,8 @@ STOCK = {
 COUNTS = (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 MUST_BE_FALSE = ("mlp_bias", "attention_bias", "use_sliding_window")  # Qwen2's own bias is on Q, K, V alone
+
+KEPT = ".lmfusion.json"  # beside the weights: see `base_fingerprint`
 
 # ---- Folders and files ----
 
@@ -391,23 +394,52 @@ def init_image(model: LMFusion) -> None:
         fill(image[name], value)
 
 
-def fingerprint(model: LMFusion) -> str:
-    """SHA-256 of name, shape and float32 bits of every text tensor. All processes of a cut model call it."""
-    digest = hashlib.sha256()
-    for name, p in sorted(model.text_parameters().items()):
-        value = full_tensor(p.detach()).float().cpu().contiguous()
-        digest.update(f"{name} {tuple(p.shape)} {value.dtype}\n".encode())
+def base_fingerprint(folder: Path) -> str:
+    """The identity of a base, which checkpoints record: SHA-256 of name, shape and float32 bits of its text.
+
+    Two folders of the same weights have the same one, however these are stored. All of it is read once, and
+    again where the header, size or time of a file has changed: the result is kept beside the files, or in
+    the user's cache if nothing can be written there.
+    """
+    read_config(folder)  # or its error
+    files, kept = describe_files(folder), [folder / KEPT]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmfusion"
+    kept.append(cache / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json")
+    for path in kept:
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if known["files"] == files and re.fullmatch("[0-9a-f]{64}", known["fingerprint"]):
+                return known["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # not there, or not ours
+    with torch.device("meta"):
+        model = LMFusion(model_config(folder))
+    digest, read = hashlib.sha256(), text_tensors(folder, model)
+    for name in sorted(model.text_parameters()):
+        value = read(name).float().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    found = {"files": files, "fingerprint": digest.hexdigest()}
+    for path in kept:
+        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            os.replace(beside, path)
+            break
+        except OSError:  # a folder that belongs to somebody else, a full disk: then in the next place
+            beside.unlink(missing_ok=True)
+    return found["fingerprint"]
 
 
-def base_fingerprint(folder: Path) -> bytes:
-    """What tells one base from another: its files, for of a cut model each process has a slice only."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.name in ("config.json", "tokenizer.json") or path.suffix == ".safetensors":
-            digest.update(path.name.encode())
-            with open(path, "rb") as f:
-                while block := f.read(2**24):
-                    digest.update(block)
-    return digest.digest()
+def describe_files(folder: Path) -> dict[str, list]:
+    """Of config.json and the weights: size, time, and SHA-256 of the JSON or of the header."""
+    found = {}
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        stat = path.stat()
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little") if path.suffix == ".safetensors" else stat.st_size
+            f.seek(0)
+            header = f.read(min(length + 8, stat.st_size))
+        found[path.name] = [stat.st_size, stat.st_mtime_ns, hashlib.sha256(header).hexdigest()]
+    return found

@@ -49,7 +49,7 @@ from config import (
 )
 from data import Ahead, Batch, Documents, make_batches
 from lab.watch import Progress, Stopwatch, asking_to_stop, draw_curves, draw_sheets, validate
-from load_qwen3 import base_fingerprint, fingerprint, load_qwen3, load_tokenizer, read_json, resolve
+from load_qwen3 import base_fingerprint, load_qwen3, load_tokenizer, read_json, resolve
 from model import LMFusion
 from scale.muon import Muon
 from scale.parallel import Team, end_processes, full_tensor, init_processes, own_device, shard
@@ -195,14 +195,14 @@ class Run:
             self.team.agree("what --data holds", source.fingerprint())
         self.vae, self.codec = source.make_codec(config, self.team.device)
         self.base = find_base(config, self.team, former)
+        self.fingerprint = self.team.main_first(lambda: base_fingerprint(resolve(self.base)))
         if many:
-            self.team.agree("the base language model", base_fingerprint(resolve(self.base)))
+            self.team.agree("the base language model", self.fingerprint.encode())
         self.overrides = config.model_overrides(self.codec.channels, self.codec.patch)
         torch.manual_seed(config.seed)  # of the U-Net, whether or not a base was just pretrained
         cut = partial(shard, team=self.team, dtype=getattr(torch, config.dtype))
         self.model = load_qwen3(self.base, device=self.team.device, prepare=cut, **self.overrides)
         self.model.activation_checkpointing = config.activation_checkpointing
-        self.fingerprint = fingerprint(self.model)
         if config.from_scratch:
             init_from_scratch(self.model)
         self.model.freeze_text(config.lr_text_ratio == 0, norm=not config.from_scratch)

@@ -11,8 +11,10 @@ the same machinery, with one process or many.
 import hashlib
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,6 +53,14 @@ class Team:
     def total(self, values: list[float]) -> list[float]:
         """Sums over the processes."""
         return self.sum(torch.tensor(values, dtype=torch.float64))[0].tolist()
+
+    def main_first(self, work: Callable[[], Any]) -> Any:
+        """What work() gives, in each process; the others begin when the main one has left its files."""
+        result = work() if self.is_main else None
+        self.wait()
+        result = result if self.is_main else work()
+        self.wait()
+        return result
 
     def wait(self) -> None:
         """Until all are here."""

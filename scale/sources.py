@@ -70,17 +70,15 @@ def open_text(config: TrainConfig, tokenizer: Tokenizer, eos_id: int) -> TextSou
 
 def find_base(config: TrainConfig, team: Team, former: object = None) -> str:
     """The base (`former`: where a resumed run had the tiny one); one process makes it, the others wait."""
-    base = config.base
-    for main_first in (True, False):
-        if team.is_main == main_first:
-            if config.base:
-                resolve(config.base)
-            elif isinstance(former, str) and Path(former).is_dir():
-                base = former
-            else:
-                base = str(ensure_base(config.seed))
-        team.wait()
-    return base
+
+    def find() -> str:
+        if config.base:
+            resolve(config.base)
+            return config.base
+        former_is_there = isinstance(former, str) and Path(former).is_dir()
+        return former if former_is_there else str(ensure_base(config.seed))
+
+    return team.main_first(find)
 
 
 def init_from_scratch(model: LMFusion) -> None:

@@ -29,6 +29,9 @@ from torch import Tensor
 import train
 from checkpoint import Trained, load_trained
 from config import run_command
+from load_qwen3 import KEPT
+from model import LMFusion
+from scale.parallel import full_tensor
 from small import pretrain
 from small.shapes import Shapes
 
@@ -211,7 +214,18 @@ def perturbed() -> Trained:
     return copy.deepcopy(_shapes_model())
 
 
+def text_fingerprint(model: LMFusion) -> str:
+    """What `load_qwen3.base_fingerprint` gives, of a model; all processes of one that is cut call it."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.text_parameters().items()):
+        value = full_tensor(p.detach()).float().cpu().contiguous()
+        digest.update(f"{name} {tuple(p.shape)} {value.dtype}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def files(*folders: Path) -> dict[str, str]:
     """A fingerprint of every file below some folders."""
     found = sorted(p for folder in folders for p in [folder, *folder.rglob("*")] if p.is_file())
+    found = [p for p in found if p.name != KEPT]  # a base's fingerprint may be kept at any time
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}

@@ -16,15 +16,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
+import helpers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import load_qwen3 as load_qwen3_file
 import train
 from attention import Tokens
 from config import SMALL
 from data import CAPTION_FIRST, IMAGE_FIRST, caption_document, collate
-from load_qwen3 import BOI, EOI, PAIRS, fingerprint, init_image, load_qwen3, load_tokenizer, materialise
+from load_qwen3 import (
+    BOI,
+    EOI,
+    KEPT,
+    PAIRS,
+    base_fingerprint,
+    init_image,
+    load_qwen3,
+    load_tokenizer,
+    materialise,
+)
 from model import LMFusion, rope_frequencies
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -432,15 +445,45 @@ def test_a_tied_copy_and_old_rotary_buffers_in_the_file_are_accepted(tmp_path, w
     assert load_qwen3(folder, **IMAGE_SIDE).text_logits(torch.arange(9)[None]).equal(expected)
 
 
-def test_the_fingerprint_is_that_of_the_text_alone_and_of_every_bit_of_it(tmp_path, write_qwen3):
-    model = load_qwen3(write_qwen3(tmp_path / "q"), **IMAGE_SIDE)
-    before = fingerprint(model)
-    with torch.no_grad():
-        for p in model.image_parameters().values():
-            p.add_(1.0)
-        assert fingerprint(model) == before
-        model.layers[1].text.self_attn.k_norm.weight[3] += 1e-6
-    assert fingerprint(model) != before
+def test_the_fingerprint_is_that_of_every_bit_of_the_text_however_it_is_stored(tmp_path, write_qwen3):
+    folder = write_qwen3(tmp_path / "q")
+    wanted = helpers.text_fingerprint(load_qwen3(folder, **IMAGE_SIDE))  # as the first checkpoints have it
+    assert base_fingerprint(folder) == wanted
+    tensors = load_file(folder / "model.safetensors")
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / KEPT).unlink()
+    (other / "model.safetensors").unlink()
+    tied = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    conftest.save_tensors(other, tensors | tied, shards=2)
+    assert base_fingerprint(other) == wanted
+    tensors["model.layers.1.self_attn.k_norm.weight"][3] += 1e-6
+    save_file(tensors, folder / "model.safetensors")
+    assert base_fingerprint(folder) != wanted
+
+
+def test_the_fingerprint_is_computed_once_and_again_when_a_file_changes(tmp_path, write_qwen3, monkeypatch):
+    folder, read = write_qwen3(tmp_path / "q"), []
+    real = load_qwen3_file.text_tensors
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(load_qwen3_file, "text_tensors", lambda *a: read.append(1) or real(*a))
+    first = base_fingerprint(folder)
+    assert base_fingerprint(folder) == first and len(read) == 1
+    (folder / KEPT).write_text("{}")  # not what we wrote
+    assert base_fingerprint(folder) == first and len(read) == 2
+    (folder / KEPT).write_text(json.dumps({"files": {}, "fingerprint": "0" * 64}))
+    assert base_fingerprint(folder) == first and len(read) == 3
+    os.utime(folder / "model.safetensors", ns=(1, 1))  # may be another file of the same size
+    assert base_fingerprint(folder) == first and len(read) == 4
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: deny() if folder in b.parents else replace(a, b))
+    (folder / KEPT).unlink()
+    assert base_fingerprint(folder) == first and len(read) == 5 and not (folder / KEPT).exists()
+    assert base_fingerprint(folder) == first and len(read) == 5  # from the user's cache
+    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def deny() -> None:
+    raise PermissionError(13, "Permission denied")
 
 
 def test_a_tokenizer_reads_back_what_it_wrote_and_keeps_special_tokens_whole(tmp_path, write_qwen3):

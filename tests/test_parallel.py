@@ -48,7 +48,7 @@ from checkpoint import (
 from config import run_command, tune_torch
 from evaluate import TIMESTEPS
 from lab.watch import draw_sheets, validate
-from load_qwen3 import fingerprint, load_qwen3
+from load_qwen3 import load_qwen3
 from scale import parallel
 from scale.parallel import Team, alike, end_processes, fill, full_tensor, init_processes
 from scale.sources import PictureSource
@@ -167,7 +167,7 @@ def do(name: str, team: Team) -> None:
 
     def saving(run):
         save(run)
-        seen["text"] = run.fingerprint, fingerprint(run.model)  # before and after
+        seen["text"] = run.fingerprint, helpers.text_fingerprint(run.model)  # before and after
 
     patch = pytest.MonkeyPatch()
     patch.chdir(job.folder_of_the_last if mistaken else ".")
