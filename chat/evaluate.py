@@ -38,7 +38,16 @@ from evaluate import check_shapes, in_batches, percentages, text_line, text_repo
 from generate import GenerationConfig, derive_seed, edit_images, encode_pictures, generate_images
 from lab import figures
 from small.dialogues import THINK_PROMPT, Shot, conversation
-from small.world import ATTRIBUTES, all_scenes, draw_edit, draw_shift, prompt_match, read_scenes, render
+from small.world import (
+    ATTRIBUTES,
+    SPLITS,
+    all_scenes,
+    draw_edit,
+    draw_shift,
+    prompt_match,
+    read_scenes,
+    render,
+)
 
 
 def seen(trained: Trained, shot: Shot) -> ChatPicture:
@@ -88,11 +97,11 @@ def share(flags: Iterable[bool]) -> float:
     return sum(flags) / max(1, len(flags))
 
 
-def decisions(trained: Trained, n: int, options: GenerationConfig) -> dict:
+def decisions(trained: Trained, n: int, options: GenerationConfig, split: str) -> dict:
     """Share of mixed conversations whose answer has as many pictures as it should."""
     rng = random.Random(f"decisions {options.seed}")
     thinking = [i % 2 == 0 for i in range(n)]
-    cases = [conversation(rng, t, split="test") for t in thinking]
+    cases = [conversation(rng, t, split=split) for t in thinking]
     answers = answer_all(trained, "deciding", cases, thinking, options)
     wanted = [len(pictures_of(c[-1])) for c in cases]
     right = [w == len(pictures_of(a)) for w, a in zip(wanted, answers, strict=True)]
@@ -108,9 +117,9 @@ def decisions(trained: Trained, n: int, options: GenerationConfig) -> dict:
     }
 
 
-def direct(trained: Trained, n: int, options: GenerationConfig) -> dict:
+def direct(trained: Trained, n: int, options: GenerationConfig, split: str) -> dict:
     """Prompt match of held-out captions as plain text to image, and asked for in a conversation."""
-    scenes = random.Random(options.seed).sample(all_scenes("test"), n)
+    scenes = random.Random(options.seed).sample(all_scenes(split), n)
     captions = [s.caption for s in scenes]
     seeds = [derive_seed(options.seed, i) for i in range(n)]
     how = dict(steps=options.steps, cfg=options.cfg, sampler=options.sampler)
@@ -124,12 +133,12 @@ def direct(trained: Trained, n: int, options: GenerationConfig) -> dict:
     return out
 
 
-def indirect_requests(trained: Trained, n: int, options: GenerationConfig) -> tuple[dict, list]:
+def indirect_requests(trained: Trained, n: int, options: GenerationConfig, split: str) -> tuple[dict, list]:
     """Prompt match of indirect requests with a thought and without; and each (request, answer) with both."""
     out, shown = {"prompts": n}, []
     for key, thinking in (("thinking", True), ("not_thinking", False)):
         rng = random.Random(f"indirect {options.seed}")
-        cases = [conversation(rng, thinking, ["indirect"], split="test") for _ in range(n)]
+        cases = [conversation(rng, thinking, ["indirect"], split=split) for _ in range(n)]
         answers = answer_all(trained, f"indirect, {key.replace('_', ' ')}", cases, [thinking] * n, options)
         pairs = list(zip(cases, answers, strict=True))
         wanted = [pictures_of(c[-1])[0].scene for c in cases]
@@ -141,10 +150,10 @@ def indirect_requests(trained: Trained, n: int, options: GenerationConfig) -> tu
     return out, list(zip(*shown, strict=True))
 
 
-def edits(trained: Trained, n: int, options: GenerationConfig) -> tuple[dict, Tensor, list[str]]:
+def edits(trained: Trained, n: int, options: GenerationConfig, split: str) -> tuple[dict, Tensor, list[str]]:
     """Edits to held-out scenes, plain and in chat; also the pictures before and after, and their labels."""
     rng = random.Random(f"edits {options.seed}")
-    cases = [draw_edit(rng, "test") for _ in range(n)]
+    cases = [draw_edit(rng, split) for _ in range(n)]
     shifts = [draw_shift(rng) for _ in cases]
     before = render([e.source for e in cases], shifts=shifts)
     seeds = [derive_seed(options.seed, "edit", i) for i in range(n)]
@@ -181,10 +190,10 @@ def edits(trained: Trained, n: int, options: GenerationConfig) -> tuple[dict, Te
     return report, pictures, [x for e in cases for x in ("", e.instruction)]
 
 
-def stories(trained: Trained, n: int, options: GenerationConfig) -> dict:
+def stories(trained: Trained, n: int, options: GenerationConfig, split: str) -> dict:
     """Two requests in one message: the order of text and pictures, and each picture."""
     rng = random.Random(f"stories {options.seed}")
-    cases = [conversation(rng, False, ["story"], split="test") for _ in range(n)]
+    cases = [conversation(rng, False, ["story"], split=split) for _ in range(n)]
     answers = answer_all(trained, "telling stories", cases, [False] * n, options)
     pairs = list(zip(cases, answers, strict=True))
     order = [[p["type"] for p in a["content"]] == "text image text image text".split() for a in answers]
@@ -201,14 +210,14 @@ def stories(trained: Trained, n: int, options: GenerationConfig) -> dict:
     }
 
 
-def evaluate_chat(trained: Trained, n: int, options: GenerationConfig) -> dict:
-    """All figures, and under "edit_sheet" and "thought_sheet" the pages to look at."""
-    report = {"checkpoint": str(trained.folder), "step": trained.info["step"]}
-    report["decisions"] = decisions(trained, n, options)
-    report["direct"] = direct(trained, min(n + n // 7, len(all_scenes("test"))), options)
-    report["indirect"], shown = indirect_requests(trained, n, options)
-    report["edits"], pictures, labels = edits(trained, n, options)
-    report["stories"] = stories(trained, max(1, n // 4), options)
+def evaluate_chat(trained: Trained, n: int, options: GenerationConfig, split: str = "test") -> dict:
+    """All figures, on scenes of a split, and under "edit_sheet" and "thought_sheet" the pages to look at."""
+    report = {"checkpoint": str(trained.folder), "step": trained.info["step"], "split": split}
+    report["decisions"] = decisions(trained, n, options, split)
+    report["direct"] = direct(trained, min(n + n // 7, len(all_scenes(split))), options, split)
+    report["indirect"], shown = indirect_requests(trained, n, options, split)
+    report["edits"], pictures, labels = edits(trained, n, options, split)
+    report["stories"] = stories(trained, max(1, n // 4), options, split)
     report["text"] = text_report(trained, unseen_documents(options.seed))
     report["edit_sheet"] = figures.sheet(pictures[:36], labels[:36], columns=12, side=96)
     report["thought_sheet"] = thought_sheet(shown[:8])
@@ -265,6 +274,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", help="without it, the last run of --config small-chat")
     add("--base", help="where the base language model lies, if it was moved since training", rare=True)
+    add("--split", choices=SPLITS[1:], default="test", help="validation: to choose; test: to report")
     add("--n", type=int, default=200, metavar="N", help="cases of each kind; a quarter of it: stories")
     add("--steps", type=int, default=25, metavar="N", help="denoising steps")
     add("--cfg", type=float, default=3.0, metavar="S", help="guidance scale; 1 is none")
@@ -286,7 +296,7 @@ def main() -> None:
     trained = load_trained(args.checkpoint, args.base, config="small-chat")
     check_shapes(trained)
     options = GenerationConfig(steps=args.steps, cfg=args.cfg, seed=args.seed)
-    report = evaluate_chat(trained, args.n, options)
+    report = evaluate_chat(trained, args.n, options, args.split)
     for place, name in ((args.edits, "edit_sheet"), (args.thoughts, "thought_sheet")):
         page = report.pop(name)
         if place:

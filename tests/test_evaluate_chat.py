@@ -146,7 +146,7 @@ def figures_of(n: int = N, seed: int = 0) -> dict:
 
 
 def edits_of() -> dict:
-    return chat_evaluate.edits(Folder, N, GenerationConfig(steps=1))[0]
+    return chat_evaluate.edits(Folder, N, GenerationConfig(steps=1), "test")[0]
 
 
 def scores(part: dict) -> set[float]:
@@ -309,7 +309,7 @@ def test_words_without_a_picture_are_counted_on_their_own(model):
         return right if any("image" in p for p in right["content"]) else spoilt(right)
 
     model.say = say
-    d = chat_evaluate.decisions(Folder, N, GenerationConfig(steps=1))
+    d = chat_evaluate.decisions(Folder, N, GenerationConfig(steps=1), "test")
     assert d["words_of_answers_without_picture"] == 0.0 and d["right"] == 1.0
     assert d["words_exactly_right"] == d["to_draw"] / N
 
@@ -377,7 +377,7 @@ def test_a_source_that_does_not_come_back(model):
 
 
 def test_the_pictures_of_the_edits_are_shown_before_and_after_with_their_words(model):
-    report, pictures, labels = chat_evaluate.edits(Folder, 5, GenerationConfig(steps=1, seed=3))
+    report, pictures, labels = chat_evaluate.edits(Folder, 5, GenerationConfig(steps=1, seed=3), "test")
     assert report["edits"] == 5 and pictures.shape == (10, 3, 32, 32) and labels[::2] == [""] * 5
     for i, edit in enumerate(model.edits.values()):
         assert read_scenes(pictures[2 * i : 2 * i + 2]) == [edit.source, edit.target]
@@ -411,7 +411,7 @@ def story(spoil: Callable) -> Callable:
 )
 def test_stories(model, spoil, order, words, pictures, all_right):
     model.say = story(spoil)
-    report = chat_evaluate.stories(Folder, N // 4, GenerationConfig(steps=1))
+    report = chat_evaluate.stories(Folder, N // 4, GenerationConfig(steps=1), "test")
     assert report == {
         "stories": N // 4,
         "in_order": order,
@@ -439,6 +439,20 @@ def test_noise_on_every_picture_is_seen_by_the_strict_figures_alone(model, monke
     strict = {k: v for k, v in found.items() if "strict" in k}
     assert len(strict) == 5 + 3 + 2 and set(strict.values()) == {0.0}
     assert min(v for k, v in found.items() if k not in strict) > 0.9
+
+
+def test_no_case_of_the_validation_tenth_wants_a_scene_of_the_test_tenth(model, monkeypatch):
+    judged = []
+    real = chat_evaluate.prompt_match
+    monkeypatch.setattr(
+        chat_evaluate, "prompt_match", lambda wanted, *a: judged.append(wanted) or real(wanted, *a)
+    )
+    report = evaluate_chat(Folder, N, GenerationConfig(steps=1), "validation")
+    assert report["split"] == "validation"
+    sources = {e.source for e in model.edits.values()}
+    wanted = {scene for scenes in judged for scene in scenes}
+    assert len(wanted) > 50 and {s.split for s in wanted - sources} == {"validation"}
+    assert "test" not in {s.split for s in sources}
 
 
 def test_figures_of_one_case_each(model):
@@ -572,7 +586,7 @@ def test_the_sheet_of_thoughts_shows_both_pictures_of_each_request(model, monkey
     figures_of(12)
     ((rows, titles),) = given
     assert len(rows) == 8 and titles == ["after the thought", "without one"]
-    _, shown = chat_evaluate.indirect_requests(Folder, 12, GenerationConfig(steps=1))
+    _, shown = chat_evaluate.indirect_requests(Folder, 12, GenerationConfig(steps=1), "test")
     for (pictures, (request, thought)), pair in zip(rows, shown, strict=False):
         first, second = read_scenes(torch.stack(pictures))
         (right,) = (m for k, m in model.known.items() if request in k and "reasoning_content" in m)
@@ -662,4 +676,8 @@ def test_a_base_that_was_moved_is_the_one_that_the_text_is_compared_with(tmp_pat
         )
     (args, named), (trained, *given) = seen
     assert args[1] == "moved" and named == {"config": "small-chat"}
-    assert trained.info["base"] == "moved" and given == [5, GenerationConfig(steps=9, cfg=2.0, seed=4)]
+    assert trained.info["base"] == "moved" and given == [
+        5,
+        GenerationConfig(steps=9, cfg=2.0, seed=4),
+        "test",
+    ]
