@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import reprlib
+import sys
+from array import array
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from attention import IMAGE, PAD, Tokens, send
 from chat.template import IM_END, IM_START, Picture, apply_chat_template, assistant_mask, encode
-from config import TrainConfig, run_command
+from config import Bar, TrainConfig, run_command, say_once
 from diffusion import Diffusion, T
 from load_qwen3 import encode_plain
 from model import ModelConfig
@@ -49,6 +52,8 @@ class Source(Protocol):
     # up to n captioned pictures, or edits, that training never shows; the same ones whenever asked
     def validation(self, n: int) -> list[tuple[Any, str | list[int]]]: ...
     def validation_edits(self, n: int) -> list[tuple[Any, Any, str]]: ...
+    # every caption, as text or as token ids, and every instruction that training may draw, the latter marked
+    def words(self) -> Iterator[tuple[str | list[int], bool]]: ...
     # what the sheets of a run show
     def prompts(self) -> list[str]: ...
     # pictures -> clean latents (M, C, h, w), float32, in main memory; and -> uint8 (M, 3, S, S)
@@ -134,6 +139,9 @@ def chat_document(
     ids = encode(tokenizer, pieces, config.boi_id, config.eoi_id)
     loss_mask = assistant_mask(tokenizer, ids)
     places = [i for i, token in enumerate(ids) if token == IMAGE]
+    if len(ids) + len(places) * (config.num_patches - 1) > config.max_position_embeddings:
+        known = f"{config.max_position_embeddings} tokens for which the base was made"
+        say_once(f"note: a conversation is longer than the {known}; such are trained on whole")
     last_turn = max(i for i, token in enumerate(ids) if token == tokenizer.token_to_id(IM_START))
     painted = [n for n, i in enumerate(places) if i > last_turn]  # in the assistant's last message
     if not painted or (rng.random() < 0.25 and not dropped):
@@ -162,7 +170,7 @@ class Documents:
     ):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.source, self.text = source, text
-        self.context = min(model.max_position_embeddings, config.pack or model.max_position_embeddings)
+        self.context = context_length(config, model)
         self.room = self.context - model.num_patches - 3  # for a caption, beside BOI, EOI and EOS
         if self.room < 1:
             found = f"{config.base or 'the base'}: a context of {self.context} tokens (--pack, "
@@ -173,17 +181,43 @@ class Documents:
                 raise ValueError(f"--task chat: the base has no chat tokens ({token})")
         self.ids: dict[str, list[int]] = {}  # captions already tokenised
 
-    def tokenise(self, caption: str | list[int], pictures: int = 1) -> list[int]:
-        """Token ids of a caption; one that leaves no room for `pictures` pictures in the context is cut."""
+    def limit(self, pictures: int) -> int:
+        """Tokens for which the context has room beside so many pictures, at least 1."""
+        return max(1, self.room - (pictures - 1) * (self.model.num_patches + 1))
+
+    def all_ids(self, caption: str | list[int]) -> list[int]:
+        """Token ids of a caption."""
         if isinstance(caption, str):
             if caption not in self.ids:
                 self.ids[caption] = encode_plain(self.tokenizer, caption)
             caption = self.ids[caption]
-        return caption[: max(1, self.room - (pictures - 1) * (self.model.num_patches + 1))]
+        return caption
 
-    def fits(self, caption: str) -> bool:
+    def tokenise(self, caption: str | list[int], pictures: int = 1) -> list[int]:
+        """Token ids of a caption; one that leaves no room for `pictures` pictures in the context is cut."""
+        return self.all_ids(caption)[: self.limit(pictures)]
+
+    def fits(self, caption: str | list[int], pictures: int = 1) -> bool:
         """Whether `tokenise` leaves a caption whole."""
-        return len(self.tokenise(caption)) == len(encode_plain(self.tokenizer, caption))
+        # few bytes are few tokens, also after NFC, which makes three of one at most
+        few = isinstance(caption, str) and 3 * len(caption.encode()) <= self.limit(pictures)
+        return few or len(self.all_ids(caption)) <= self.limit(pictures)
+
+    def tell_cuts(self) -> None:
+        """Say on stderr how many captions and instructions are cut, where to, and which is the first."""
+        for what, pictures, tasks in (
+            ("captions", 1, ("caption", "generate")),
+            ("instructions", 2, ("edit",)),
+        ):
+            every = [text for text, of_edit in self.source.words() if of_edit == (pictures == 2)]
+            drawn = not set(tasks).isdisjoint(self.config.tasks)
+            if drawn and (cut := [text for text in every if not self.fits(text, pictures)]):
+                first = cut[0] if isinstance(cut[0], str) else self.tokenizer.decode(cut[0])
+                found = f"note: {len(cut):,} of {len(every):,} {what} are cut to their first"
+                limit = (
+                    f"{self.limit(pictures)} tokens, the context being {self.context} (--pack, or the base's)"
+                )
+                print(f"{found} {limit}; the first is {reprlib.repr(first)}", file=sys.stderr)
 
     def draw(self, rng: random.Random) -> Document:
         """One document of the mixture of tasks.
@@ -223,11 +257,14 @@ class Documents:
         return self.of_step(step, pictures), self.text_of_step(step, text)
 
     def text_of_step(self, step: int, share: slice) -> list[Document]:
-        """Likewise the documents of text alone, cut to the context."""
+        """Likewise the documents of text alone; of one longer than the context, a piece of that length."""
         documents = []
         for number in range(self.config.text_batch)[share]:
-            ids, mask = self.text.draw(random.Random(f"text {self.config.seed}-{step}-{number}"))
-            documents.append(Document(ids[: self.context], [], [], mask[: self.context]))
+            rng = random.Random(f"text {self.config.seed}-{step}-{number}")
+            ids, mask = self.text.draw(rng)
+            start = self.context * rng.randrange(-(-len(ids) // self.context))
+            piece = slice(start, start + self.context)
+            documents.append(Document(ids[piece], [], [], mask[piece]))
         return documents
 
     def validation(self, n: int) -> tuple[list[Document], list[Document]]:
@@ -260,14 +297,23 @@ def permuted(captions: list) -> list:
     return [next(c for c in captions[i:] + captions[:i] if c != own) for i, own in enumerate(captions)]
 
 
-class Paragraphs:
-    """Text of the user's own as a `TextSource`."""
+def context_length(config: TrainConfig, model: ModelConfig) -> int:
+    """Tokens of the longest document: those of a sequence, or of the base's context."""
+    return min(model.max_position_embeddings, config.pack or model.max_position_embeddings)
 
-    def __init__(self, paragraphs: list[str], tokenizer: Tokenizer, eos_id: int):
-        self.paragraphs, self.tokenizer, self.eos_id = paragraphs, tokenizer, eos_id
+
+class Paragraphs:
+    """Text of the user's own as a `TextSource`, in pieces of `context` tokens: all of it is read alike."""
+
+    def __init__(self, paragraphs: list[str], tokenizer: Tokenizer, eos_id: int, context: int):
+        self.paragraphs = paragraphs
+        self.pieces: list[array[int]] = []  # 4 bytes a token
+        for text in Bar(paragraphs, desc="text", unit="paragraph"):
+            ids = array("i", [*encode_plain(tokenizer, text), eos_id])
+            self.pieces += [ids[i : i + context] for i in range(0, len(ids), context)]
 
     def draw(self, rng: random.Random) -> tuple[list[int], list[bool]]:
-        ids = encode_plain(self.tokenizer, rng.choice(self.paragraphs)) + [self.eos_id]
+        ids = rng.choice(self.pieces).tolist()
         return ids, [True] * len(ids)
 
     def fingerprint(self) -> bytes:

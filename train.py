@@ -14,7 +14,6 @@ import dataclasses
 import fnmatch
 import json
 import math
-import re
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -52,14 +51,12 @@ from lab.watch import Progress, Stopwatch, asking_to_stop, draw_curves, draw_she
 from load_qwen3 import base_fingerprint, load_qwen3, load_tokenizer, read_json, resolve
 from model import LMFusion
 from scale.muon import Muon
-from scale.parallel import Team, end_processes, full_tensor, init_processes, own_device, shard
+from scale.parallel import Team, end_processes, full_tensor, init_processes, own_device, peer_lost, shard
 from scale.sources import find_base, init_from_scratch, open_source, open_text
 
 # ---- The loss ----
 
 PARTS = ("ddpm_loss", "lm_loss", "draw_loss")
-# what torch's back ends say when another process is gone; not all that they say
-LOST = "(?i)by peer|broken pipe|connection|socket|time(d )?out|ncclRemoteError"
 LOGITS = 2**26  # at once, at the most: 256 MiB in float32
 
 
@@ -208,8 +205,10 @@ class Run:
         self.model.freeze_text(config.lr_text_ratio == 0, norm=not config.from_scratch)
         source.check(config, self.model.config, self.base)
         tokenizer = load_tokenizer(self.base)
-        text = open_text(config, tokenizer, self.model.config.eos_id) if config.text_batch else None
+        text = open_text(config, tokenizer, self.model.config) if config.text_batch else None
         self.documents = Documents(config, self.model.config, tokenizer, source, text)
+        if self.team.is_main:
+            self.documents.tell_cuts()
         if many and text is not None:
             self.team.agree("what --text-data holds", text.fingerprint())
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -406,7 +405,7 @@ def main() -> None:
     try:
         work(config, name, found[-1] if resuming else None, team)
     except RuntimeError as error:
-        if team.size == 1 or not re.search(LOST, str(error)):
+        if team.size == 1 or not peer_lost(error):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, of which the line below says more
         last = list_checkpoints(out)

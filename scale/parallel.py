@@ -10,6 +10,7 @@ the same machinery, with one process or many.
 
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,6 +107,12 @@ def end_processes(team: Team) -> None:
     """The end of a run, or of a process that failed."""
     if team.mesh is not None and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def peer_lost(error: RuntimeError) -> bool:
+    """Whether torch's back ends say that another process is; not whatever else they have to say."""
+    said = "(?i)by peer|broken pipe|connection|socket|time(d )?out|ncclRemoteError"
+    return re.search(said, str(error)) is not None
 
 
 def shard(model: nn.Module, team: Team, dtype: torch.dtype) -> None:

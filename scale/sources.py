@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from config import TrainConfig
-from data import Paragraphs, Source, TextSource
+from data import Paragraphs, Source, TextSource, context_length
 from evaluate import read_paragraphs
 from load_qwen3 import init_image, resolve
 from model import LMFusion, ModelConfig
@@ -61,11 +61,12 @@ def open_source(config: TrainConfig) -> Source:
     return PictureSource(None if alone else load_pictures(config.data, config.image_size), val, edits)
 
 
-def open_text(config: TrainConfig, tokenizer: Tokenizer, eos_id: int) -> TextSource:
+def open_text(config: TrainConfig, tokenizer: Tokenizer, model: ModelConfig) -> TextSource:
     """What --text-data names: paragraphs of a file, or the built-in text."""
     if not config.text_data:
         return BuiltInText(tokenizer)
-    return Paragraphs(read_paragraphs(config.text_data, "--text-data"), tokenizer, eos_id)
+    paragraphs = read_paragraphs(config.text_data, "--text-data")
+    return Paragraphs(paragraphs, tokenizer, model.eos_id, context_length(config, model))
 
 
 def find_base(config: TrainConfig, team: Team, former: object = None) -> str:
@@ -138,6 +139,11 @@ class PictureSource:
 
     def validation_edits(self, n: int) -> list[tuple[Tensor, Tensor, str]]:
         return [self.edit(i) for i in self.val_edit_rows[:n]]
+
+    def words(self) -> Iterator[tuple[str, bool]]:
+        yield from ((self.train.captions[i], False) for i in self.rows)
+        if self.edits:
+            yield from ((self.edits.instructions[i], True) for i in self.edit_rows)
 
     def prompts(self) -> list[str]:
         """Captions of training pictures, then of validation pictures."""
@@ -235,6 +241,9 @@ class LatentSource:
     def validation(self, n: int) -> list[tuple[int, list[int]]]:
         rows = random.Random(0).sample(self.val_rows, min(n, len(self.val_rows)))
         return [(-1 - i, self.val.part(i, "ids", "offsets")) for i in rows]
+
+    def words(self) -> Iterator[tuple[list[int], bool]]:
+        return ((self.train.part(i, "ids", "offsets"), False) for i in self.rows)
 
     def prompts(self) -> list[str]:
         """Captions of training pictures, then of validation pictures."""

@@ -4,6 +4,7 @@ A picture is a `Shot`: a scene, and by how many pixels its shape is off. It is r
 """
 
 import random
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -44,6 +45,10 @@ class Shapes:
         rng = random.Random(0)
         edits = [(draw_edit(rng, "validation"), draw_shift(rng)) for _ in range(n)]
         return [(Shot(e.source, shift), Shot(e.target, shift), e.instruction) for e, shift in edits]
+
+    def words(self) -> Iterator[tuple[str, bool]]:
+        """Not the instructions, which are shorter than captions."""
+        return ((scene.caption, False) for scene in all_scenes("train"))
 
     def prompts(self) -> list[str]:
         """Captions that training does not show."""

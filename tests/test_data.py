@@ -7,17 +7,18 @@ import itertools
 import math
 import random
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 from conftest import build_tokenizer
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 from attention import IMAGE, Tokens
 from chat.template import apply_chat_template, encode, text_of
-from config import CONFIGS, SMALL, TASKS, TrainConfig, parse_tasks
+from config import CONFIGS, SMALL, TASKS, TrainConfig, parse_tasks, say_once
 from data import (
     CAPTION_DROPPED,
     CAPTION_FIRST,
@@ -29,6 +30,7 @@ from data import (
     caption_document,
     chat_document,
     collate,
+    context_length,
     draw_noise,
     edit_document,
     find_targets,
@@ -657,6 +659,10 @@ class Numbers:
         question, answer = [text(f"paint {i}")], picture if i % 2 else [text("no")]
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
+    def words(self):
+        yield from ((f"number {i}", False) for i in range(9))
+        yield from ((f"make it {i}", True) for i in range(9))
+
     def validation(self, n: int) -> list[tuple[int, str]]:
         return [(i, f"number {i}") for i in range(min(n, 5))]
 
@@ -673,7 +679,7 @@ PARAGRAPHS = [f"grass number {i} is {'green ' * (i % 9)}" for i in range(1000)]
 
 def make_documents(source: object = None, model: ModelConfig = CHAT, **changes: object) -> Documents:
     config = dataclasses.replace(SMALL, lr_text_ratio=1.0, **changes)
-    text = Paragraphs(PARAGRAPHS, TOKENIZER, model.eos_id)
+    text = Paragraphs(PARAGRAPHS, TOKENIZER, model.eos_id, context_length(config, model))
     return Documents(config, model, TOKENIZER, source or Numbers(), text)
 
 
@@ -836,7 +842,8 @@ def test_text_alone_is_learned_word_by_word_and_cut_to_the_context():
     for pack, room in ((0, 40), (30, 30), (400, 40)):
         documents = make_documents(model=short, text_batch=50, pack=pack).text_of_step(0, slice(None))
         whole = {tuple([*encode_plain(TOKENIZER, p), CHAT.eos_id]) for p in PARAGRAPHS}
-        assert {tuple(d.ids) for d in documents} <= {ids[:room] for ids in whole}
+        pieces = {ids[i : i + room] for ids in whole for i in range(0, len(ids), room)}
+        assert {tuple(d.ids) for d in documents} <= pieces
         assert max(len(d.ids) for d in documents) == room and len({len(d.ids) for d in documents}) > 1
         assert all(d.loss_mask == [True] * len(d.ids) and d.max_t == [] for d in documents)
 
@@ -945,3 +952,102 @@ def test_noise_is_uniform_and_normal_and_another_for_each_seed_and_picture():
     assert ((u >= 0) & (u < 1)).all() and abs(u.mean() - 0.5) < 4 / math.sqrt(12 * 1000)
     assert u.sort().values.sub(torch.linspace(0, 1, 1000)).abs().max() < 0.06
     assert abs(eps.mean()) < 4 / math.sqrt(64000) and abs(eps.square().mean() - 1) < 4 * math.sqrt(2 / 64000)
+
+
+# ---- what is longer than the context ----
+
+
+def test_every_token_of_a_long_text_is_in_some_piece_and_pieces_are_drawn_alike():
+    """One document of 5,000 lines beside short ones: the long one is not a single choice among them."""
+    long = " ".join(f"line {i}" for i in range(5000))
+    short = [f"a short paragraph of number {i}" for i in range(5)]
+    context = 64
+    source = Paragraphs([*short, long], TOKENIZER, CHAT.eos_id, context)
+    pieces = [piece.tolist() for piece in source.pieces]
+    assert all(len(piece) <= context for piece in pieces)
+    assert pieces[:5] == [[*encode_plain(TOKENIZER, text), CHAT.eos_id] for text in short]
+    assert list(itertools.chain(*pieces[5:])) == [*encode_plain(TOKENIZER, long), CHAT.eos_id]
+    assert all(len(piece) == context for piece in pieces[5:-1])
+    drawn = Counter(tuple(source.draw(random.Random(i))[0]) for i in range(20 * len(pieces)))
+    assert drawn.keys() == set(map(tuple, pieces)) and max(drawn.values()) < 60
+
+
+def test_texts_that_fit_are_drawn_as_they_were():
+    source = Paragraphs(PARAGRAPHS, TOKENIZER, CHAT.eos_id, CHAT.max_position_embeddings)
+    for i in range(20):
+        ids, mask = source.draw(random.Random(i))
+        assert ids == [*encode_plain(TOKENIZER, random.Random(i).choice(PARAGRAPHS)), CHAT.eos_id]
+        assert mask == [True] * len(ids)
+
+
+class LongText:
+    """Ten documents as a `TextSource`, each of 100 ids that tell where they stand."""
+
+    def draw(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        return list(range(100)), [i % 3 > 0 for i in range(100)]
+
+
+def test_no_part_of_a_document_of_text_is_out_of_reach():
+    """Built-in conversations on a base of a short context: their answers stand at the end."""
+    documents = make_documents(model=dataclasses.replace(CHAT, max_position_embeddings=24), text_batch=40)
+    documents.text = LongText()
+    drawn = documents.text_of_step(0, slice(None))
+    assert {d.ids[0] for d in drawn} == {0, 24, 48, 72, 96}
+    for d in drawn:
+        assert d.ids == list(range(100))[d.ids[0] : d.ids[0] + 24]
+        assert d.loss_mask == [i % 3 > 0 for i in d.ids]
+
+
+class Wordy(Numbers):
+    """Captions and instructions of one to twelve words."""
+
+    captions = [" ".join(["red"] * n) for n in range(1, 13)]
+
+    def words(self):
+        yield from ((text, False) for text in self.captions)
+        yield from ((encode_plain(TOKENIZER, text), True) for text in self.captions)
+
+
+@pytest.mark.parametrize(
+    "task, what",
+    (
+        ("generate", "captions"),
+        ("caption", "captions"),
+        ("edit", "instructions"),
+        ("chat", ""),
+        ("", "captions"),
+    ),
+)
+def test_how_many_captions_are_cut_and_which_is_the_first_is_said_once(capfd, task, what):
+    model = dataclasses.replace(CHAT, max_position_embeddings=24)
+    documents = make_documents(Wordy(), model, task=task)
+    documents.tell_cuts()
+    (line,) = capfd.readouterr().err.splitlines() or [""]
+    limit = documents.limit(2 if what == "instructions" else 1)
+    cut = [c for c in Wordy.captions if len(encode_plain(TOKENIZER, c)) > limit]
+    assert 0 < len(cut) < 12
+    start = f"note: {len(cut)} of 12 {what} are cut to their first {limit} tokens, the context being 24"
+    assert line.startswith(start) and line.endswith(reprlib.repr(cut[0])) if what else not line
+    make_documents(Wordy(), task=task).tell_cuts()
+    assert not capfd.readouterr().err  # where all fit
+
+
+def test_a_caption_of_few_letters_that_normalise_to_many_is_not_taken_for_short():
+    """NFC makes three code points of some: a musical note of 4 bytes has 12."""
+    tokenizer = build_tokenizer()
+    tokenizer.normalizer = normalizers.NFC()
+    documents = make_documents(model=dataclasses.replace(CHAT, max_position_embeddings=P + 3 + 40))
+    documents.tokenizer = tokenizer
+    for n in range(1, 12):
+        text = "\U0001d160" * n
+        assert documents.fits(text) == (len(encode_plain(tokenizer, text)) <= 40)
+
+
+def test_a_conversation_beyond_the_context_is_told_once_and_one_within_it_is_not(capfd):
+    say_once.cache_clear()
+    long = [len(spread(d.ids)) for d in make_documents(Shapes(), task="chat").of_step(0, slice(None))]
+    assert not capfd.readouterr().err and max(long) > 100
+    model = dataclasses.replace(CHAT, max_position_embeddings=100)
+    make_documents(Shapes(), model, task="chat").of_step(0, slice(None))
+    line = "note: a conversation is longer than the 100 tokens for which the base was made; such are "
+    assert capfd.readouterr().err == line + "trained on whole\n"

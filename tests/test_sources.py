@@ -7,6 +7,7 @@ import functools
 import json
 import random
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from test_latents import GOOD, config, encoded, linear, source
 from torch import Tensor
 
+import train
 from chat.template import check_messages
 from config import TrainConfig
 from load_qwen3 import load_tokenizer
@@ -222,10 +224,10 @@ def test_edits_alone_are_pictures_as_well_and_none_held_out_is_shown():
 
 
 def test_one_edit_alone_is_an_error_and_two_are_not():
-    for train in (None, some_pictures(5)):
+    for pictures in (None, some_pictures(5)):
         with pytest.raises(ValueError, match="too few edits"):
-            PictureSource(train, None, some_edits(1))
-        source = PictureSource(train, None, some_edits(2))
+            PictureSource(pictures, None, some_edits(1))
+        source = PictureSource(pictures, None, some_edits(2))
         assert source.edited(random.Random(0))[2] == "make it 1"
         assert [words for *_, words in source.validation_edits(9)] == ["make it 0"]
 
@@ -385,3 +387,22 @@ def test_latents_of_one_picture_alone_are_an_error_that_names_the_folder(tmp_pat
     with pytest.raises(ValueError, match="too few pictures in .*out: "):
         LatentSource(one)
     assert len(LatentSource(one, one).validation(9)) == 1
+
+
+def test_the_words_that_may_be_cut_are_those_of_training(tmp_path):
+    """A run says once how many captions its context cuts, of pictures and of latents alike."""
+    folder = helpers.write_photos(tmp_path / "photos", n=8)
+    for i in range(4):
+        (folder / f"{i:03d}.txt").write_text("a big red photo " * 30)
+    flags = helpers.photo_flags(Path("run"), "--data", folder, "--steps", 1)
+    result = helpers.call(train, *flags, folder=tmp_path)
+    first = reprlib.repr(("a big red photo " * 30).strip())
+    (line,) = [x for x in result.err.splitlines() if x.startswith("note: ")]
+    assert result.status == 0 and line.endswith(f"; the first is {first}")
+    assert line.startswith("note: 3 of 7 captions are cut to their first 89 tokens, the context being 96 (")
+
+
+def test_the_words_of_latents_are_the_ids_of_their_training_captions():
+    shards = LatentShards(encoded())
+    latents = LatentSource(shards)
+    assert list(latents.words()) == [(shards.part(i, "ids", "offsets"), False) for i in latents.rows]

@@ -921,7 +921,8 @@ def test_a_text_follows_from_the_seed_the_step_and_its_number_alone(make_run):
     whole, text = texts_of(run), run.documents.text
     assert len(set(whole)) == 8 and texts_of(run) == whole
     drawn = [text.draw(random.Random(f"text 0-0-{i}"))[0] for i in range(8)]
-    assert [tuple(ids[:96]) for ids in drawn] == whole  # cut to the context
+    for ids, read in zip(drawn, whole, strict=True):  # all of it, or a piece as long as the context
+        assert read in [tuple(ids[i : i + 96]) for i in range(0, len(ids), 96)]
     shared = []
     for rank in range(2):
         run.team = Team(rank, 2)
@@ -945,11 +946,12 @@ def test_paragraphs_of_a_file_are_learned_word_by_word_and_cut_to_the_context(ma
     (tmp_path / "text.txt").write_text("\n\n".join([*paragraphs, "too short"]) + "\n")
     run = make_run(*TEXT, "--text-data", tmp_path / "text.txt")
     c, tokenizer = run.model.config, run.documents.tokenizer
-    wanted = {(*encode_plain(tokenizer, p.strip()), c.eos_id)[:96] for p in paragraphs}
+    whole = [(*encode_plain(tokenizer, p.strip()), c.eos_id) for p in paragraphs]
+    wanted = {ids[i : i + 96] for ids in whole for i in range(0, len(ids), 96)}
     change(run, text_batch=40)
     drawn = run.documents.text_of_step(0, slice(40))
     assert {tuple(d.ids) for d in drawn} == wanted and c.max_position_embeddings == 96
-    assert [len(ids) for ids in wanted if ids[-1] != c.eos_id] == [96]  # one is cut
+    assert {len(ids) for ids in wanted if ids[-1] != c.eos_id} == {96} and len(wanted) > 3  # one is in pieces
     assert all(d.loss_mask == [True] * len(d.ids) and not d.pictures for d in drawn)
     assert run.train_step()["lm_loss"] > 0 and set(texts_of(run)) <= wanted
     for pack, room in ((40, 40), (150, 96)):
