@@ -25,6 +25,7 @@ from config import (
     Rule,
     TrainConfig,
     flag_name,
+    inherited_config,
     parse_stages,
     parse_tasks,
     restore_config,
@@ -156,6 +157,17 @@ def test_a_configuration_comes_back_from_a_checkpoint_and_a_newer_field_gets_its
     newer = {n: replace(r, newer=n in ("stages", "micro_batch")) for n, r in rules(TrainConfig).items()}
     monkeypatch.setattr(config, "rules", lambda cls: newer)  # as if the checkpoint were older than these two
     assert restore_config(saved, Path("x")) == values | {"stages": "", "micro_batch": 0}
+
+
+def test_a_checkpoint_of_before_lm_mean_and_edit_empty_trains_as_it_did_and_can_begin_a_second_stage():
+    saved = json.loads(json.dumps(asdict(CONFIGS["small"])))
+    del saved["lm_mean"], saved["edit_empty"]
+    restored = restore_config(saved, Path("x"))
+    assert (restored["lm_mean"], restored["edit_empty"]) == ("learned", 0.0)
+    again = resumed_config(restored, {})
+    assert (again.lm_mean, again.edit_empty) == ("learned", 0.0)
+    second = inherited_config(CONFIGS["small-chat"], {"base": "b"}, restored, {"edit_empty": 0.1})
+    assert second.edit_empty == 0.1 and second.lm_mean == "learned"
 
 
 def test_a_checkpoint_of_before_long_runs_keeps_one_checkpoint_and_none_by_the_minute():

@@ -396,10 +396,11 @@ def test_what_old_results_do_not_hold_is_no_column_and_what_some_hold_is_one():
         for painted in rows[1]["final"][place].values():
             painted |= {"strict": 0.125, "residual": 22.25}
     new = gathered(*rows)
-    head = [x.strip() for x in overview(new).splitlines()[0].strip("|").split("|")]
+    shown = overview(new)
+    head = [x.strip() for x in shown.splitlines()[0].strip("|").split("|")]
     column = head.index("strict at 1.55")
     assert head[column + 1] == "residual at 1.55"
-    assert [row[column : column + 2] for row in cut(overview(new))[2:]] == [
+    assert [row[column : column + 2] for row in cut(shown)[2:]] == [
         ["0.125 (0.125 to 0.125)", "22.2 (22.2 to 22.2)"],
         ["-", "-"],
     ]
