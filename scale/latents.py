@@ -6,11 +6,16 @@
                                   ids (all tokens,) int32, offsets (n + 1,) int64: the tokens of caption i are
                                   ids[offsets[i] : offsets[i + 1]]
                                   text (bytes,) uint8, text_offsets (n + 1,) int64: the captions, likewise
+                                  kinds (n,) uint8: 0 a captioned picture; 1 the picture before an edit, with
+                                  no words, and behind it 2, the one after it, with the instruction
+                                  pictures (n,) int64: of the pixels, what tells one picture from another
     OUT/index.json                what made them and how many there are; written last
 
 A shard is whole or not there. After a kill the same command goes on behind the last whole one, and writes,
-bit by bit, what an undisturbed run writes. A sample that cannot be decoded is left out and named. Lines of a
-metadata.jsonl that are edits (see pictures.py) are left out and counted.
+bit by bit, what an undisturbed run writes. A sample that cannot be decoded is left out and named.
+
+With --part I/N a process encodes the I-th of N parts of the samples, into a folder of its own. --data takes
+the parts together: "latents/part-*".
 
 Shapes: n pictures of a shard, M of a batch, S pixels a side; latents (M, C, h, w), h = w = S / factor.
 """
@@ -18,12 +23,14 @@ Shapes: n pictures of a shard, M of a batch, S pixels a side; latents (M, C, h, 
 from __future__ import annotations
 
 import bisect
-import hashlib
+import glob
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -36,11 +43,14 @@ from torch import Tensor
 from checkpoint import check_device, write_atomic
 from config import Bar, Parser, add_fields, flag_name, rules, run_command, setting
 from load_qwen3 import address, encode_plain, load_tokenizer, open_safetensors, read_json, resolve
-from scale.pictures import NAMED, Sample, list_samples, nothing_to_load, read_sample, skipped_line
+from scale.pictures import NAMED, Sample, list_samples, nothing_to_load, read_edit, read_sample, skipped_line
 from scale.vae import AutoencoderKL, load_vae
 
 FORMAT = 1  # of index.json and of the shards
 INDEX = "index.json"
+CAPTIONED, SOURCE, TARGET = range(3)  # what a row of a shard is
+# alike in all folders that are read together
+JOINED = ("vae_fingerprint", "tokenizer_fingerprint", "image_size", "channels", "vocab_size")
 STORE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # torch's name -> safetensors'
 REMEDY = "the flags it was begun with go on with it, another --out starts elsewhere"
 
@@ -53,6 +63,7 @@ class EncodeConfig:
     vae: str = setting("", "folder or hub id of the VAE")
     base: str = setting("", "folder or hub id of the Qwen3 whose tokenizer reads the captions")
     out: str = setting("", "folder of the shards")
+    part: str = setting("1/1", "I/N: the I-th of N parts of the samples, each in a folder of its own")
     image_size: int = setting(256, "pixels a side", low=1)
     shard_size: int = setting(1024, "pictures a shard", low=1)
     batch_size: int = setting(8, "pictures the VAE takes at once", low=1)
@@ -107,7 +118,16 @@ class Piece:
 def tokenizer_fingerprint(folder_or_hub_id: str | Path) -> str:
     """SHA-256 of tokenizer.json: whether two bases read captions alike."""
     path = resolve(folder_or_hub_id, weights=False) / "tokenizer.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """ "2/8" -> 2, 8."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, parts = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= part <= parts:
+        raise ValueError(f"--part is {text!r}; it takes I/N with I from 1 to N: 2/8")
+    return part, parts
 
 
 def encode_source(config: EncodeConfig, codec: AutoencoderKL) -> LatentShards:
@@ -119,12 +139,13 @@ def encode_source(config: EncodeConfig, codec: AutoencoderKL) -> LatentShards:
         rule.check(flag_name(name), getattr(config, name))
     if config.image_size % codec.patch:
         raise ValueError(f"--image-size {config.image_size} is not a multiple of the VAE's {codec.patch}")
-    listed, tokenizer, out = list_samples(config.data), load_tokenizer(config.base), Path(config.out)
-    samples = [sample for sample in listed if sample.kind != "edit"]
+    part, parts = parse_part(config.part)
+    samples, tokenizer, out = list_samples(config.data), load_tokenizer(config.base), Path(config.out)
+    samples = samples[len(samples) * (part - 1) // parts : len(samples) * part // parts]
     names = json.dumps([sample.name for sample in samples])
     made_by = codec.fingerprint(), tokenizer_fingerprint(config.base), tokenizer.get_vocab_size()
     flags = config.image_size, config.shard_size, config.dtype, config.store
-    digest = hashlib.sha256(names.encode()).hexdigest()
+    digest = sha256(names.encode()).hexdigest()
     settings = Settings(*made_by, codec.channels, codec.patch, *flags, len(samples), digest)
     if (out / INDEX).is_file():
         settings.check_equal(read_json(out / INDEX), out / INDEX, REMEDY)
@@ -142,12 +163,10 @@ def encode_source(config: EncodeConfig, codec: AutoencoderKL) -> LatentShards:
                 write_atomic(out / shard_name(len(pieces)), data)
             start = piece.end
             pieces.append(piece)
-    edits, skipped = len(listed) - len(samples), [x for piece in pieces for x in piece.skipped]
+    skipped = [x for piece in pieces for x in piece.skipped]
     bad = skipped_line(skipped, sum(piece.skipped_count for piece in pieces), len(samples))
     if not any(piece.count for piece in pieces):
-        raise ValueError(f"{config.data}: {nothing_to_load('caption', bad, edits)}")
-    if edits:
-        print(f"left out {edits:,} edits (lines with a source)", file=sys.stderr)
+        raise ValueError(f"{config.data}: {nothing_to_load('caption', bad, 0)}")
     if bad:
         print(bad, file=sys.stderr)
     write_index(config, settings, pieces)
@@ -157,26 +176,32 @@ def encode_source(config: EncodeConfig, codec: AutoencoderKL) -> LatentShards:
 def encode_shard(
     todo: Iterator[Sample], start: int, codec: AutoencoderKL, tokenizer: Tokenizer, config: EncodeConfig
 ) -> tuple[dict[str, Tensor], Piece]:
-    """The next `shard_size` good samples; `start`: the number of the first of `todo`. {} if none is good."""
-    latents, ids, texts, skipped = [], [], [], []
+    """The next good samples with `shard_size` pictures, or one more; `start`: the number of the first of
+    `todo`. {} if none is good."""
+    latents, ids, texts, kinds, shown, skipped, read = [], [], [], [], [], [], 0
     batch: list[tuple[str, Tensor]] = []  # begins anew with every shard, as after a kill
     for sample in todo:
+        read += 1
         try:
-            picture, caption = read_sample(sample, config.image_size)
+            edit = sample.kind == "edit"
+            *pictures, words = (read_edit if edit else read_sample)(sample, config.image_size)
         except (ValueError, OSError) as error:
             skipped.append((sample.name, str(error)))
             continue
-        batch.append((sample.name, picture))
-        texts.append(caption.encode())
-        ids.append(encode_plain(tokenizer, caption))  # "<|im_end|>" in a caption is text
-        if len(batch) == config.batch_size:
-            latents.append(encode_batch(batch, codec, config))
-            batch = []
-        if len(texts) == config.shard_size:
+        for picture in pictures:
+            batch.append((sample.name, picture))
+            if len(batch) == config.batch_size:
+                latents.append(encode_batch(batch, codec, config))
+                batch = []
+        shown += [int.from_bytes(sha256(x.numpy().tobytes()).digest()[:7], "big") for x in pictures]
+        kinds += [SOURCE, TARGET] if edit else [CAPTIONED]
+        texts += [b""] * edit + [words.encode()]
+        ids += [[]] * edit + [encode_plain(tokenizer, words)]  # "<|im_end|>" in a caption is text
+        if len(texts) >= config.shard_size:
             break
     if batch:
         latents.append(encode_batch(batch, codec, config))
-    found = start, start + len(texts) + len(skipped), len(texts), len(skipped), skipped[:NAMED]
+    found = start, start + read, len(texts), len(skipped), skipped[:NAMED]
     if not texts:
         return {}, Piece(*found, [], [], [])
     z = torch.cat(latents).contiguous()  # (n, C, h, w)
@@ -189,6 +214,8 @@ def encode_shard(
         "offsets": torch.tensor([0, *accumulate(map(len, ids))]),
         "text": torch.tensor(list(chain(*texts)), dtype=torch.uint8),
         "text_offsets": torch.tensor([0, *accumulate(map(len, texts))]),
+        "kinds": torch.tensor(kinds, dtype=torch.uint8),
+        "pictures": torch.tensor(shown),
     }
     return tensors, Piece(*found, bound, sums, squares)
 
@@ -263,6 +290,8 @@ def read_shard(path: Path, settings: Settings, remedy: str) -> Piece:
         wanted = {"latents": [STORE[settings.store], n, settings.channels, side, side]}
         wanted |= {"ids": ["I32", lengths["ids"]], "offsets": ["I64", n + 1]}
         wanted |= {"text": ["U8", lengths["text"]], "text_offsets": ["I64", n + 1]}
+        if "kinds" in found:  # shards of before there were edits in them have neither
+            wanted |= {"kinds": ["U8", n], "pictures": ["I64", n]}
         for name in sorted(found.keys() | wanted.keys()):
             if found.get(name) != wanted.get(name):
                 raise ValueError(f"{path}: tensor {name} is {found.get(name)}, not {wanted.get(name)}")
@@ -274,11 +303,24 @@ def read_shard(path: Path, settings: Settings, remedy: str) -> Piece:
         if len(ids) and not 0 <= ids.min() <= ids.max() < settings.vocab_size:
             some = f"ids from {ids.min()} to {ids.max()}"
             raise ValueError(f"{path}: {some}, of a vocabulary of {settings.vocab_size} tokens")
+        kinds = f.get_tensor("kinds") if "kinds" in found else torch.zeros(n, dtype=torch.uint8)
+        pairs = (kinds[:-1] == SOURCE) == (kinds[1:] == TARGET)
+        if not pairs.all() or kinds[:1].tolist() == [TARGET] or kinds[-1:].tolist() == [SOURCE]:
+            raise ValueError(f"{path}: tensor kinds has half of an edit alone")
+        if (kinds > TARGET).any():
+            raise ValueError(f"{path}: tensor kinds holds {kinds.max()}")
     return piece
 
 
+def latent_folders(source: str | Path) -> list[Path]:
+    """The folders of latents that a path or a pattern ("latents/part-*") names; [] if it names none."""
+    paths = [Path(source)] if Path(source).exists() else map(Path, sorted(glob.glob(str(source))))
+    found = [path for path in paths if path.is_dir()]
+    return found if any((f / INDEX).is_file() or any(f.glob("shard-*.safetensors")) for f in found) else []
+
+
 class LatentShards:
-    """A folder of latents. Opening it checks every shard but reads no latents; `read` maps what it needs.
+    """A folder of latents, or several. Opening checks every shard but reads no latents; `read` maps them.
 
     channels C, latent_size h, image_size, vocab_size; bound (C, 1, 1), the largest latents there are, to
     which samplers clamp; vae and base, where these were; vae_fingerprint and tokenizer_fingerprint.
@@ -286,10 +328,30 @@ class LatentShards:
 
     def __init__(self, folder: str | Path):
         """ValueError names the file, and what in it is not as `data.py encode` writes it."""
-        self.folder = Path(folder)
-        path = self.folder / INDEX
+        self.folder, self.indices = Path(folder), []  # and the index files
+        self.files: list[Path] = []
+        pieces: list[Piece] = []
+        for one in latent_folders(folder) or [self.folder]:
+            settings, more = self.read_folder(one)
+            for name in JOINED if pieces else ():
+                ours, theirs = getattr(self, name), getattr(settings, name)
+                if ours != theirs:
+                    found = f"{name} is {theirs}, and {ours} in {self.indices[0].parent}"
+                    raise ValueError(f"{one} was not encoded as the others: {found}")
+            pieces += more
+            for name in JOINED:
+                setattr(self, name, getattr(settings, name))
+        self.latent_size = self.image_size // settings.factor
+        self.ends = list(accumulate(piece.count for piece in pieces))
+        bounds = torch.tensor([piece.bound for piece in pieces], dtype=torch.float32)  # (shards, C)
+        self.bound = bounds.amax(0)[:, None, None]  # (C, 1, 1)
+        self.slices: dict[int, dict[str, Any]] = {}
+
+    def read_folder(self, folder: Path) -> tuple[Settings, list[Piece]]:
+        """The settings and the shards of one folder; its files are added to those that are there."""
+        path = folder / INDEX
         if not path.is_file():
-            begun = any(self.folder.glob("shard-*"))
+            begun = any(folder.glob("shard-*"))
             hint = "has not come to its end: run it again" if begun else "makes a folder of latents"
             raise ValueError(f"{path}: no such file; `python data.py encode --out {folder}` {hint}")
         index = read_json(path)
@@ -301,18 +363,13 @@ class LatentShards:
             pictures, n = index["pictures"], len(index["shards"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: not an index that `data.py encode` has written: {error}") from None
-        self.files = [self.folder / shard_name(i) for i in range(n)]
-        pieces = read_shards(self.files, settings, f"{INDEX} says otherwise")
-        self.ends = list(accumulate(piece.count for piece in pieces))
-        if self.ends[-1:] != [pictures]:
-            raise ValueError(f"{path}: pictures is {pictures}, but the shards hold {sum(self.ends[-1:])}")
-        bounds = torch.tensor([piece.bound for piece in pieces], dtype=torch.float32)  # (shards, C)
-        self.bound = bounds.amax(0)[:, None, None]  # (C, 1, 1)
-        self.vae_fingerprint = settings.vae_fingerprint
-        self.tokenizer_fingerprint = settings.tokenizer_fingerprint
-        self.channels, self.latent_size = settings.channels, settings.latent_size
-        self.image_size, self.vocab_size = settings.image_size, settings.vocab_size
-        self.slices: dict[int, dict[str, Any]] = {}
+        files = [folder / shard_name(i) for i in range(n)]
+        pieces = read_shards(files, settings, f"{INDEX} says otherwise")
+        if not n or sum(piece.count for piece in pieces) != pictures:
+            held = sum(piece.count for piece in pieces)
+            raise ValueError(f"{path}: pictures is {pictures}, but the shards hold {held}")
+        self.files, self.indices = self.files + files, [*self.indices, path]
+        return settings, pieces
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -325,6 +382,16 @@ class LatentShards:
             f = open_safetensors(self.files[k])  # a memory map; no file stays open
             self.slices[k] = {name: f.get_slice(name) for name in f.keys()}
         return self.slices[k], i - (self.ends[k - 1] if k else 0)
+
+    def column(self, name: str) -> list[int]:
+        """A tensor (n,) of all shards; [] if these were written before there was such a one."""
+        values: list[int] = []
+        while len(values) < len(self):
+            shard, _ = self.find(len(values))
+            if name not in shard:
+                return []
+            values += shard[name][:].tolist()
+        return values
 
     def part(self, i: int, name: str, offsets: str) -> list[int]:
         """Picture i's part of a tensor that holds all pictures' parts one behind the other."""

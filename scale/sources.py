@@ -26,7 +26,7 @@ from data import Paragraphs, Source, TextSource, context_length
 from evaluate import read_paragraphs
 from load_qwen3 import init_image, resolve
 from model import LMFusion, ModelConfig
-from scale.latents import INDEX, LatentShards
+from scale.latents import CAPTIONED, TARGET, LatentShards, latent_folders
 from scale.parallel import Team
 from scale.pictures import Edits, Pictures, list_samples, load_edits, load_pictures
 from scale.vae import AutoencoderKL, PatchPCA, load_vae, make_codec, vae_entry
@@ -47,8 +47,7 @@ def open_source(config: TrainConfig) -> Source:
         if config.image_size != PIXELS:
             raise ValueError(f"the built-in shapes have {PIXELS} pixels; --image-size is {config.image_size}")
         return Shapes()
-    folder = Path(config.data)
-    if (folder / INDEX).is_file() or any(folder.glob("shard-*.safetensors")):
+    if latent_folders(config.data):
         val = LatentShards(config.val_data) if config.val_data else None
         return LatentSource(LatentShards(config.data), val)
     has_edits = "chat" in config.tasks and any(s.kind == "edit" for s in list_samples([config.data]))
@@ -95,28 +94,9 @@ class PictureSource:
         if train is None:  # the pictures of the edits, and what was asked for
             train = Pictures(edits.targets, edits.instructions, edits.names, [])
         self.train, self.val, self.edits = train, val or train, edits
-        shown, others = digests(train.pixels), digests(val.pixels) if val else []
         pairs = list(zip(digests(edits.sources), digests(edits.targets), strict=True)) if edits else []
-        before = every_20th(source for source, _ in pairs)
-        held_out = {x for pair in pairs if pair[0] in before for x in pair}
-        if not val:
-            edited = set(chain(*pairs))
-            held_out |= every_20th(x for x in shown if x not in edited)
-            if held_out.isdisjoint(shown):  # all of them are pictures of edits to train on
-                held_out.add(shown[0])
-        self.rows = [i for i, x in enumerate(shown) if x not in held_out]
-        self.val_rows = first_rows(others or [x if x in held_out else None for x in shown])
-        self.edit_rows = [i for i, pair in enumerate(pairs) if held_out.isdisjoint(pair)]
-        self.val_edit_rows = [i for i, pair in enumerate(pairs) if held_out.issuperset(pair)]
-        if edits:
-            check_split(self.edit_rows, self.val_edit_rows, "edits")
-        check_split(self.rows, self.val_rows, "pictures")
-        if n := len(pairs) - len(self.edit_rows) - len(self.val_edit_rows):
-            left = f"left out {n:,} of {len(pairs):,} edits"
-            print(f"{left}: one picture is validation's, one training's", file=sys.stderr)
-        trained = {shown[i] for i in self.rows}.union(*(pairs[i] for i in self.edit_rows))
-        if n := len(trained.intersection(others)):
-            print(f"{n:,} pictures of --val-data are in --data as well, and trained on", file=sys.stderr)
+        found = split_examples(digests(train.pixels), pairs, digests(val.pixels) if val else [], "")
+        self.rows, self.val_rows, self.edit_rows, self.val_edit_rows = found
 
     def captioned(self, rng: random.Random) -> tuple[Tensor, str]:
         i = rng.choice(self.rows)
@@ -178,14 +158,57 @@ class PictureSource:
         return digest.digest()
 
 
+def split_examples(
+    shown: list, pairs: list[tuple], others: list, where: str
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Numbers of what trains and what validates, of captioned pictures `shown` and of edits `pairs`.
+
+    All are digests of pictures; no picture is on both sides. `others` are those of --val-data, if it is
+    given: then they validate, and of --data edits alone are set aside. ValueError if a side has nothing.
+    """
+    before = every_20th(source for source, _ in pairs)
+    held_out = {x for pair in pairs if pair[0] in before for x in pair}
+    if not others:
+        edited = set(chain(*pairs))
+        held_out |= every_20th(x for x in shown if x not in edited)
+        if held_out.isdisjoint(shown):  # all of them are pictures of edits to train on
+            held_out.add(shown[0])
+    rows = [i for i, x in enumerate(shown) if x not in held_out]
+    val_rows = first_rows(others or [x if x in held_out else None for x in shown])
+    edit_rows = [i for i, pair in enumerate(pairs) if held_out.isdisjoint(pair)]
+    val_edit_rows = [i for i, pair in enumerate(pairs) if held_out.issuperset(pair)]
+    if pairs:
+        check_split(edit_rows, val_edit_rows, f"edits{where}")
+    check_split(rows, val_rows, f"pictures{where}")
+    if n := len(pairs) - len(edit_rows) - len(val_edit_rows):
+        left = f"left out {n:,} of {len(pairs):,} edits"
+        print(f"{left}: one picture is validation's, one training's", file=sys.stderr)
+    trained = {shown[i] for i in rows}.union(*(pairs[i] for i in edit_rows))
+    if n := len(trained.intersection(others)):
+        print(f"{n:,} pictures of --val-data are in --data as well, and trained on", file=sys.stderr)
+    return rows, val_rows, edit_rows, val_edit_rows
+
+
 def digests(pictures: Iterable[Tensor]) -> list[bytes]:
     """Of each picture or latent what tells it from others: the same for the same numbers."""
     return [hashlib.sha256(x.numpy().tobytes()).digest() for x in pictures]
 
 
-def coarse_digests(shards: LatentShards) -> list[bytes]:
-    """`digests` of all latents, rounded: in another batch a VAE may give a picture slightly other numbers."""
-    found: list[bytes] = []
+def rows_of(shards: LatentShards) -> tuple[list[int], list[int]]:
+    """Rows of captioned pictures, and of the pictures after edits; of edits alone, these are both."""
+    kinds = shards.column("kinds") or [CAPTIONED] * len(shards)
+    captioned, targets = ([i for i, k in enumerate(kinds) if k == kind] for kind in (CAPTIONED, TARGET))
+    return captioned or targets, targets
+
+
+def picture_digests(shards: LatentShards) -> list:
+    """Of each row what tells its picture from others.
+
+    Shards of before it was stored have the latents alone, which are rounded: in another batch a VAE may give
+    a picture slightly other numbers.
+    """
+    if found := shards.column("pictures"):
+        return found
     while len(found) < len(shards):
         z = shards.find(len(found))[0]["latents"][:].float()  # of one shard, (n, C, h, w)
         found += digests((32 * F.adaptive_avg_pool2d(z, 4)).round().to(torch.int16))
@@ -223,20 +246,42 @@ class LatentSource:
             if ours != theirs:
                 found = f"{name} is {ours} and {theirs}"
                 raise ValueError(f"{train.folder} and {self.val.folder} were not encoded alike: {found}")
-        if val:
-            self.rows, self.val_rows = list(range(len(train))), first_rows(coarse_digests(val))
-        else:
-            shown = coarse_digests(train)
-            held_out = every_20th(shown)
-            self.rows = [i for i, x in enumerate(shown) if x not in held_out]
-            self.val_rows = first_rows(x if x in held_out else None for x in shown)
-        check_split(self.rows, self.val_rows, f"pictures in {train.folder}")
+        shown, targets = rows_of(train)
+        others = rows_of(val)[0] if val else []
+        same = picture_digests(train)
+        ours = [same[i] for i in shown]
+        theirs = [picture_digests(val)[i] for i in others] if val else []
+        pairs = [(same[i - 1], same[i]) for i in targets]
+        rows, val_rows, edits, val_edits = split_examples(ours, pairs, theirs, f" in {train.folder}")
+        self.rows, self.edit_rows, self.val_edit_rows = (
+            [numbers[i] for i in part]
+            for numbers, part in ((shown, rows), (targets, edits), (targets, val_edits))
+        )
+        self.val_rows = [(others if val else shown)[i] for i in val_rows]
 
     def captioned(self, rng: random.Random) -> tuple[int, list[int]]:
         i = rng.choice(self.rows)
         return i, self.train.part(i, "ids", "offsets")
 
-    edited = conversation = validation_edits = pixels = None  # `check` refuses the tasks that need them
+    def edited(self, rng: random.Random) -> tuple[int, int, list[int]]:
+        i = rng.choice(self.edit_rows)
+        return i - 1, i, self.train.part(i, "ids", "offsets")
+
+    def conversation(self, rng: random.Random) -> list[dict]:
+        """As of pictures: `PictureSource.conversation`."""
+        edit = None
+        if self.edit_rows and rng.random() < 0.5:
+            i = rng.choice(self.edit_rows)
+            edit = i - 1, i, self.train.caption(i)
+        i = rng.choice(self.rows)
+        return picture_conversation(rng, i, self.train.caption(i), edit)
+
+    def validation_edits(self, n: int) -> list[tuple[int, int, list[int]]]:
+        return [(i - 1, i, self.train.part(i, "ids", "offsets")) for i in self.val_edit_rows[:n]]
+
+    def pixels(self, pictures: list[int]) -> Tensor:
+        """What the VAE makes of the latents."""
+        return self.codec.decode(self.latents(pictures, self.codec))
 
     def validation(self, n: int) -> list[tuple[int, list[int]]]:
         rows = random.Random(0).sample(self.val_rows, min(n, len(self.val_rows)))
@@ -263,12 +308,13 @@ class LatentSource:
             made = f"the latents of {config.data}, {self.train.vae}"
             raise ValueError(f"--vae {path} is not the one that made {made}")
         codec.bound = self.train.bound
+        self.codec = codec
         return vae_entry(path, codec), codec
 
     def check(self, config: TrainConfig, model: ModelConfig, base: str) -> None:
-        """Captions and pictures alone, of the size, VAE and tokenizer that the model has."""
-        if not set(config.tasks) <= {"caption", "generate"}:
-            raise ValueError(f"--task {config.task}: {config.data} holds latents; this takes pictures")
+        """What the tasks need, of the size, VAE and tokenizer that the model has."""
+        if "edit" in config.tasks and not self.edit_rows:
+            raise ValueError(f"--task {config.task}: {config.data} holds no edits")
         if config.image_size != self.train.image_size:
             found = f"{config.data} holds pictures of {self.train.image_size} pixels"
             raise ValueError(f"{found}; --image-size is {config.image_size}")
@@ -276,4 +322,4 @@ class LatentSource:
             shards.check_fits(model.latent_channels, model.latent_size, model.vocab_size, base)
 
     def fingerprint(self) -> bytes:
-        return b"".join((s.folder / INDEX).read_bytes() for s in (self.train, self.val))
+        return b"".join(path.read_bytes() for s in (self.train, self.val) for path in s.indices)

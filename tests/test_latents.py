@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,7 @@ import data
 from load_qwen3 import load_tokenizer
 from scale import latents
 from scale.latents import EncodeConfig, LatentShards, encode_source
-from scale.pictures import load_pictures
+from scale.pictures import load_edits, load_pictures
 from scale.vae import PatchPCA, load_vae
 
 VAE = Path(__file__).resolve().parent / "fixtures" / "vae_sd"  # 4 channels, 2 pixels a latent
@@ -185,29 +186,75 @@ def write_lines(folder: Path, every_edit: int) -> str:
     return str(folder)
 
 
-def test_edits_are_left_out_and_counted(tmp_path, capfd):
-    """What is written is, bit by bit, what it is without them."""
-    encode_source(config(tmp_path / "a", data=write_lines(tmp_path / "plain", 0)), linear())
-    assert "left out" not in capfd.readouterr().err
-    mixed = config(tmp_path / "b", data=write_lines(tmp_path / "mixed", 4))
+def test_an_edit_is_two_rows_the_picture_before_it_and_the_one_after_it(tmp_path, capfd):
+    mixed = config(tmp_path / "out", data=write_lines(tmp_path / "mixed", 4))
     shards = encode_source(mixed, linear())
-    assert contents(tmp_path / "a") == contents(tmp_path / "b") and len(shards) == GOOD
-    assert "make it green" not in map(shards.caption, range(GOOD))
-    lines = capfd.readouterr().err.strip().splitlines()[-2:]
-    assert lines[0] == "left out 9 edits (lines with a source)"
-    assert lines[1].startswith("skipped 6 of 30 samples: metadata.jsonl:1 (not {")
+    assert capfd.readouterr().err.strip().splitlines()[-1].startswith("skipped 9 of 39 samples: metadata")
+    kinds, shown = shards.column("kinds"), shards.column("pictures")
+    edits = load_edits(mixed.data, 16)
+    targets = [i for i, kind in enumerate(kinds) if kind == latents.TARGET]
+    assert len(targets) == len(edits.instructions) == 6 and len(shards) == GOOD + 2 * 6
+    for n, i in enumerate(targets):
+        assert kinds[i - 1] == latents.SOURCE and shards.caption(i - 1) == "" and shown[i - 1] == shown[1]
+        assert shards.caption(i) == edits.instructions[n] == "make it green"
+        z, (before, after) = shards.read([i - 1, i])
+        wanted = PatchPCA.encode(linear(), torch.stack((edits.sources[n], edits.targets[n])))
+        torch.testing.assert_close(z, wanted, rtol=1e-3, atol=1e-3)
+        assert not before and after
+    assert len({shown[i] for i, kind in enumerate(kinds) if kind == latents.CAPTIONED}) == GOOD
     codec = linear()
-    assert len(encode_source(mixed, codec)) == GOOD and codec.calls == 0
+    assert len(encode_source(mixed, codec)) == len(shards) and codec.calls == 0
 
 
-def test_edits_alone_cannot_be_encoded_and_the_error_says_what_they_are_for(tmp_path):
+def test_edits_alone_are_encoded_too(tmp_path):
     folder = helpers.write_photos(tmp_path / "photos", n=2)
     line = {"source": "000.png", "text": "x", "file_name": "001.png"}
     (folder / "metadata.jsonl").write_text(json.dumps(line))
-    with pytest.raises(ValueError) as error:
-        encode_source(config(tmp_path / "out", data=str(folder)), linear())
-    says = "no captioned pictures; 1 edits (lines with a source), which are for --task edit"
-    assert str(error.value) == f"{folder}: {says}" and not (tmp_path / "out/index.json").exists()
+    assert encode_source(config(tmp_path / "out", data=str(folder)), linear()).column("kinds") == [1, 2]
+
+
+def without_newer_tensors(folder: Path) -> LatentShards:
+    """As the first program that wrote shards left them."""
+    for path in folder.glob("shard-*.safetensors"):
+        tensors, metadata = load_file(path), safe_open(path, "pt").metadata()
+        for name in ("kinds", "pictures"):
+            del tensors[name]
+        save_file(tensors, path, metadata)
+    return LatentShards(folder)
+
+
+def test_shards_of_before_there_were_edits_in_them_are_read(tmp_path):
+    shards = without_newer_tensors(copy(tmp_path / "old"))
+    assert shards.column("kinds") == [] and len(shards) == GOOD
+    assert torch.equal(shards.read([3, 20])[0], LatentShards(encoded()).read([3, 20])[0])
+
+
+@pytest.mark.parametrize(("parts", "killed"), ((2, 1), (3, -1)))
+def test_parts_by_several_processes_are_read_together(tmp_path, parts, killed):
+    for i in reversed(range(parts)):
+        one = config(tmp_path / f"part-{i}", part=f"{i + 1}/{parts}")
+        if i == 0 and killed >= 0:
+            codec = linear()
+            codec.die_at = killed
+            with pytest.raises(Killed):
+                encode_source(one, codec)
+        encode_source(one, linear())
+    joined, whole = LatentShards(tmp_path / "part-*"), LatentShards(encoded())
+    assert len(joined) == len(whole) == GOOD and torch.equal(joined.bound, whole.bound)
+    assert [joined.caption(i) for i in range(GOOD)] == [whole.caption(i) for i in range(GOOD)]
+    z, ids = joined.read([*range(GOOD)])
+    assert (
+        torch.allclose(z, whole.read([*range(GOOD)])[0], atol=2e-3) and ids == whole.read([*range(GOOD)])[1]
+    )
+    encode_source(config(tmp_path / "part-x"), linear(seed=1))
+    with pytest.raises(ValueError, match="part-x was not encoded as the others: vae_fingerprint is"):
+        LatentShards(tmp_path / "part-*")
+
+
+@pytest.mark.parametrize("part", ("0/2", "3/2", "1", "a/b", "-1/2", "1/0"))
+def test_a_part_is_one_of_so_many(tmp_path, part):
+    with pytest.raises(ValueError, match=re.escape(f"--part is {part!r}; it takes I/N")):
+        encode_source(config(tmp_path / "out", part=part), linear())
 
 
 def test_no_more_pictures_than_a_batch_are_in_memory(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from test_latents import GOOD, config, encoded, linear, source
+from test_latents import GOOD, config, encoded, linear, source, without_newer_tensors
 from torch import Tensor
 
 import train
@@ -23,7 +23,7 @@ from chat.template import check_messages
 from config import TrainConfig
 from load_qwen3 import load_tokenizer
 from scale.latents import LatentShards, encode_source
-from scale.pictures import Edits, Pictures, load_pictures
+from scale.pictures import Edits, Pictures, load_edits, load_pictures
 from scale.sources import LatentSource, PictureSource
 from scale.vae import PatchPCA
 
@@ -335,8 +335,47 @@ def test_latents_that_a_vae_rounded_otherwise_are_of_one_picture(tmp_path, monke
     monkeypatch.setattr(
         codec, "encode", lambda *a: (z := clean(*a)) + 1e-6 * torch.randn(z.shape, generator=generator)
     )
-    encode_source(out, codec)
-    assert len(LatentSource(LatentShards(tmp_path / "latents")).validation(96)) == 2
+    shards = encode_source(out, codec)
+    assert len(LatentSource(shards).validation(96)) == 2  # by their pixels
+    assert len(LatentSource(without_newer_tensors(shards.folder)).validation(96)) == 2
+
+
+def test_edits_and_conversations_from_latents_are_those_from_pictures(tmp_path):
+    data = helpers.write_edits(tmp_path / "data", n=44) / "all.jsonl"
+    encode_source(config(tmp_path / "latents", data=str(data)), linear())
+    ours = LatentSource(LatentShards(tmp_path / "latents"))
+    pictures = PictureSource(load_pictures(str(data), 16), None, load_edits(str(data), 16))
+    tokenizer = load_tokenizer(helpers.base())
+
+    def same(numbers: list[int], pixels: list[Tensor]) -> None:
+        wanted = PatchPCA.encode(linear(), torch.stack(pixels))
+        torch.testing.assert_close(ours.latents(numbers, None), wanted, rtol=1e-3, atol=1e-3)
+
+    for drawn in (
+        lambda x, seed: x.edited(random.Random(seed)),
+        lambda x, seed: x.validation_edits(9)[seed % 2],
+    ):
+        for seed in range(30):
+            (*numbers, ids), (*pixels, words) = drawn(ours, seed), drawn(pictures, seed)
+            same(numbers, pixels)
+            assert tokenizer.decode(ids) == words
+    kinds = Counter()
+    for seed in range(60):
+        found = [x.conversation(random.Random(seed)) for x in (ours, pictures)]
+        for mine, theirs in zip(*found, strict=True):
+            parts = list(zip(mine["content"], theirs["content"], strict=True))
+            for a, b in parts:
+                if a["type"] == "image":
+                    same([a["image"]], [b["image"]])
+                else:
+                    assert a == b
+            kinds[tuple(p["type"] for p in mine["content"])] += 1
+    assert len(kinds) >= 3
+    ours.codec = linear()
+    before, after, _ = zip(*ours.validation_edits(2), strict=True)
+    assert ours.pixels(list(before)).shape == (2, 3, 16, 16)
+    targets = {x for i in ours.val_edit_rows for x in (i - 1, i)}
+    assert not {ours.edited(random.Random(i))[1] for i in range(200)} & targets
 
 
 def test_latents_set_aside_for_validation_are_never_trained_on():
@@ -351,8 +390,8 @@ def test_latents_set_aside_for_validation_are_never_trained_on():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"task": "edit"}, "--task edit: {data} holds latents; this takes pictures"),
-        ({"task": "generate,chat"}, "--task generate,chat: {data} holds latents; this takes"),
+        ({"task": "edit"}, "--task edit: {data} holds no edits"),
+        ({"task": "generate,edit"}, "--task generate,edit: {data} holds no edits"),
         ({"image_size": 32}, "{data} holds pictures of 16 pixels; --image-size is 32"),
     ],
 )
