@@ -7,6 +7,7 @@ second stage inherits it from the first, and whether it may change when a run is
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import dis
@@ -434,9 +435,14 @@ def tune_torch() -> None:
     there. On processors with AMX it rounds their inputs to bfloat16, and is no faster for models of this
     size: where a product comes out rounded, the setting is taken back. Gradients that fade out become
     denormal numbers, with which arithmetic is slow; they are flushed to zero. Of the attention kernels on
-    GPUs, cuDNN's builds a plan anew for every length, and is left out.
+    GPUs, cuDNN's builds a plan anew for every length, and is left out. glibc gives freed memory back to the
+    system and gets it again, page by page, for every tensor of some size: it is told to keep it, which saves
+    a third of the time of painting.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: up to 32 MiB
     torch.set_float32_matmul_precision("medium")
     x = torch.full((256, 256), 1 + 2.0**-12)  # bfloat16 would make it 1
     if not torch.cuda.is_available() and not torch.equal(x @ torch.eye(256), x):
