@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import reprlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,9 @@ from scale.vae import AutoencoderKL, PatchPCA, load_vae
 if TYPE_CHECKING:
     from train import Run
 
+# what the fields of checkpoint.json are
+KINDS = dict(step=int, base=str, fingerprint=str, model=dict, diffusion=dict, trained=list, config=dict)
+KINDS |= dict(vae=dict | None)
 FORMAT = 1  # of checkpoint.json; checkpoints of before it was written there have it as well
 # each names the folder of the last run of `train.py --config ...`
 LAST_RUNS = {"small": Path("runs/last-small"), "small-chat": Path("runs/last-small-chat")}
@@ -183,6 +187,10 @@ def read_info(folder: Path) -> dict:
     if info.get("format", FORMAT) != FORMAT:
         found = f"of format {info['format']!r}, and this program reads format {FORMAT}"
         raise ValueError(f"{folder / 'checkpoint.json'}: {found}")
+    for name, kind in KINDS.items():
+        if name in info and not isinstance(info[name], kind):
+            wrong = f"not a checkpoint of this program: {name} is {reprlib.repr(info[name])}"
+            raise ValueError(f"{folder / 'checkpoint.json'}: {wrong}")
     return info
 
 
@@ -261,7 +269,10 @@ def load_trained(
         base, overrides = base or info["base"], dict(info["model"])
         diffusion, wanted, trained = Diffusion(**info["diffusion"]), info["fingerprint"], info["trained"]
         overrides["unet_channels"] = tuple(overrides["unet_channels"])
-        info["config"]["latent_patch"]
+        if not 0 < info["config"]["latent_patch"] < 2**12 or not all(isinstance(n, str) for n in trained):
+            raise TypeError("latent_patch or trained makes no sense")
+        if made := info.get("vae"):
+            made["path"] + made["fingerprint"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'checkpoint.json'}: not a checkpoint of this program: {error}") from None
     model, found = load_qwen3(base, **overrides), base_fingerprint(resolve(base))
@@ -396,11 +407,14 @@ def append_metrics(out: Path, line: dict) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of a metrics.jsonl, up to one that a kill, or whatever it was, has damaged."""
     lines = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            break
+        lines.append(row)
     return lines

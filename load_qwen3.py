@@ -144,12 +144,14 @@ def read_config(folder: Path) -> dict:
     fields.setdefault("tie_word_embeddings", False)
     fields |= {"rope_theta": theta, "rope_scaling": scaling}
     for name, value in fields.items():
-        if name in COUNTS and (type(value) is not int or value < 1):
-            raise ValueError(f"{path}: {name} = {json.dumps(value)} is not a positive whole number")
+        shown = f"{path}: {name} = {json.dumps(value)}"
+        most = 2**12 if name == "num_hidden_layers" else 2**24  # to find that more are missing takes too long
+        if name in COUNTS and (type(value) is not int or not 0 < value <= most):
+            raise ValueError(f"{shown} is not a positive whole number up to {most}")
         if name in ("rms_norm_eps", "rope_theta") and not (type(value) in (int, float) and value > 0):
-            raise ValueError(f"{path}: {name} = {json.dumps(value)} is not a positive number")
+            raise ValueError(f"{shown} is not a positive number")
         if name == "tie_word_embeddings" and not isinstance(value, bool):
-            raise ValueError(f"{path}: {name} = {json.dumps(value)} is neither true nor false")
+            raise ValueError(f"{shown} is neither true nor false")
     fields["rope_theta"] = float(theta)
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])  # Qwen2, Llama
     if fields["head_dim"] % 2:

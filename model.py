@@ -72,6 +72,10 @@ class ModelConfig:
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads = {self.num_key_value_heads}"
             )
+        sizes = (self.latent_channels, self.latent_size, *self.unet_channels)
+        if len(sizes) != 4 or any(type(x) is not int or not 0 < x < 2**16 for x in sizes):
+            names = "latent_channels, latent_size and two unet_channels"
+            raise ValueError(f"{names} = {sizes}: these are positive whole numbers below {2**16}")
         if self.latent_size % 2:
             raise ValueError(f"latent_size = {self.latent_size} is odd; the U-Net halves it once")
         c1, c2 = self.unet_channels

@@ -186,10 +186,10 @@ def training_curves(metrics: list[dict], timesteps: tuple[int, ...]) -> Image.Im
     """Losses, and validation errors at the second and fifth of `timesteps`, from a run's metrics.jsonl."""
 
     def loss(key: str) -> list[tuple[float, ...]]:
-        return [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
+        return [(m["step"], m[key]) for m in metrics if isinstance(m.get(key), float)]
 
     def error(which: str, i: int) -> list[tuple[float, ...]]:
-        return [(m["step"], m["val"][which][i]) for m in metrics if which in m.get("val", {})]
+        return [(m["step"], m["val"][which][i]) for m in metrics if which in (m.get("val") or {})]
 
     panels = [("training loss by step", {key: loss(key) for key in ("ddpm_loss", "lm_loss")})]
     for i in (1, 4):

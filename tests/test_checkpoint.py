@@ -703,3 +703,26 @@ def test_a_moved_project_is_told_how_to_say_where_the_base_is(tmp_path):
         assert "old: no such folder" in result.err and "if it was moved, say with --base" in result.err
     helpers.good(sample, *asked, "--base", "new", folder=tmp_path)
     helpers.good(train, *again, "--base", "new", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    (
+        *(("base", False), ("base", []), ("fingerprint", 7), ("model", "x"), ("model", [1]), ("step", "2")),
+        *(("trained", {}), ("trained", [[]]), ("vae", 7), ("vae", {"path": 3}), ("config", [])),
+        *(("config", {"latent_patch": [4]}), ("config", {"latent_patch": 10**30})),
+    ),
+)
+def test_a_field_of_checkpoint_json_of_another_kind_is_named(whole, field, value):
+    info = json.loads((whole / "checkpoint.json").read_text()) | {field: value}
+    (whole / "checkpoint.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="checkpoint.json: not a checkpoint of this program"):
+        load_trained(whole)
+
+
+@pytest.mark.parametrize(
+    "line", (b"\xff\xfe", b"[1]", b"null", b'{"loss": 1.0}', b'{"step": "x"}', b"[" * 10**5)
+)
+def test_metrics_are_read_up_to_a_damaged_line(tmp_path, line):
+    (tmp_path / "m.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}]
