@@ -24,6 +24,7 @@ import argparse
 import json
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -322,6 +323,10 @@ def on_files(trained: Trained, args: argparse.Namespace) -> dict:
         report["captions"], written = describe_pictures(trained, pictures, args.max_tokens)
         c = report["captions"]
         print(f"{args.data}: {c['pictures']} pictures, CIDEr {c['cider']:.4f}, exact {100 * c['exact']:.1f}%")
+        lengths = [len(encode_plain(trained.tokenizer, row["caption"])) for row in written]
+        if long := sum(n >= args.max_tokens for n in lengths):
+            cut = f"note: {long:,} of {len(lengths):,} captions reach --max-tokens {args.max_tokens}"
+            print(f"{cut}, where they are cut", file=sys.stderr)
         if args.captions:
             write_atomic(Path(args.captions), json.dumps(written, indent=1, ensure_ascii=False) + "\n")
     return report

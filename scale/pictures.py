@@ -241,8 +241,8 @@ def square_rgb(image: Image.Image, size: int) -> Image.Image:
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """The colours that an ICC profile says, as sRGB: wide gamuts, Adobe RGB, CMYK, grey.
 
-    Our choice: relative colorimetric with black point compensation, so that white stays white and what sRGB
-    can show keeps its colour. A profile that cannot be used is ignored: the numbers are taken as sRGB.
+    Relative colorimetric with black point compensation: white stays white, and what sRGB can show keeps its
+    colour. A profile that cannot be used is ignored: the numbers are taken as sRGB.
     """
     base = image.convert("L" if image.mode in ("1", "L", "LA") else "CMYK" if image.mode == "CMYK" else "RGB")
     how = dict(renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB")

@@ -709,7 +709,14 @@ def test_a_moved_project_is_told_how_to_say_where_the_base_is(tmp_path):
     "field, value",
     (
         *(("base", False), ("base", []), ("fingerprint", 7), ("model", "x"), ("model", [1]), ("step", "2")),
-        *(("trained", {}), ("trained", [[]]), ("vae", 7), ("vae", {"path": 3}), ("config", [])),
+        *(
+            ("trained", {}),
+            ("trained", [[]]),
+            ("optimizer", [7]),
+            ("vae", 7),
+            ("vae", {"path": 3}),
+            ("config", []),
+        ),
         *(("config", {"latent_patch": [4]}), ("config", {"latent_patch": 10**30})),
     ),
 )

@@ -332,7 +332,7 @@ def test_choices_are_made_by_the_model_of_the_checkpoint_and_by_its_base(tmp_pat
     assert evaluate.text_parameters_changed(trained.model, seen[1]) == []
 
 
-def test_captions_of_a_folder_are_written_as_coco_has_them(tmp_path):
+def test_captions_of_a_folder_are_written_as_coco_has_them(tmp_path, monkeypatch):
     names = ("COCO_val2014_000000000042", "000007", "a photo")
     (tmp_path / "data").mkdir()
     for name, photo in zip(names, sorted(helpers.photos().glob("*.png")), strict=False):
@@ -348,6 +348,11 @@ def test_captions_of_a_folder_are_written_as_coco_has_them(tmp_path):
     assert set(report) == {"checkpoint", "step", "captions"}
     assert report["captions"] == evaluate.caption_report(written, [[c] for c in found.captions])
     assert out == f"data: 3 pictures, CIDEr {report['captions']['cider']:.4f}, exact 0.0%\n"
+    result = helpers.call(evaluate, "--checkpoint", helpers.photo_run(), *flags, folder=tmp_path)
+    assert result.err == "note: 3 of 3 captions reach --max-tokens 5, where they are cut\n"
+    monkeypatch.setattr(evaluate, "describe_images", lambda t, pictures, **_: ["red"] * len(pictures))
+    result = helpers.call(evaluate, "--checkpoint", helpers.photo_run(), *flags, folder=tmp_path)
+    assert result.status == 0 and not result.err
     shutil.copy(tmp_path / "data" / "000007.png", tmp_path / "data" / "no 7.png")
     shutil.copy(tmp_path / "data" / "000007.txt", tmp_path / "data" / "no 7.txt")
     on_files(tmp_path, *flags)

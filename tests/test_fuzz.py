@@ -401,7 +401,7 @@ def check_case(number: int, here: Path, capfd: pytest.CaptureFixture) -> None:
     assert {k: after.get(k) for k in before} == before, kind
     assert "Traceback" not in said and stop.value.code in (0, 2)
     if stop.value.code == 2:
-        lines = [x for x in said.splitlines() if not x.startswith(("usage: ", " ", "note: "))]
+        lines = [x for x in said.strip().split("\n") if not x.startswith(("usage: ", " ", "note: "))]
         (line,) = [x for x in lines if not x.startswith(("skipped ", "left out "))]
         assert "error: " in line and len(line) < 6000, line
 
