@@ -484,7 +484,7 @@ def is_deliberate(error: ValueError) -> bool:
 def run_command(main: Callable[[], None]) -> typing.NoReturn:
     """Run a command; a user's mistake ends in one line and status 2, an interrupt in status 130.
 
-    An error that nobody raised for the user is a bug: it keeps its traceback, behind a line that says so.
+    An error that nobody raised for the user keeps its traceback, behind a line that says it may be a bug.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a caption may hold what the terminal cannot show
@@ -500,7 +500,7 @@ def run_command(main: Callable[[], None]) -> typing.NoReturn:
             first = str(error).partition("\n")[0] or "MemoryError"
             reason = f"not enough memory for this ({first})"
         elif not isinstance(error, OSError) and not (isinstance(error, ValueError) and is_deliberate(error)):
-            print("a bug of this program, not a mistake in what it was given:", file=sys.stderr)
+            print("this was not expected, and may be a bug of this program:", file=sys.stderr)
             raise
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)

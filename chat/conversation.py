@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from chat import template
 from checkpoint import Trained, write_atomic
-from config import read_text
+from config import is_deliberate, read_text
 from generate import Context, GenerationConfig, Watch, encode_pictures, generate, read_picture
 from lab import figures
 from small.dialogues import THINK_PROMPT
@@ -282,4 +282,6 @@ def talk(trained: Trained, options: GenerationConfig, thinking: bool, folder: Pa
         except KeyboardInterrupt:
             print("interrupted: that message and its answer are dropped", file=sys.stderr)
         except (ValueError, OSError) as error:
+            if isinstance(error, ValueError) and not is_deliberate(error):
+                raise
             print(f"error: {error}", file=sys.stderr)

@@ -422,7 +422,7 @@ def test_what_is_raised_for_the_user_is_one_line(capsys, main, line):
 def test_what_nobody_raised_for_the_user_keeps_its_traceback(capsys, main, kind):
     with pytest.raises(kind):
         config.run_command(main)
-    assert capsys.readouterr().err == "a bug of this program, not a mistake in what it was given:\n"
+    assert capsys.readouterr().err == "this was not expected, and may be a bug of this program:\n"
 
 
 def test_a_library_in_an_environment_below_the_root_is_no_part_of_the_project():

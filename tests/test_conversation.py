@@ -832,3 +832,11 @@ def test_flags_make_the_generation_config(monkeypatch, tmp_path):
 def test_a_thought_is_quoted_line_by_line_and_a_form_feed_ends_none():
     thought = {"role": "assistant", "content": "yes", "reasoning_content": "a\u2028b\x0cc\n\nd"}
     assert as_markdown([thought]) == "**assistant**\n\n> a\u2028b\x0cc\n>\n> d\n\nyes\n"
+
+
+def test_a_bug_in_an_answer_is_not_told_as_a_mistake_of_the_one_who_asked(
+    trained, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(Conversation, "answer", lambda *_: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        converse(trained, monkeypatch, capsys, tmp_path / "talk", "hi")
