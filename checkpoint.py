@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import reprlib
 import shutil
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from load_qwen3 import (
     open_safetensors,
     read_json,
     resolve,
+    tokenizer_identity,
 )
 from model import LMFusion
 from scale.parallel import Team, alike, fill, full_tensor
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 
 # what the fields of checkpoint.json are
 KINDS = dict(step=int, base=str, fingerprint=str, model=dict, diffusion=dict, trained=list, config=dict)
-KINDS |= dict(optimizer=list, vae=dict | None)
+KINDS |= dict(optimizer=list, vae=dict | None, tokenizer=str)
 FORMAT = 1  # of checkpoint.json; checkpoints of before it was written there have it as well
 # each names the folder of the last run of `train.py --config ...`
 LAST_RUNS = {"small": Path("runs/last-small"), "small-chat": Path("runs/last-small-chat")}
@@ -137,6 +139,7 @@ def write_folder(
         path = beside / part_name(name, team.rank, size)
         if mine:
             attempt(lambda mine=mine, path=path: save_file(mine, str(path), metadata={"format": "pt"}))
+            attempt(lambda path=path: set_mode(path))
             attempt(lambda path=path: sync(path))
     if team.is_main:
         attempt(write_texts)
@@ -153,6 +156,27 @@ def write_folder(
         raise OSError(f"{folder} could not be written: {reason}") from None
 
 
+def set_mode(path: Path) -> None:
+    """As any new file of this user: safetensors' own may be read by nobody else."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def check_writable(path: Path) -> None:
+    """See that a folder can be made, and a file written in it; OSError with its name. Nothing stays."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+        for made in missing:
+            made.rmdir()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+
+
 def sync(path: Path) -> None:
     """On the disk, not only on its way there."""
     with open(path, "r+b") as f:  # Windows syncs no file that was opened to be read
@@ -161,8 +185,9 @@ def sync(path: Path) -> None:
 
 def list_checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = [p for p in out.glob("step-*") if (p / "checkpoint.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")) if p.name[5:].isdigit() else -1)
+    ours = (p for p in out.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name))  # no copies of them
+    found = [p for p in ours if (p / "checkpoint.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def find_checkpoint(folder: str | Path | None, config: str = "small") -> Path:
@@ -282,6 +307,7 @@ def load_trained(
         raise ValueError(
             f"{what} (fingerprint {found[:12]}, expected {wanted[:12]}); name the right one with --base"
         )
+    check_tokenizer(folder, info, base)
     own = {name: torch.empty(p.shape, device="meta") for name, p in model.state_dict().items()}
     for name in trained:
         if name not in own:
@@ -315,6 +341,7 @@ def save_run(run: Run) -> None:
         "name": run.name,
         "base": address(run.base),
         "fingerprint": run.fingerprint,
+        "tokenizer": tokenizer_identity(resolve(run.base, weights=False)),
         "vae": run.vae,
         "model": run.overrides,
         "diffusion": {"shift": run.config.schedule_shift, "prediction": run.config.prediction},
@@ -333,10 +360,18 @@ def save_run(run: Run) -> None:
         write_atomic(LAST_RUNS[run.name], f"{run.out}\n")
 
 
+def check_tokenizer(folder: Path, info: dict, base: str) -> None:
+    """ValueError unless a base reads text as a checkpoint's own did; the first ones did not record it."""
+    ours = tokenizer_identity(resolve(base, weights=False))
+    if info.get("tokenizer", ours) != ours:
+        raise ValueError(f"the tokenizer.json of {base} is not the one that {folder} was trained with")
+
+
 def fill_run(run: Run, folder: Path, info: dict, weights: str) -> None:
     """The trained tensors and the codec of a checkpoint, in place of the run's own."""
     if info.get("fingerprint") != run.fingerprint:
         raise ValueError(f"{run.base} is not the language model that {folder} was trained on")
+    check_tokenizer(folder, info, run.base)
     ours, theirs = ((x or {}).get("fingerprint") for x in (run.vae, info.get("vae")))
     if ours != theirs:
         latents = f"the latents of --data {run.config.data}"

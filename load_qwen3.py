@@ -102,7 +102,10 @@ def open_safetensors(path: Path) -> safe_open:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        return safe_open(str(path), framework="pt")
+        with open(path, "rb"):  # for the library, a file that may not be read is one that is not there
+            return safe_open(str(path), framework="pt")
+    except PermissionError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
 
@@ -229,7 +232,17 @@ def load_tokenizer(folder_or_hub_id: str | Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: not a tokenizer file: {error}") from None
     image_tokens(tokenizer, path)
+    tokenizer.no_truncation()  # some files store how a batch was once cut and filled
+    tokenizer.no_padding()
     return tokenizer
+
+
+@lru_cache
+def tokenizer_identity(folder: Path) -> str:
+    """SHA-256 of what `tokenizer.json` makes of a text; how the file is laid out does not matter."""
+    raw = read_json(folder / "tokenizer.json")
+    raw = {name: value for name, value in raw.items() if name not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
 def image_tokens(tokenizer: Tokenizer, path: Path | str = "tokenizer.json") -> tuple[int, int]:

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from checkpoint import (
     check_device,
+    check_writable,
     find_checkpoint,
     first_stage,
     list_checkpoints,
@@ -390,13 +391,13 @@ def main() -> None:
         from scale.budget import TrainingStep, dry_run  # only here: it takes torch's fake tensors
 
         return dry_run(config, TrainingStep(step_loss, make_optimizers))
-    out = Path(config.out)
-    found = list_checkpoints(out)
+    found = list_checkpoints(out := Path(config.out))
     if found and not resuming:
         raise ValueError(
             f"{out} already holds a run ({found[-1].name}); --resume continues it, another --out starts "
             "elsewhere, and deleting the folder starts over"
         )
+    check_writable(out)
     check_device(own_device(config.device))
     tune_torch()
     # SIGTERM comes from a scheduler that ends a job, and from torchrun when another process has died

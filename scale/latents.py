@@ -40,7 +40,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from checkpoint import check_device, write_atomic
+from checkpoint import check_device, check_writable, write_atomic
 from config import Bar, Parser, add_fields, flag_name, rules, run_command, setting
 from load_qwen3 import address, encode_plain, load_tokenizer, open_safetensors, read_json, resolve
 from scale.pictures import NAMED, Sample, list_samples, nothing_to_load, read_edit, read_sample, skipped_line
@@ -435,6 +435,7 @@ def main() -> None:
         if not given.get(name):
             parser.error(f"--{name} is needed: {rules(EncodeConfig)[name].help}")
     config = EncodeConfig(**given)
+    check_writable(Path(config.out))
     check_device(config.device)
     finished = (Path(config.out) / INDEX).is_file()
     shards = encode_source(config, load_vae(config.vae, getattr(torch, config.dtype), config.device))

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -37,7 +38,7 @@ from checkpoint import (
     write_atomic,
     write_folder,
 )
-from load_qwen3 import load_qwen3
+from load_qwen3 import load_qwen3, tokenizer_identity
 from scale import latents
 from scale.vae import load_vae
 from train import Run
@@ -733,3 +734,66 @@ def test_a_field_of_checkpoint_json_of_another_kind_is_named(whole, field, value
 def test_metrics_are_read_up_to_a_damaged_line(tmp_path, line):
     (tmp_path / "m.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}]
+
+
+# ---- what is ours, and what it was made with ----
+
+
+def test_a_copy_of_a_checkpoint_under_a_name_of_the_users_is_neither_used_nor_removed(tmp_path):
+    out = tmp_path / "run"
+    helpers.good(train, *helpers.photo_flags(out, "--steps", 2), folder=tmp_path)
+    copies = [
+        shutil.copytree(out / "step-000002", out / name) for name in ("step-000002-good", "step-9", "step-x")
+    ]
+    before = helpers.files(*copies)
+    helpers.good(train, *helpers.photo_flags(out, "--steps", 3, "--resume"), folder=tmp_path)
+    assert [p.name for p in list_checkpoints(out)] == ["step-000003"]
+    assert helpers.files(*copies) == before and not (out / "step-000002").exists()
+
+
+@pytest.mark.parametrize("umask", (0o022, 0o077))
+def test_all_files_have_the_mode_of_new_files(tmp_path, umask):
+    former = os.umask(umask)
+    try:
+        helpers.good(train, *helpers.photo_flags(tmp_path / "run", "--steps", 1), folder=tmp_path)
+    finally:
+        os.umask(former)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert set(modes.values()) == {0o666 & ~umask} and "model.safetensors" in modes, modes
+
+
+def test_a_base_that_reads_text_otherwise_is_another_base(tmp_path):
+    base, out = shutil.copytree(helpers.base(), tmp_path / "base"), tmp_path / "run"
+    flags = helpers.photo_flags(out, "--steps", 1)
+    flags[flags.index("--base") + 1] = str(base)
+    helpers.good(train, *flags, folder=tmp_path)
+    path = base / "tokenizer.json"
+    raw, vocab = json.loads(path.read_text(encoding="utf-8")), None
+    path.write_text(json.dumps(raw | {"truncation": None}), encoding="utf-8")  # laid out otherwise
+    tokenizer_identity.cache_clear()
+    load_trained(out)
+    vocab = raw["model"]["vocab"]
+    a, b = list(vocab)[300:302]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    tokenizer_identity.cache_clear()
+    says = f"the tokenizer.json of {base} is not the one that {out / 'step-000001'} was trained with"
+    with pytest.raises(ValueError, match=re.escape(says)):
+        load_trained(out)
+    for more in (["--resume", "--steps", "2"], ["--init-from", str(out), "--out", str(tmp_path / "second")]):
+        result = helpers.call(train, *flags, *more, folder=tmp_path)
+        assert result.status == 2 and says in result.err
+    info = json.loads((out / "step-000001/checkpoint.json").read_text())
+    del info["tokenizer"]  # as the first checkpoints are
+    (out / "step-000001/checkpoint.json").write_text(json.dumps(info))
+    load_trained(out)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "Run", lambda *a: pytest.fail("made"))
+    (tmp_path / "file").touch()
+    for out in (Path("/proc/x"), tmp_path / "file" / "run"):
+        result = helpers.call(train, *helpers.photo_flags(out), folder=tmp_path)
+        assert result.status == 2 and result.err.strip().splitlines()[-1].startswith(
+            f"error: {out} cannot be"
+        )

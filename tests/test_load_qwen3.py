@@ -1089,3 +1089,23 @@ def test_a_generation_config_that_makes_no_sense_is_named(tmp_path, write_qwen3,
     (folder / "generation_config.json").write_text(text)
     with pytest.raises(ValueError, match="generation_config.json: "):
         load_qwen3(folder, **IMAGE_SIDE)
+
+
+def test_cutting_and_filling_that_a_tokenizer_file_stores_are_off(tmp_path, write_qwen3):
+    folder = write_qwen3(tmp_path / "q")
+    plain = load_tokenizer(folder)
+    stored = load_tokenizer(folder)
+    stored.enable_truncation(4)
+    stored.enable_padding(length=9)
+    stored.save(str(folder / "tokenizer.json"))
+    text = "a red boat on the shingle"
+    assert load_tokenizer(folder).encode(text).ids == plain.encode(text).ids
+    assert len(plain.encode(text).ids) > 9
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_told_so(tmp_path, write_qwen3):
+    folder = write_qwen3(tmp_path / "q")
+    (folder / "model.safetensors").chmod(0)
+    with pytest.raises(ValueError, match="model.safetensors: Permission denied"):
+        load_qwen3(folder)

@@ -1078,8 +1078,10 @@ def test_tasks_that_the_data_or_the_tokenizer_do_not_give_are_refused(make_run):
     run, tokenizer = make_run(), Tokenizer(models.BPE())
     config, model, source = run.config, run.model.config, run.documents.source
     there = dataclasses.replace(config, task="edit,chat", data="there")
-    with pytest.raises(ValueError, match="--task edit,chat: there holds latents"):
-        LatentSource.check(LatentSource.__new__(LatentSource), there, model, "")
+    latents = LatentSource.__new__(LatentSource)
+    latents.edit_rows = []
+    with pytest.raises(ValueError, match="--task edit,chat: there holds no edits"):
+        latents.check(there, model, "")
     chat = dataclasses.replace(config, task="generate,chat")
     for missing in ("<|im_start|>", "<|im_end|>"):
         with pytest.raises(ValueError, match="--task chat: the base has no chat tokens") as error:
