@@ -341,7 +341,7 @@ def check_shapes(trained: Trained) -> None:
 
 def main() -> None:
     args = parse()
-    tune_torch()
+    tune_torch(keep_memory=True)
     trained = load_trained(args.checkpoint, args.base, args.device, getattr(torch, args.dtype), args.vae)
     if args.text or args.choices or args.data:
         report = on_files(trained, args)

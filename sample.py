@@ -196,7 +196,7 @@ def converse(trained: Trained, args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     check(args)
-    tune_torch()
+    tune_torch(keep_memory=True)
     task = "chat" if args.chat or args.messages else "edit" if args.edit is not None else ""
     dtype, config = getattr(torch, args.dtype), "small-chat" if task else "small"
     trained = load_trained(args.checkpoint, args.base, args.device, dtype, args.vae, config=config)

@@ -292,7 +292,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    tune_torch()
+    tune_torch(keep_memory=True)
     trained = load_trained(args.checkpoint, args.base, config="small-chat")
     check_shapes(trained)
     options = GenerationConfig(steps=args.steps, cfg=args.cfg, seed=args.seed)
