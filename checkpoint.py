@@ -307,7 +307,7 @@ def load_trained(
         raise ValueError(
             f"{what} (fingerprint {found[:12]}, expected {wanted[:12]}); name the right one with --base"
         )
-    check_tokenizer(folder, info, base)
+    check_tokenizer(folder, info, base, tokenizer_identity(resolve(base)))
     own = {name: torch.empty(p.shape, device="meta") for name, p in model.state_dict().items()}
     for name in trained:
         if name not in own:
@@ -341,7 +341,7 @@ def save_run(run: Run) -> None:
         "name": run.name,
         "base": address(run.base),
         "fingerprint": run.fingerprint,
-        "tokenizer": tokenizer_identity(resolve(run.base, weights=False)),
+        "tokenizer": run.tokenizer_identity,
         "vae": run.vae,
         "model": run.overrides,
         "diffusion": {"shift": run.config.schedule_shift, "prediction": run.config.prediction},
@@ -360,9 +360,8 @@ def save_run(run: Run) -> None:
         write_atomic(LAST_RUNS[run.name], f"{run.out}\n")
 
 
-def check_tokenizer(folder: Path, info: dict, base: str) -> None:
+def check_tokenizer(folder: Path, info: dict, base: str, ours: str) -> None:
     """ValueError unless a base reads text as a checkpoint's own did; the first ones did not record it."""
-    ours = tokenizer_identity(resolve(base, weights=False))
     if info.get("tokenizer", ours) != ours:
         raise ValueError(f"the tokenizer.json of {base} is not the one that {folder} was trained with")
 
@@ -371,7 +370,7 @@ def fill_run(run: Run, folder: Path, info: dict, weights: str) -> None:
     """The trained tensors and the codec of a checkpoint, in place of the run's own."""
     if info.get("fingerprint") != run.fingerprint:
         raise ValueError(f"{run.base} is not the language model that {folder} was trained on")
-    check_tokenizer(folder, info, run.base)
+    check_tokenizer(folder, info, run.base, run.tokenizer_identity)
     ours, theirs = ((x or {}).get("fingerprint") for x in (run.vae, info.get("vae")))
     if ours != theirs:
         latents = f"the latents of --data {run.config.data}"

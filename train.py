@@ -49,7 +49,7 @@ from config import (
 )
 from data import Ahead, Batch, Documents, make_batches
 from lab.watch import Progress, Stopwatch, asking_to_stop, draw_curves, draw_sheets, validate
-from load_qwen3 import base_fingerprint, load_qwen3, load_tokenizer, read_json, resolve
+from load_qwen3 import base_fingerprint, load_qwen3, load_tokenizer, read_json, resolve, tokenizer_identity
 from model import LMFusion
 from scale.muon import Muon
 from scale.parallel import Team, end_processes, full_tensor, init_processes, own_device, peer_lost, shard
@@ -177,8 +177,8 @@ class Run:
     """Everything that one run of training holds.
 
     model, codec, documents (its data), optimizers; trained, the parameters that learn, and ema, their moving
-    average or None; base, fingerprint, vae and overrides, by which a checkpoint is recognised; step, seconds;
-    clock, of the parts of a step.
+    average or None; base, fingerprint, tokenizer_identity, vae and overrides, by which a checkpoint is
+    recognised; step, seconds; clock, of the parts of a step.
     """
 
     def __init__(self, config: TrainConfig, name: str, team: Team | None = None, former: str | None = None):
@@ -193,9 +193,10 @@ class Run:
             self.team.agree("what --data holds", source.fingerprint())
         self.vae, self.codec = source.make_codec(config, self.team.device)
         self.base = find_base(config, self.team, former)
-        self.fingerprint = self.team.main_first(lambda: base_fingerprint(resolve(self.base)))
-        if many:
-            self.team.agree("the base language model", self.fingerprint.encode())
+        folder = resolve(self.base)
+        self.fingerprint = self.team.main_first(lambda: base_fingerprint(folder))
+        self.tokenizer_identity = tokenizer_identity(folder)
+        self.team.agree("the base language model", self.fingerprint.encode())
         self.overrides = config.model_overrides(self.codec.channels, self.codec.patch)
         torch.manual_seed(config.seed)  # of the U-Net, whether or not a base was just pretrained
         cut = partial(shard, team=self.team, dtype=getattr(torch, config.dtype))
@@ -393,17 +394,16 @@ def main() -> None:
         return dry_run(config, TrainingStep(step_loss, make_optimizers))
     found = list_checkpoints(out := Path(config.out))
     if found and not resuming:
-        raise ValueError(
-            f"{out} already holds a run ({found[-1].name}); --resume continues it, another --out starts "
-            "elsewhere, and deleting the folder starts over"
-        )
-    check_writable(out)
+        hint = "--resume continues it, another --out starts elsewhere, and deleting the folder starts over"
+        raise ValueError(f"{out} already holds a run ({found[-1].name}); {hint}")
     check_device(own_device(config.device))
     tune_torch()
     # SIGTERM comes from a scheduler that ends a job, and from torchrun when another process has died
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     team = init_processes(config.device, config.dtype)
     try:
+        if team.is_main:
+            check_writable(out)
         work(config, name, found[-1] if resuming else None, team)
     except RuntimeError as error:
         if team.size == 1 or not peer_lost(error):

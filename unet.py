@@ -68,6 +68,7 @@ class ResBlock(nn.Module):
         return fused(ResBlock.residual, x.device)(self, x, emb)
 
     def residual(self, x: Tensor, emb: Tensor) -> Tensor:
+        """What `forward` does, in a form that `fused` can compile."""
         y = self.conv1(F.silu(self.norm1(x))) + self.emb(emb)[:, :, None, None]
         return self.skip(x) + self.conv2(F.silu(self.norm2(y)))
 
@@ -84,9 +85,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         M, c, h, w = x.shape
-        qkv = (
-            self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
-        )  # (M, hw, 3c): for a fused kernel
+        # contiguous: the fused kernels take nothing else
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()  # (M, hw, 3c)
         q, k, v = qkv.view(M, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (M, heads, hw, d) each
         y = F.scaled_dot_product_attention(q, k, v)  # (M, heads, hw, d)
         return x + self.proj(y.transpose(1, 2).reshape(M, h, w, c).permute(0, 3, 1, 2))

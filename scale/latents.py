@@ -43,7 +43,16 @@ from torch import Tensor
 from checkpoint import check_device, check_writable, write_atomic
 from config import Bar, Parser, add_fields, flag_name, rules, run_command, setting
 from load_qwen3 import address, encode_plain, load_tokenizer, open_safetensors, read_json, resolve
-from scale.pictures import NAMED, Sample, list_samples, nothing_to_load, read_edit, read_sample, skipped_line
+from scale.pictures import (
+    NAMED,
+    Sample,
+    expand_braces,
+    list_samples,
+    nothing_to_load,
+    read_edit,
+    read_sample,
+    skipped_line,
+)
 from scale.vae import AutoencoderKL, load_vae
 
 FORMAT = 1  # of index.json and of the shards
@@ -314,8 +323,9 @@ def read_shard(path: Path, settings: Settings, remedy: str) -> Piece:
 
 def latent_folders(source: str | Path) -> list[Path]:
     """The folders of latents that a path or a pattern ("latents/part-*") names; [] if it names none."""
-    paths = [Path(source)] if Path(source).exists() else map(Path, sorted(glob.glob(str(source))))
-    found = [path for path in paths if path.is_dir()]
+    names = [str(source)] if Path(source).exists() else expand_braces(str(source))
+    paths = chain.from_iterable([name] if Path(name).exists() else sorted(glob.glob(name)) for name in names)
+    found = [path for path in map(Path, paths) if path.is_dir()]
     return found if any((f / INDEX).is_file() or any(f.glob("shard-*.safetensors")) for f in found) else []
 
 

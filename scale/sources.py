@@ -248,9 +248,8 @@ class LatentSource:
                 raise ValueError(f"{train.folder} and {self.val.folder} were not encoded alike: {found}")
         shown, targets = rows_of(train)
         others = rows_of(val)[0] if val else []
-        same = picture_digests(train)
-        ours = [same[i] for i in shown]
-        theirs = [picture_digests(val)[i] for i in others] if val else []
+        same, known = picture_digests(train), picture_digests(val) if val else []
+        ours, theirs = [same[i] for i in shown], [known[i] for i in others]
         pairs = [(same[i - 1], same[i]) for i in targets]
         rows, val_rows, edits, val_edits = split_examples(ours, pairs, theirs, f" in {train.folder}")
         self.rows, self.edit_rows, self.val_edit_rows = (
@@ -288,7 +287,8 @@ class LatentSource:
         return [(-1 - i, self.val.part(i, "ids", "offsets")) for i in rows]
 
     def words(self) -> Iterator[tuple[list[int], bool]]:
-        return ((self.train.part(i, "ids", "offsets"), False) for i in self.rows)
+        rows = chain(((i, False) for i in self.rows), ((i, True) for i in self.edit_rows))
+        return ((self.train.part(i, "ids", "offsets"), of_edit) for i, of_edit in rows)
 
     def prompts(self) -> list[str]:
         """Captions of training pictures, then of validation pictures."""

@@ -797,3 +797,13 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_made(tmp_pa
         assert result.status == 2 and result.err.strip().splitlines()[-1].startswith(
             f"error: {out} cannot be"
         )
+
+
+def test_a_checkpoint_asks_the_hub_for_nothing(make_run, monkeypatch):
+    """A base by its hub id: the run has all that is recorded of it from its start."""
+    run = make_run()
+    monkeypatch.setattr(checkpoint, "resolve", lambda *a, **k: pytest.fail("asked"))
+    run.base = "Qwen/Qwen3-0.6B"
+    run.out.mkdir(parents=True, exist_ok=True)
+    save_run(run)
+    assert checkpoint.read_info(run.out / "step-000000")["base"] == "Qwen/Qwen3-0.6B"

@@ -246,6 +246,8 @@ def test_parts_by_several_processes_are_read_together(tmp_path, parts, killed):
     assert (
         torch.allclose(z, whole.read([*range(GOOD)])[0], atol=2e-3) and ids == whole.read([*range(GOOD)])[1]
     )
+    two = sum(len(LatentShards(tmp_path / f"part-{i}")) for i in range(2))
+    assert len(LatentShards(str(tmp_path / "part-{0..1}"))) == two
     encode_source(config(tmp_path / "part-x"), linear(seed=1))
     with pytest.raises(ValueError, match="part-x was not encoded as the others: vae_fingerprint is"):
         LatentShards(tmp_path / "part-*")

@@ -374,6 +374,8 @@ def test_edits_and_conversations_from_latents_are_those_from_pictures(tmp_path):
     ours.codec = linear()
     before, after, _ = zip(*ours.validation_edits(2), strict=True)
     assert ours.pixels(list(before)).shape == (2, 3, 16, 16)
+    drawn = [(tokenizer.decode(ids), of_edit) for ids, of_edit in ours.words()]
+    assert drawn == list(pictures.words()) and {of_edit for _, of_edit in drawn} == {True, False}
     targets = {x for i in ours.val_edit_rows for x in (i - 1, i)}
     assert not {ours.edited(random.Random(i))[1] for i in range(200)} & targets
 
