@@ -260,7 +260,7 @@ def draw_edit(rng: random.Random, split: str = "train", source: Scene | None = N
     return Edit(before, after, attribute, wording.format(shape=before.shape, new=getattr(after, attribute)))
 
 
-REPEAT, PUZZLE, KNOWLEDGE, SAME = 0.15, 0.15, 0.1, 0.5
+REPEAT, PUZZLE, KNOWLEDGE, SAME = 0.15, 0.5, 0.1, 0.5
 
 
 def repeated_words(rng: random.Random) -> str:
