@@ -19,17 +19,19 @@ import os
 import re
 import reprlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from config import restore_config
+from config import TrainConfig, flag_name, lr_factor, restore_config
 from diffusion import Diffusion
 from load_qwen3 import (
     address,
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 
 # what the fields of checkpoint.json are
 KINDS = dict(step=int, base=str, fingerprint=str, model=dict, diffusion=dict, trained=list, config=dict)
-KINDS |= dict(optimizer=list, vae=dict | None, tokenizer=str)
+KINDS |= dict(optimizer=list, vae=dict | None, tokenizer=str, sources=dict)
 FORMAT = 1  # of checkpoint.json; checkpoints of before it was written there have it as well
 # each names the folder of the last run of `train.py --config ...`
 LAST_RUNS = {"small": Path("runs/last-small"), "small-chat": Path("runs/last-small-chat")}
@@ -163,18 +165,51 @@ def set_mode(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def check_writable(path: Path) -> None:
-    """See that a folder can be made, and a file written in it; OSError with its name. Nothing stays."""
-    missing = [p for p in (path, *path.parents) if not p.exists()]
+@contextmanager
+def locked(folder: Path, waiting: str = "") -> Iterator[None]:
+    """As the only process that writes in `folder`, which is made; left empty, it is removed at the end.
+
+    ValueError if another process is at it; with `waiting`, says that and waits for its end instead. OSError
+    if the folder cannot be made or written in. The kernel ends the lock with its process, killed or not.
+    """
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    path = folder / ".lock"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
-        for made in missing:
-            made.rmdir()
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+        raise OSError(f"{folder} cannot be written: {error.strerror}") from None
+    with file:
+        if not lock(file, wait=False):
+            file.seek(0)
+            if not waiting:
+                owner = f"another process ({file.read() or 'unknown'})"
+                raise ValueError(f"{folder}: {owner} writes there; wait for its end, or give another --out")
+            print(waiting, flush=True)
+            lock(file, wait=True)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # not empty, or gone
+                path.unlink()
+                for made in missing:
+                    made.rmdir()
+
+
+def lock(file: IO, wait: bool) -> bool:
+    """Lock a file among processes; False: another one has it. Where there are no locks, all get them."""
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def sync(path: Path) -> None:
@@ -348,13 +383,16 @@ def save_run(run: Run) -> None:
         "ema": run.ema is not None,
         "trained": sorted(run.trained),
         "optimizer": sorted(tensors["optimizer.safetensors"]),
+        "sources": {flag: sha256(content).hexdigest() for flag, content in run.sources.items()},
         "config": dataclasses.asdict(run.config),
     }
     write_folder(run.out / f"step-{run.step:06d}", tensors, info, "checkpoint.json", team=run.team)
     if not run.team.is_main:
         return
     for old in list_checkpoints(run.out)[: -run.config.keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        os.rename(old, old.with_name(f".{old.name}.tmp"))  # whole or gone, whatever happens now
+    for gone in run.out.glob(".step-*.tmp"):  # or left by a kill
+        shutil.rmtree(gone, ignore_errors=True)
     if run.name in LAST_RUNS:
         LAST_RUNS[run.name].parent.mkdir(parents=True, exist_ok=True)
         write_atomic(LAST_RUNS[run.name], f"{run.out}\n")
@@ -406,6 +444,22 @@ def resume(run: Run, folder: Path) -> None:
     if run.team.is_main:
         write_atomic(run.out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
     run.seconds = kept[-1]["seconds"] if kept else 0.0
+    if run.team.is_main and (changed := changes(run, info)):
+        print(f"{folder} goes on otherwise: {', '.join(changed)}", flush=True)
+
+
+def changes(run: Run, info: dict) -> list[str]:
+    """What a resumed run does otherwise than the checkpoint.json that it comes from."""
+    now, was = run.config, TrainConfig(**restore_config(info["config"], run.out))
+    names = [f.name for f in dataclasses.fields(now) if getattr(now, f.name) != getattr(was, f.name)]
+    found = [f"{flag_name(n)} {getattr(now, n)} (was {getattr(was, n)})" for n in names if n != "out"]
+    rates = [c.lr * lr_factor(run.step, c) for c in (now, was)]
+    if abs(rates[0] - rates[1]) > 1e-3 * rates[1]:
+        found.append(f"learning rate {rates[0]:.3g} (was {rates[1]:.3g})")
+    for flag, content in run.sources.items():
+        if info.get("sources", {}).get(flag, ours := sha256(content).hexdigest()) != ours:
+            found.append(f"{flag} holds something else, of which other parts train and validate")
+    return found
 
 
 def optimizer_tensors(parameters: dict, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -224,6 +224,15 @@ class TrainConfig:
         return {task: share for task, share in shares.items() if share}
 
 
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine from 1 to lr_final / lr over the rest of the run (Section 4.1)."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    low = min(1.0, config.lr_final / config.lr)
+    return low + (1 - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
 def paper(base: str, **changes: object) -> TrainConfig:
     """The paper's recipe (Section 4.1) on a stock checkpoint.
 

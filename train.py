@@ -16,6 +16,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +27,10 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from checkpoint import (
     check_device,
-    check_writable,
     find_checkpoint,
     first_stage,
     list_checkpoints,
+    locked,
     resume,
     save_run,
     saved_config,
@@ -42,6 +43,7 @@ from config import (
     TrainConfig,
     add_fields,
     inherited_config,
+    lr_factor,
     parse_stages,
     resumed_config,
     run_command,
@@ -161,15 +163,6 @@ def make_optimizers(model: LMFusion, config: TrainConfig) -> list[torch.optim.Op
     return optimizers
 
 
-def lr_factor(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine from 1 to lr_final / lr over the rest of the run (Section 4.1)."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    low = min(1.0, config.lr_final / config.lr)
-    return low + (1 - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
-
-
 # ---- A run ----
 
 
@@ -177,8 +170,8 @@ class Run:
     """Everything that one run of training holds.
 
     model, codec, documents (its data), optimizers; trained, the parameters that learn, and ema, their moving
-    average or None; base, fingerprint, tokenizer_identity, vae and overrides, by which a checkpoint is
-    recognised; step, seconds; clock, of the parts of a step.
+    average or None; base, fingerprint, tokenizer_identity, vae, overrides and sources (fingerprints of the
+    data), by which a checkpoint is recognised; step, seconds; clock, of the parts of a step.
     """
 
     def __init__(self, config: TrainConfig, name: str, team: Team | None = None, former: str | None = None):
@@ -188,9 +181,8 @@ class Run:
         for flag, size in (("batch-size", config.batch_size), ("text-batch", config.text_batch)):
             if size % self.team.size:
                 raise ValueError(f"--{flag} {size} is not a multiple of {self.team.size} processes")
-        many, source = self.team.size > 1, open_source(config)
-        if many:
-            self.team.agree("what --data holds", source.fingerprint())
+        source = open_source(config)
+        self.sources = {"--data": source.fingerprint()}
         self.vae, self.codec = source.make_codec(config, self.team.device)
         self.base = find_base(config, self.team, former)
         folder = resolve(self.base)
@@ -211,8 +203,10 @@ class Run:
         self.documents = Documents(config, self.model.config, tokenizer, source, text)
         if self.team.is_main:
             self.documents.tell_cuts()
-        if many and text is not None:
-            self.team.agree("what --text-data holds", text.fingerprint())
+        if text is not None:
+            self.sources["--text-data"] = text.fingerprint()
+        for flag, content in self.sources.items():
+            self.team.agree(f"what {flag} holds", content)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.ema = {n: p.detach().clone() for n, p in self.trained.items()} if config.ema else None
         self.optimizers = make_optimizers(self.model, config)
@@ -402,9 +396,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     team = init_processes(config.device, config.dtype)
     try:
-        if team.is_main:
-            check_writable(out)
-        work(config, name, found[-1] if resuming else None, team)
+        with locked(out) if team.is_main else nullcontext():
+            work(config, name, found[-1] if resuming else None, team)
     except RuntimeError as error:
         if team.size == 1 or not peer_lost(error):
             raise

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import Trained, list_checkpoints, read_metrics, resume, saved_config, write_atomic
+from checkpoint import Trained, list_checkpoints, locked, read_metrics, resume, saved_config, write_atomic
 from config import CONFIGS, Bar, Parser, TrainConfig, run_command, tune_torch
 from evaluate import caption_report, load_base, text_parameters_changed
 from generate import describe_images, encode_text, generate_images
@@ -174,9 +174,13 @@ def open_run(config: TrainConfig) -> Run:
 
 def run_cell(plan: Plan, name: str, seed: int) -> None:
     """Train and measure one cell, or go on where it stopped; its result is written when it is whole."""
-    start = time.perf_counter()
     config = configure(plan, name, seed, ensure_lab_base(plan))
-    run = open_run(config)
+    with locked(Path(config.out)):
+        measure_cell(plan, name, seed, config)
+
+
+def measure_cell(plan: Plan, name: str, seed: int, config: TrainConfig) -> None:
+    start, run = time.perf_counter(), open_run(config)
     trained = sum(p.numel() for p in run.trained.values())
     if run.step < config.steps:
         train(run, watch=lambda run: measure(as_trained(run), plan, seed))

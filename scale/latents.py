@@ -40,7 +40,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from checkpoint import check_device, check_writable, write_atomic
+from checkpoint import check_device, locked, write_atomic
 from config import Bar, Parser, add_fields, flag_name, rules, run_command, setting
 from load_qwen3 import address, encode_plain, load_tokenizer, open_safetensors, read_json, resolve
 from scale.pictures import (
@@ -160,7 +160,8 @@ def encode_source(config: EncodeConfig, codec: AutoencoderKL) -> LatentShards:
         settings.check_equal(read_json(out / INDEX), out / INDEX, REMEDY)
         return LatentShards(out)
     out.mkdir(parents=True, exist_ok=True)
-    pieces = read_shards(sorted(out.glob("shard-*")), settings, REMEDY)  # what a killed run has left
+    left = (p for p in out.glob("shard-*") if re.fullmatch(r"shard-\d{5,}\.safetensors", p.name))
+    pieces = read_shards(sorted(left), settings, REMEDY)  # by a killed run
     start = pieces[-1].end if pieces else 0
     shown = dict(total=len(samples), initial=start, desc="encoding", unit="picture")
     with Bar(samples[start:], **shown) as bar:
@@ -445,10 +446,10 @@ def main() -> None:
         if not given.get(name):
             parser.error(f"--{name} is needed: {rules(EncodeConfig)[name].help}")
     config = EncodeConfig(**given)
-    check_writable(Path(config.out))
     check_device(config.device)
-    finished = (Path(config.out) / INDEX).is_file()
-    shards = encode_source(config, load_vae(config.vae, getattr(torch, config.dtype), config.device))
+    with locked(Path(config.out)):
+        finished = (Path(config.out) / INDEX).is_file()
+        shards = encode_source(config, load_vae(config.vae, getattr(torch, config.dtype), config.device))
     state = "there already; nothing was changed" if finished else f"in {len(shards.files):,} shards"
     print(f"{shards.folder}: {len(shards):,} pictures, {state}")
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from attention import Tokens
 from chat.template import END_THINK, IM_END, IM_START, THINK, apply_chat_template, assistant_mask, encode
-from checkpoint import write_folder
+from checkpoint import locked, write_folder
 from config import Bar, Parser, run_command
 from data import next_tokens
 from load_qwen3 import BOI, EOI, STOCK, known_config, text_names
@@ -162,8 +162,11 @@ def ensure_base(seed: int, steps: int = STEPS) -> Path:
     """The folder of the tiny Qwen3, which is pretrained unless a former run has left it."""
     folder = Path("runs") / f"base-small-v{RECIPE}-{seed}{'' if steps == STEPS else f'-{steps}'}"
     if not folder.is_dir():
-        print(f"pretraining a tiny Qwen3 on built-in text, once, into {folder}", flush=True)
-        pretrain_base(folder, seed, steps)
+        waiting = f"waiting for another process that makes {folder}"
+        with locked(folder.with_name(f".{folder.name}.making"), waiting):
+            if not folder.is_dir():
+                print(f"pretraining a tiny Qwen3 on built-in text, once, into {folder}", flush=True)
+                pretrain_base(folder, seed, steps)
     return folder
 
 

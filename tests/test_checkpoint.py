@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
+from PIL import Image
 from runs import EDITS, FIXTURES, TASKS, Killed, last, metrics_without_clocks, new_run, take_steps
 from safetensors.torch import load_file, save_file
 
@@ -609,16 +612,13 @@ def break_writing(patch, moment: str, kind: type[BaseException]) -> None:
 KILL_FLAGS = ("--steps", 14, "--checkpoint-every", 1, "--sheet-every", 0, "--ema", 0.8)
 
 
-def start_training(folder: Path, resume: bool) -> subprocess.Popen:
+def start_training(folder: Path, resume: bool, disk: str = "unlimited") -> subprocess.Popen:
+    """disk: how large a file may be, in KiB."""
     command = [sys.executable, str(helpers.ROOT / "train.py"), *helpers.photo_flags(Path("run"), *KILL_FLAGS)]
+    shell = f"trap '' XFSZ; ulimit -f {disk}; exec {shlex.join(command + ['--resume'] * resume)}"
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(
-        command + ["--resume"] * resume,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(["bash", "-c", shell], cwd=folder, env=environment, **pipes)
 
 
 def newest(folder: Path) -> int:
@@ -626,32 +626,35 @@ def newest(folder: Path) -> int:
     return max([0, *(int(p.name.removeprefix("step-")) for p in list_checkpoints(folder / "run"))])
 
 
-def kill_at_a_random_moment(folder: Path, rng: random.Random) -> None:
-    """Start or resume training in a process of its own, and kill it a few checkpoints and moments later."""
-    wanted = newest(folder) + rng.randint(1, 3)
-    process = start_training(folder, resume=newest(folder) > 0)
+def end_at_a_random_moment(folder: Path, rng: random.Random, how: str) -> None:
+    """Start or resume training in a process of its own, and end it a few checkpoints and moments later."""
+    first, wanted = newest(folder), newest(folder) + rng.randint(1, 3)
+    process = start_training(folder, first > 0, "40" if how == "disk" else "unlimited")
     try:
         for _ in range(10_000):
             if process.poll() is not None or newest(folder) >= wanted:
                 break
             time.sleep(0.01)
         time.sleep(rng.random() * 0.1)
+        if how == "second":  # while the first one is in the middle of something
+            process.send_signal(signal.SIGSTOP)
+            says = start_training(folder, resume=True).communicate()[1].decode()
+            assert f"run: another process ({process.pid}) writes there" in says, says
+        process.send_signal(signal.SIGTERM if how == "term" else signal.SIGKILL)  # unless it has ended
+        error = process.communicate(timeout=60)[1].decode()
     finally:
-        process.kill()  # SIGKILL; nothing if it has ended already
-        error = process.communicate()[1].decode()
-    assert process.returncode in (-signal.SIGKILL, 0), error
+        process.kill()
+    assert process.returncode in (-signal.SIGKILL, 0, *{"term": [130], "disk": [2]}.get(how, ())), error
+    assert newest(folder) > first or (how == "disk" and "could not be written" in error)
 
 
-def check_kills(folder: Path, kills: int, seed: int) -> None:
-    rng, steps = random.Random(seed), [0]
-    for _ in range(kills):
-        kill_at_a_random_moment(folder, rng)
-        steps.append(newest(folder))
-        assert steps[-1] > steps[-2]
-        assert load_trained(folder / "run").info["step"] == steps[-1]
-        if steps[-1] == 14:
-            break
-    assert 0 < steps[1] < 14, "the first kill came too early or too late to show anything"
+def check_ends(folder: Path, ends: tuple[str, ...], seed: int) -> None:
+    rng = random.Random(seed)
+    for i, how in enumerate(ends):
+        end_at_a_random_moment(folder, rng, how)
+        step = newest(folder)
+        assert step > 0 and load_trained(folder / "run").info["step"] == step
+        assert i or step < 14, "the first end came too late to show anything"
     helpers.good(train, *helpers.photo_flags(Path("run"), *KILL_FLAGS, "--resume"), folder=folder)
     helpers.good(train, *helpers.photo_flags(Path("whole"), *KILL_FLAGS), folder=folder)
     for name in ("model", "ema", "optimizer", "latents"):
@@ -659,16 +662,18 @@ def check_kills(folder: Path, kills: int, seed: int) -> None:
         assert (folder / "run" / file).read_bytes() == (folder / "whole" / file).read_bytes(), file
     assert metrics_without_clocks(folder / "run") == metrics_without_clocks(folder / "whole")
     assert [p.name for p in list_checkpoints(folder / "run")] == ["step-000014"]
+    assert not [*(folder / "run").glob(".*")]
 
 
 def test_a_run_killed_by_the_system_at_a_random_moment_ends_as_if_it_had_not_been(tmp_path):
-    check_kills(tmp_path, kills=1, seed=0)
+    check_ends(tmp_path, ("second",), seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
-def test_twenty_kills_end_as_if_there_had_been_none(tmp_path, seed):
-    check_kills(tmp_path, kills=2, seed=100 + seed)
+def test_twenty_ends_of_every_kind_leave_no_trace(tmp_path, seed):
+    kinds = ("kill", "term", "second", "disk")  # a full disk first would leave nothing to go on with
+    check_ends(tmp_path, (kinds[seed % 3], kinds[seed % 4]), seed=100 + seed)
 
 
 def test_what_is_written_is_synced_through_a_handle_that_may_write(tmp_path, monkeypatch):
@@ -807,3 +812,101 @@ def test_a_checkpoint_asks_the_hub_for_nothing(make_run, monkeypatch):
     run.out.mkdir(parents=True, exist_ok=True)
     save_run(run)
     assert checkpoint.read_info(run.out / "step-000000")["base"] == "Qwen/Qwen3-0.6B"
+
+
+# ---- two at once ----
+
+
+def holder(folder: Path) -> subprocess.Popen:
+    """A process that holds the lock of a folder until it is killed."""
+    code = "import time; from pathlib import Path; from checkpoint import locked\n"
+    code += f"with locked(Path({str(folder)!r})): print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=helpers.ROOT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+def test_a_folder_has_one_writer_and_a_kill_sets_it_free(tmp_path):
+    run = tmp_path / "run"
+    with (first := holder(run)):
+        for more in ((), ("--resume",)):
+            if more:
+                shutil.copytree(last(helpers.photo_run()), run / "step-000002")
+            result = helpers.call(train, *helpers.photo_flags(run, "--steps", 3, *more), folder=tmp_path)
+            says = f"error: {run}: another process ({first.pid}) writes there"
+            assert result.status == 2 and result.err.splitlines()[-1].startswith(says)
+        first.kill()
+    assert (run / ".lock").is_file()  # what a kill has left
+    helpers.good(train, *helpers.photo_flags(run, "--steps", 3, "--resume"), folder=tmp_path)
+
+
+def test_what_a_lock_made_and_left_empty_goes(tmp_path):
+    out = tmp_path / "a" / "b"
+    with checkpoint.locked(out):
+        assert (out / ".lock").read_text() == str(os.getpid())
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(RuntimeError), checkpoint.locked(out):
+        (out / "kept").touch()
+        raise RuntimeError
+    assert {p.name for p in out.iterdir()} == {"kept"}
+    with checkpoint.locked(out):
+        shutil.rmtree(tmp_path / "a")  # by somebody else
+    assert not (tmp_path / "a").exists()
+
+
+def test_without_locks_of_files_work_goes_on(tmp_path, monkeypatch):
+    """Windows, and some file systems of clusters."""
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with checkpoint.locked(tmp_path), checkpoint.locked(tmp_path):
+        pass
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # an ImportError
+    with checkpoint.locked(tmp_path), checkpoint.locked(tmp_path):
+        pass
+
+
+def test_what_a_killed_removal_has_left_is_no_checkpoint_and_goes(tmp_path, make_run, monkeypatch):
+    """At any file of it: the oldest of three checkpoints is whole or not there."""
+    run = make_run("--keep", 1)
+    run.out.mkdir(parents=True)
+    save_run(run)
+    run.step = 1
+
+    def killed(path: Path, **_: object) -> None:
+        if list_checkpoints(run.out)[-1].name == "step-000001":
+            next(path.glob("*.safetensors")).unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", killed)
+        save_run(run)
+    assert [p.name for p in list_checkpoints(run.out)] == ["step-000001"]
+    assert [p.name for p in run.out.glob(".step*")] == [".step-000000.tmp"]
+    run.step = 2
+    save_run(run)
+    assert {p.name for p in run.out.iterdir()} == {"step-000002"}
+
+
+# ---- what goes on otherwise ----
+
+
+def test_what_a_resumed_run_does_otherwise_is_said_in_one_line(tmp_path):
+    photos = helpers.write_photos(tmp_path / "photos")
+    flags = helpers.photo_flags(Path("run"), "--data", photos)
+    helpers.good(train, *flags, "--steps", 2, folder=tmp_path)
+    again = (*flags, "--resume")
+    said = helpers.good(train, *again, "--steps", 4, "--keep", 2, folder=tmp_path).splitlines()
+    changed = "--steps 4 (was 2), --keep 2 (was 1), learning rate 0.000758 (was 3e-05)"
+    assert f"run/step-000002 goes on otherwise: {changed}" in said
+    assert "otherwise" not in helpers.good(train, *again, folder=tmp_path)
+    Image.new("RGB", (16, 16), "red").save(photos / "new.png")
+    (photos / "new.txt").write_text("one more")
+    said = helpers.good(train, *again, "--log-every", 2, folder=tmp_path)
+    data = "--data holds something else, of which other parts train and validate"
+    assert f"run/step-000004 goes on otherwise: --log-every 2 (was 1), {data}\n" in said
+    info = last(tmp_path / "run") / "checkpoint.json"
+    info.write_text(json.dumps({k: v for k, v in json.loads(info.read_text()).items() if k != "sources"}))
+    assert "otherwise" not in helpers.good(train, *again, folder=tmp_path)  # the first ones did not record it

@@ -30,6 +30,7 @@ from torch import Tensor
 
 import checkpoint
 import data
+from checkpoint import locked
 from load_qwen3 import load_tokenizer
 from scale import latents
 from scale.latents import EncodeConfig, LatentShards, encode_source
@@ -417,6 +418,24 @@ def test_batch_size_may_become_another(tmp_path):
         encode_source(config(tmp_path), codec)
     z = encode_source(config(tmp_path, batch_size=1), linear()).read(list(range(GOOD)))[0]
     torch.testing.assert_close(z, LatentShards(encoded()).read(list(range(GOOD)))[0], rtol=1e-3, atol=1e-3)
+
+
+def test_two_do_not_encode_into_one_folder(tmp_path):
+    with locked(tmp_path / "out"):
+        result = helpers.call(latents, *flags("out"), folder=tmp_path)
+        assert result.status == 2 and f"another process ({os.getpid()}) writes there" in result.err
+        assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
+    helpers.good(latents, *flags("out"), folder=tmp_path)
+
+
+def test_a_copy_of_a_shard_is_no_shard(tmp_path):
+    folder = copy(tmp_path / "out")
+    before = helpers.files(folder)
+    shutil.copy(folder / latents.shard_name(1), folder / "shard-00001-good.safetensors")
+    (folder / "index.json").unlink()
+    encode_source(config(folder), linear())
+    after = helpers.files(folder)
+    assert after.pop(str(folder / "shard-00001-good.safetensors")) and after == before
 
 
 def test_a_missing_or_foreign_shard_is_named(tmp_path):
