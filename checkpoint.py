@@ -391,8 +391,9 @@ def save_run(run: Run) -> None:
         return
     for old in list_checkpoints(run.out)[: -run.config.keep]:
         os.rename(old, old.with_name(f".{old.name}.tmp"))  # whole or gone, whatever happens now
-    for gone in run.out.glob(".step-*.tmp"):  # or left by a kill
-        shutil.rmtree(gone, ignore_errors=True)
+    for left in run.out.glob(".*.tmp"):  # by that, or by a kill
+        if re.match(r"\.step-|\.(sheet|curves|metrics)", left.name):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
     if run.name in LAST_RUNS:
         LAST_RUNS[run.name].parent.mkdir(parents=True, exist_ok=True)
         write_atomic(LAST_RUNS[run.name], f"{run.out}\n")

@@ -886,8 +886,10 @@ def test_what_a_killed_removal_has_left_is_no_checkpoint_and_goes(tmp_path, make
     assert [p.name for p in list_checkpoints(run.out)] == ["step-000001"]
     assert [p.name for p in run.out.glob(".step*")] == [".step-000000.tmp"]
     run.step = 2
+    for name in (".curves.png.7.tmp", ".sheet-000001.png.7.tmp", ".metrics.jsonl.7.tmp", ".mine.tmp"):
+        (run.out / name).touch()
     save_run(run)
-    assert {p.name for p in run.out.iterdir()} == {"step-000002"}
+    assert {p.name for p in run.out.iterdir()} == {"step-000002", ".mine.tmp"}
 
 
 # ---- what goes on otherwise ----
