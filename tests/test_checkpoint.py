@@ -912,3 +912,27 @@ def test_what_a_resumed_run_does_otherwise_is_said_in_one_line(tmp_path):
     info = last(tmp_path / "run") / "checkpoint.json"
     info.write_text(json.dumps({k: v for k, v in json.loads(info.read_text()).items() if k != "sources"}))
     assert "otherwise" not in helpers.good(train, *again, folder=tmp_path)  # the first ones did not record it
+
+
+# ---- what older versions wrote ----
+
+
+def test_a_checkpoint_of_an_older_version_paints_goes_on_and_begins_a_second_stage(tmp_path):
+    """tests/fixtures/make_version.py: before formats, tokenizers and sources were recorded."""
+    old = Path(shutil.copytree(FIXTURES / "version_d556526", tmp_path / "old"))
+    base, run = ("--base", old / "base"), old / "run"
+    assert "format" not in json.loads((last(run) / "checkpoint.json").read_text())
+    flags = "--prompt red --steps 3 --cfg 2 --seed 5 --out painted.png".split()
+    helpers.good(sample, "--checkpoint", run, *base, *flags, folder=tmp_path)
+    ours, theirs = (
+        torch.tensor(list(Image.open(f / "painted.png").convert("RGB").tobytes()), dtype=torch.float32)
+        for f in (tmp_path, old)
+    )
+    assert ours.std() > 20 and (ours - theirs).abs().max() <= 1  # of 255: another processor may round
+    second = ("--config", "small", *base, "--init-from", run, "--data", helpers.edits(), "--task", "edit")
+    helpers.good(train, *second, "--steps", 1, "--sheet-every", 0, "--out", "second", folder=tmp_path)
+    goes_on = ("--config", "small", *base, "--resume", "--out", run, "--data", helpers.photos(), "--steps", 4)
+    said = helpers.good(train, *goes_on, folder=tmp_path)
+    assert "step-000002 goes on otherwise: " in said and "--steps 4 (was 2)" in said
+    assert [m["step"] for m in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert load_trained(run, base=str(old / "base")).info["format"] == checkpoint.FORMAT
