@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import dis
 import functools
+import gc
 import io
 import math
 import os
@@ -496,6 +497,7 @@ def run_command(main: Callable[[], None]) -> typing.NoReturn:
 
     An error that nobody raised for the user keeps its traceback, behind a line that says it may be a bug.
     """
+    gc.freeze()  # what the imports made stays: to look through all of it for garbage takes half a second
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a caption may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")

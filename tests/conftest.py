@@ -6,6 +6,7 @@ of zeros), so `make_model` adds noise to every parameter before a test sees the 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ from model import LMFusion, ModelConfig
 from scale import sources, vae
 from small import shapes
 
+gc.freeze = lambda: None  # commands run in this process, and what tests have left must not stay in memory
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # tiny tensors: more threads only wait
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")

@@ -936,3 +936,18 @@ def test_a_checkpoint_of_an_older_version_paints_goes_on_and_begins_a_second_sta
     assert "step-000002 goes on otherwise: " in said and "--steps 4 (was 2)" in said
     assert [m["step"] for m in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4]
     assert load_trained(run, base=str(old / "base")).info["format"] == checkpoint.FORMAT
+
+
+def test_a_checkpoint_of_a_newer_version_is_one_line(tmp_path):
+    run = Path(shutil.copytree(FIXTURES / "version_d556526" / "run", tmp_path / "run"))
+    info = last(run) / "checkpoint.json"
+    newer = {**json.loads(info.read_text()), "format": checkpoint.FORMAT + 1, "whatever": "it holds"}
+    info.write_text(json.dumps(newer))
+    said = f"checkpoint.json: of format {checkpoint.FORMAT + 1}, and this program reads format"
+    for command in (
+        (sample, "--checkpoint", run, "--prompt", "red"),
+        (train, "--config", "small", "--resume", "--out", run),
+        (train, "--config", "small", "--init-from", run, "--out", "second"),
+    ):
+        result = helpers.call(*command, folder=tmp_path)
+        assert result.status == 2 and said in result.err and result.err.count("\n") == 1
