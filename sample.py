@@ -10,6 +10,7 @@ Shapes: n pictures; pictures are uint8 (n, 3, S, S).
 """
 
 import argparse
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -114,6 +115,17 @@ def check(args: argparse.Namespace) -> None:
         check_folder(Path(args.out))
 
 
+def unread_words(trained: Trained, texts: list[str]) -> list[str]:
+    """Words that the built-in text does not have; none is named where a model learned from other text.
+
+    To the tokenizer of the tiny base, of at most 1,024 tokens, every word of its text is one token.
+    """
+    if trained.tokenizer.get_vocab_size() > 1024 or trained.info["config"].get("data") != "shapes":
+        return []
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", " ".join(texts)))
+    return [w for w in words if all(len(trained.tokenizer.encode(x).ids) > 1 for x in (w, f" {w}"))]
+
+
 def check_picture_folder(folder: Path, labels: bool) -> None:
     """Make the folder of many pictures; OSError if it cannot be, ValueError if something lies in it."""
     if labels:
@@ -202,6 +214,8 @@ def main() -> None:
     trained = load_trained(args.checkpoint, args.base, args.device, dtype, args.vae, config=config)
     if task not in trained.info["config"].get("task", ""):
         print(f"note: {trained.folder} was not trained with --task {task}", file=sys.stderr)
+    if words := unread_words(trained, args.prompt + args.text):
+        print(f"note: words that this model has never read: {', '.join(words)}", file=sys.stderr)
     if task == "chat":
         converse(trained, args)
         return

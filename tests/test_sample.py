@@ -16,6 +16,7 @@ from chat import evaluate as chat_evaluate
 from checkpoint import Trained
 from generate import edit_images, generate_text
 from scale.pictures import load_pictures
+from small.pretrain import sample_text
 
 PROMPTS = ["a red circle", "on a white background, in the top left, a small blue cross"]
 
@@ -126,6 +127,18 @@ def test_a_painted_picture_can_be_described(tmp_path):
     run("--prompt", PROMPTS[0], "--steps", 1, "--out", "out.png", folder=tmp_path)
     out = run("--caption", "out.png", "--max-tokens", 4, folder=tmp_path)
     assert out.startswith("out.png: ")
+
+
+def test_words_that_the_built_in_text_does_not_have_get_a_note(tmp_path, trained):
+    flags = ("--checkpoint", helpers.shapes_run(), "--text", "what color is snow, Ünal?", "--max-tokens", 1)
+    args = (*flags, "--prompt", "a photo of a red cat", "--prompt", "a Red photo", "--steps", 1)
+    said = helpers.call(sample, *map(str, args), folder=tmp_path).err
+    assert said.splitlines()[0] == "note: words that this model has never read: photo, Red, Ünal"
+    texts = [*sample_text(random.Random(5), 2000), "red", "circle, blue"]
+    assert sample.unread_words(trained, texts) == []
+    assert sample.unread_words(trained, ["photo"]) == ["photo"]
+    trained.info = {"config": {"data": "photos"}}
+    assert sample.unread_words(trained, ["photo"]) == []
 
 
 def test_text_alone_is_continued_by_the_frozen_model(trained, tmp_path):
