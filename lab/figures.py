@@ -7,10 +7,11 @@ import io
 import math
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from checkpoint import write_atomic
+from scale.pictures import PAGE
 
 INK, GREY, PAPER = (30, 30, 30), (150, 150, 150), (255, 255, 255)
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
@@ -43,6 +44,8 @@ def save_image(image: Image.Image, path: str | Path, **options) -> None:
     path = Path(path)
     check_place(path, FORMATS)
     buffer = io.BytesIO()
+    if image.getexif():
+        options["exif"] = image.getexif()
     image.save(buffer, format=FORMATS[path.suffix.lower()], **options)
     write_atomic(path, buffer.getvalue())
 
@@ -73,12 +76,19 @@ def paste(page: Image.Image, picture: Tensor, x: int, y: int, side: int) -> None
     ImageDraw.Draw(page).rectangle((x - 1, y - 1, x + side, y + side), outline=GREY)
 
 
+def blank_page(width: int, height: int) -> Image.Image:
+    """A page for several pictures; its file says so, and is refused where a picture is wanted."""
+    page = Image.new("RGB", (width, height), PAPER)
+    page.getexif()[ExifTags.Base.ImageDescription] = PAGE
+    return page
+
+
 def sheet(pictures: Tensor, captions: list[str], columns: int = 6, side: int = 128) -> Image.Image:
     """Pictures (n, 3, S, S), uint8, in a grid with their captions below."""
     font, gap, lines = ImageFont.load_default(11), 10, 4
     height = side + 14 * lines + gap
     rows = -(-len(captions) // columns)
-    page = Image.new("RGB", (columns * (side + gap) + gap, rows * height + gap), PAPER)
+    page = blank_page(columns * (side + gap) + gap, rows * height + gap)
     draw = ImageDraw.Draw(page)
     for i, caption in enumerate(captions):
         x, y = gap + i % columns * (side + gap), gap + i // columns * height
@@ -91,7 +101,7 @@ def sheet(pictures: Tensor, captions: list[str], columns: int = 6, side: int = 1
 def cases(rows: list[tuple[list, list]], titles: list, side: int = 96, width: int = 900) -> Image.Image:
     """Rows of pictures, uint8 (3, S, S), under their titles, with paragraphs of text to their right."""
     font, gap, top, line = ImageFont.load_default(12), 10, 26, 16
-    page = Image.new("RGB", (width, top + len(rows) * (side + gap)), PAPER)
+    page = blank_page(width, top + len(rows) * (side + gap))
     draw = ImageDraw.Draw(page)
     left = gap + len(titles) * (side + gap)
     for j, title in enumerate(titles):
@@ -113,7 +123,9 @@ def cases(rows: list[tuple[list, list]], titles: list, side: int = 96, width: in
 def grid(pictures: Tensor, side: int | None = None) -> Image.Image:
     """Pictures (n, 3, S, S), uint8, side by side without captions, about as many rows as columns."""
     columns, side = max(1, round(len(pictures) ** 0.5 + 0.49)), side or pictures.shape[-1]
-    page = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * side), PAPER)
+    if len(pictures) == 1:
+        return to_image(pictures[0], side)
+    page = blank_page(columns * side, -(-len(pictures) // columns) * side)
     for i, picture in enumerate(pictures):
         page.paste(to_image(picture, side), (i % columns * side, i // columns * side))
     return page

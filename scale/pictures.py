@@ -28,13 +28,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from config import Bar, say_once
 
 FIELDS = {"png": "picture", "jpg": "picture", "jpeg": "picture", "webp": "picture", "txt": "caption"}
 DECODED = ("PNG", "JPEG", "WEBP")  # Pillow knows many more, some of which start other programs
+PAGE = "a page of several pictures"  # what grids and sheets say of themselves, in their Exif data
 MAX_PIXELS = 64_000_000  # of one picture, by its header
 MAX_FILE = 2**28  # bytes of one picture
 MAX_CAPTION = 10_000  # characters
@@ -210,13 +211,15 @@ def decode_picture(data: bytes, size: int) -> Tensor:
             with Image.open(io.BytesIO(data), formats=DECODED) as image:  # reads the header alone
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
-                return torch.from_numpy(np.array(square_rgb(image, size))).permute(2, 0, 1)
+                if image.getexif().get(ExifTags.Base.ImageDescription) != PAGE:
+                    return torch.from_numpy(np.array(square_rgb(image, size))).permute(2, 0, 1)
     except UnidentifiedImageError:
         raise ValueError("not a PNG, JPEG or WebP image") from None
     except Image.DecompressionBombError:
         raise ValueError(f"over {MAX_PIXELS // 10**6} megapixels") from None
     except Exception as e:  # Pillow raises nearly anything on a damaged file
         raise ValueError("truncated image" if "truncated" in str(e) else f"damaged image: {e}") from None
+    raise ValueError(f"{PAGE}; with --out FOLDER, sample.py writes each alone")
 
 
 def square_rgb(image: Image.Image, size: int) -> Image.Image:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import shlex
 from pathlib import Path
 
 import helpers
@@ -127,6 +129,32 @@ def test_a_painted_picture_can_be_described(tmp_path):
     run("--prompt", PROMPTS[0], "--steps", 1, "--out", "out.png", folder=tmp_path)
     out = run("--caption", "out.png", "--max-tokens", 4, folder=tmp_path)
     assert out.startswith("out.png: ")
+
+
+@pytest.mark.parametrize("kind", ("png", "jpg", "webp"))
+def test_a_page_of_several_pictures_is_not_read_as_one(tmp_path, kind):
+    run("--prompt", "red", "--n", 2, "--steps", 1, "--out", f"grid.{kind}", folder=tmp_path)
+    run("--prompt", "red", "--labels", "--steps", 1, "--out", f"sheet.{kind}", folder=tmp_path)
+    run("--prompt", "red", "--steps", 1, "--out", f"one.{kind}", folder=tmp_path)
+    said = "page of several pictures; with --out FOLDER, sample.py writes each alone\n"
+    for name, status in (("grid", 2), ("sheet", 2), ("one", 0)):
+        for flags in (("--caption",), ("--prompt", "green", "--steps", 1, "--out", "edited.png", "--edit")):
+            args = ("--checkpoint", helpers.shapes_run(), "--max-tokens", 4, *flags, f"{name}.{kind}")
+            result = helpers.call(sample, *map(str, args), folder=tmp_path)
+            assert result.status == status and (said in result.err) == (status == 2)
+
+
+@pytest.mark.parametrize("page", ("README.md", "small/README.md"))
+def test_the_commands_of_a_readme_work_one_after_another(tmp_path, page):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "last-small").write_text(f"{helpers.shapes_run()}\n")
+    text = (helpers.ROOT / page).read_text(encoding="utf-8")
+    commands = re.findall(r"^python (sample|evaluate)\.py\b(.*)$", text, re.M)
+    assert len(commands) >= 5 and any("--caption" in words for _, words in commands)
+    less = {"sample": "--steps 1 --max-tokens 4", "evaluate": "--steps 1 --n 2"}
+    for name, words in commands:
+        args = shlex.split(words, comments=True) + less[name].split()
+        helpers.good({"sample": sample, "evaluate": evaluate}[name], *args, folder=tmp_path)
 
 
 def test_words_that_the_built_in_text_does_not_have_get_a_note(tmp_path, trained):
