@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 KINDS = dict(step=int, base=str, fingerprint=str, model=dict, diffusion=dict, trained=list, config=dict)
 KINDS |= dict(optimizer=list, vae=dict | None, tokenizer=str, sources=dict)
 FORMAT = 1  # of checkpoint.json; checkpoints of before it was written there have it as well
+# of a checkpoint on the hub: all but the optimizer's state
+SHARED = ["checkpoint.json", "latents.safetensors", "model*.safetensors", "ema*.safetensors"]
 # each names the folder of the last run of `train.py --config ...`
 LAST_RUNS = {"small": Path("runs/last-small"), "small-chat": Path("runs/last-small-chat")}
 
@@ -225,17 +227,19 @@ def list_checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def find_checkpoint(folder: str | Path | None, config: str = "small") -> Path:
-    """A checkpoint's own folder; a run's last one; with None, the last run of that named configuration."""
-    if folder is None:
+def find_checkpoint(place: str | Path | None, config: str = "small") -> Path:
+    """A checkpoint's own folder, a run's last one, or a hub id's; with None, that of `config`'s last run."""
+    if place is None:
         if not LAST_RUNS[config].is_file():
             raise ValueError(f"no --checkpoint given, and no run of `train.py --config {config}` yet")
-        folder = LAST_RUNS[config].read_text(encoding="utf-8").strip()
-    folder = Path(folder)
+        place = LAST_RUNS[config].read_text(encoding="utf-8").strip()
+    elif Path(place).parts[:1] != ("runs",):  # where runs of ours lie: no owner on the hub
+        place = resolve(place, files=SHARED, hint="")
+    folder = Path(place)
     if (folder / "checkpoint.json").is_file():
         return folder
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such checkpoint folder")
+        raise ValueError(f"{folder}: no such folder")
     if not (found := list_checkpoints(folder)):
         raise ValueError(f"{folder}: holds no checkpoint (no checkpoint.json, no step-* folder with one)")
     return found[-1]

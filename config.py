@@ -119,7 +119,7 @@ class TrainConfig:
     # shapes, or a path or glob of: folders of latents or pictures, metadata.jsonl files, WebDataset tars
     data: str = setting("shapes", "shapes, or a path of pictures or latents", resumable=True, common=True)
     val_data: str = setting("", "to validate; empty: a 20th of --data", resumable=True, common=True)
-    init_from: str = setting("", "run or checkpoint of a first stage", resumable=True, common=True)
+    init_from: str = setting("", "run, checkpoint or hub id of a first stage", resumable=True, common=True)
     # empty: captioned pictures, as --caption-first has it
     task: str = setting("", "caption, generate, edit, chat; or weights: generate=2,chat=3", common=True)
     text_data: str = setting("", "paragraphs of text for --text-batch; empty: built-in text", resumable=True)

@@ -58,14 +58,18 @@ KEPT = ".lmfusion.json"  # beside the weights: see `base_fingerprint`
 # ---- Folders and files ----
 
 
-def resolve(folder_or_hub_id: str | Path, weights: bool = True, files: list[str] | None = None) -> Path:
+MOVED = "; if it was moved, say with --base (of a VAE: --vae) where it lies now"
+
+
+def resolve(
+    folder_or_hub_id: str | Path, weights: bool = True, files: list[str] | None = None, hint: str = MOVED
+) -> Path:
     """A folder as it is; a hub id ("owner/name") downloaded, only the `files` needed; or ValueError."""
     name, folder = str(folder_or_hub_id), Path(folder_or_hub_id)
     if folder.is_dir():
         return folder
-    moved = "if it was moved, say with --base (of a VAE: --vae) where it lies now"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise ValueError(f"{name}: no such folder, and not a hub id of the form owner/name; {moved}")
+        raise ValueError(f"{name}: no such folder, and not a hub id of the form owner/name{hint}")
     from huggingface_hub import snapshot_download
 
     if files is None:
@@ -76,7 +80,7 @@ def resolve(folder_or_hub_id: str | Path, weights: bool = True, files: list[str]
     except Exception as error:  # the hub raises many kinds; for the user they are one
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what = f"{name}: no such folder, and it could not be downloaded from the hub"
-        raise ValueError(f"{what}: {reason}; {moved}") from None
+        raise ValueError(f"{what}: {reason}{hint}") from None
 
 
 def address(folder_or_hub_id: str) -> str:

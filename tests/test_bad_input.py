@@ -437,15 +437,12 @@ TRAIN = {
     # the first stage
     "the second stage without the first": (
         "--config small-chat",
-        ("--init-from runs/small: no such checkpoint folder", "train a first stage"),
+        ("--init-from runs/small: no such folder", "train a first stage"),
     ),
-    "no such first stage": (
-        f"{PHOTO} @base --init-from nowhere",
-        ("--init-from nowhere: no such checkpoint folder",),
-    ),
+    "no such first stage": (f"{PHOTO} @base --init-from nowhere", ("--init-from nowhere: no such folder",)),
     "a first stage that is a file": (
         f"{PHOTO} @base --init-from file",
-        ("--init-from file: no such checkpoint folder",),
+        ("--init-from file: no such folder",),
         write("file", b"x"),
     ),
     "a first stage that has no checkpoint": (
@@ -542,7 +539,7 @@ SAMPLE = {
     "a device that is not there": ("--prompt red --checkpoint @run --device cuda", ("--device cuda",)),
     "a device that computes nothing": ("--prompt red --checkpoint @run --device meta", ("--device meta",)),
     "no last run": ("--prompt red", ("no --checkpoint given", "train.py --config small")),
-    "no such checkpoint": ("--prompt red --checkpoint gone", ("gone: no such checkpoint folder",)),
+    "no such checkpoint": ("--prompt red --checkpoint gone", ("gone: no such folder",)),
     "a folder without a checkpoint": ("--prompt red --checkpoint .", ("holds no checkpoint",)),
     "half a checkpoint": (
         "--prompt red --checkpoint run",
@@ -631,7 +628,7 @@ EVALUATE = {
     "no prompts": ("--n 0", ("--n is 0",)),
     "more prompts than there are": ("--n 100000", ("--n is 100000", "held-out combinations")),
     "text for a number": ("--cfg strong", ("--cfg", "strong")),
-    "no such checkpoint": ("--checkpoint gone", ("gone: no such checkpoint folder",)),
+    "no such checkpoint": ("--checkpoint gone", ("gone: no such folder",)),
     "no last run": ("", ("no --checkpoint given",)),
     "no steps": ("--checkpoint @shapes --n 1 --steps 0", ("--steps", "0")),
     "an unknown device": ("--checkpoint @shapes --n 1 --steps 1 --device tpu", ("--device tpu",)),

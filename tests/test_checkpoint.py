@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import fnmatch
 import functools
 import json
 import os
@@ -339,7 +340,7 @@ def test_the_last_run_file_is_read_and_a_run_that_is_gone_is_named(tmp_path, con
         assert load_trained(None, config=config).folder.parent == helpers.shapes_run()
         assert (find_checkpoint(None).parent == helpers.shapes_run()) == (config == "small")  # the default
         last.write_text("runs/deleted\n")
-        with pytest.raises(ValueError, match="runs/deleted: no such checkpoint folder"):
+        with pytest.raises(ValueError, match="runs/deleted: no such folder"):
             find_checkpoint(None, config)
 
 
@@ -951,3 +952,52 @@ def test_a_checkpoint_of_a_newer_version_is_one_line(tmp_path):
     ):
         result = helpers.call(*command, folder=tmp_path)
         assert result.status == 2 and said in result.err and result.err.count("\n") == 1
+
+
+# ---- the hub ----
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list:
+    """huggingface_hub.snapshot_download knows "owner/name" alone; the list holds its calls."""
+    calls = []
+
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        calls.append((repo, allow_patterns))
+        if repo != "owner/name":
+            raise OSError("401 Client Error\nlong advice")
+        return str(last(helpers.shapes_run()))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return calls
+
+
+def test_a_checkpoint_may_be_a_hub_id_of_which_all_but_the_optimizer_is_downloaded(tmp_path, hub):
+    flags = ("--checkpoint", "owner/name", "--prompt", "red", "--steps", 1)
+    helpers.good(sample, *map(str, flags), folder=tmp_path)
+    ((repo, patterns),) = hub
+    files = {p.name for p in last(helpers.shapes_run()).iterdir()}
+    found = {name for name in files if any(fnmatch.fnmatch(name, p) for p in patterns)}
+    assert repo == "owner/name" and found == {*FILES, "ema.safetensors"} - {"optimizer.safetensors"}
+    second = ("--config", "small", "--init-from", "owner/name", "--steps", 1, "--out", "second")
+    helpers.good(train, *map(str, second), *("--sheet-every", "0"), folder=tmp_path)
+    (tmp_path / "owner").mkdir()  # a folder of that name is meant
+    shutil.copytree(FIXTURES / "version_d556526" / "run", tmp_path / "owner" / "name")
+    count = len(hub)
+    with helpers.inside(tmp_path):
+        assert find_checkpoint("owner/name") == Path("owner/name/step-000002")
+    assert len(hub) == count
+
+
+@pytest.mark.parametrize("name, asked", (("other/name", True), ("runs/gone", False), ("a/b/c", False)))
+def test_a_checkpoint_that_is_nowhere_is_one_line(tmp_path, hub, name, asked):
+    """A path that may be one of our own runs is never asked for on the hub."""
+    for command in (
+        (sample, "--prompt", "red", "--checkpoint", name),
+        (evaluate, "--checkpoint", name),
+        (train, "--config", "small", "--init-from", name),
+    ):
+        result = helpers.call(*command, folder=tmp_path)
+        assert result.status == 2 and f"{name}: no such folder" in result.err and result.err.count("\n") == 1
+        assert ("could not be downloaded from the hub: 401 Client Error" in result.err) == asked
+    assert bool(hub) == asked
