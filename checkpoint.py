@@ -178,21 +178,27 @@ def locked(folder: Path, waiting: str = "") -> Iterator[None]:
     path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")
+        file = open(path, "a+b", buffering=0)
     except OSError as error:
         raise OSError(f"{folder} cannot be written: {error.strerror}") from None
     with file:
         if not lock(file, wait=False):
             file.seek(0)
             if not waiting:
-                owner = f"another process ({file.read() or 'unknown'})"
+                owner = f"another process ({file.read().decode() or 'unknown'})"
                 raise ValueError(f"{folder}: {owner} writes there; wait for its end, or give another --out")
             print(waiting, flush=True)
             lock(file, wait=True)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        if not os.fstat(file.fileno()).st_nlink:  # its last owner has removed it: others lock another
+            with locked(folder, waiting):
+                yield
+            return
         try:
+            try:
+                file.truncate(0)
+                file.write(str(os.getpid()).encode())
+            except OSError as error:  # a full disk
+                raise OSError(f"{folder} cannot be written: {error.strerror}") from None
             yield
         finally:
             with suppress(OSError):  # not empty, or gone

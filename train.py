@@ -386,10 +386,7 @@ def main() -> None:
         from scale.budget import TrainingStep, dry_run  # only here: it takes torch's fake tensors
 
         return dry_run(config, TrainingStep(step_loss, make_optimizers))
-    found = list_checkpoints(out := Path(config.out))
-    if found and not resuming:
-        hint = "--resume continues it, another --out starts elsewhere, and deleting the folder starts over"
-        raise ValueError(f"{out} already holds a run ({found[-1].name}); {hint}")
+    out = Path(config.out)
     check_device(own_device(config.device))
     tune_torch()
     # SIGTERM comes from a scheduler that ends a job, and from torchrun when another process has died
@@ -397,6 +394,10 @@ def main() -> None:
     team = init_processes(config.device, config.dtype)
     try:
         with locked(out) if team.is_main else nullcontext():
+            found = list_checkpoints(out)
+            if found and not resuming:
+                hint = "--resume continues it, another --out starts elsewhere, deleting it starts over"
+                raise ValueError(f"{out} already holds a run ({found[-1].name}); {hint}")
             work(config, name, found[-1] if resuming else None, team)
     except RuntimeError as error:
         if team.size == 1 or not peer_lost(error):

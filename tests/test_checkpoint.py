@@ -15,9 +15,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import helpers
 import pytest
@@ -830,9 +832,8 @@ def holder(folder: Path) -> subprocess.Popen:
 def test_a_folder_has_one_writer_and_a_kill_sets_it_free(tmp_path):
     run = tmp_path / "run"
     with (first := holder(run)):
+        shutil.copytree(last(helpers.photo_run()), run / "step-000002")
         for more in ((), ("--resume",)):
-            if more:
-                shutil.copytree(last(helpers.photo_run()), run / "step-000002")
             result = helpers.call(train, *helpers.photo_flags(run, "--steps", 3, *more), folder=tmp_path)
             says = f"error: {run}: another process ({first.pid}) writes there"
             assert result.status == 2 and result.err.splitlines()[-1].startswith(says)
@@ -853,6 +854,41 @@ def test_what_a_lock_made_and_left_empty_goes(tmp_path):
     with checkpoint.locked(out):
         shutil.rmtree(tmp_path / "a")  # by somebody else
     assert not (tmp_path / "a").exists()
+
+
+def test_one_that_waited_is_the_only_one_as_well(tmp_path, monkeypatch):
+    """The first removes its lock; that of the second must be where a third looks for it."""
+    out, plain = tmp_path / "out", checkpoint.lock
+    waits, inside, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def lock(file: IO, wait: bool) -> bool:
+        if wait:
+            waits.set()
+        return plain(file, wait)
+
+    def second() -> None:
+        with checkpoint.locked(out, "waiting"):
+            inside.set()
+            ended.wait(10)
+
+    monkeypatch.setattr(checkpoint, "lock", lock)
+    thread = threading.Thread(target=second)
+    with checkpoint.locked(out):
+        thread.start()
+        assert waits.wait(10) and not inside.is_set()
+    assert inside.wait(10)
+    with pytest.raises(ValueError, match="another process"), checkpoint.locked(out):
+        pass
+    ended.set()
+    thread.join()
+    assert not out.exists()
+
+
+def test_a_full_disk_is_told_before_the_work(tmp_path):
+    with pytest.raises(OSError, match="out cannot be written: "), helpers.small_disk(0):
+        with checkpoint.locked(tmp_path / "out"):
+            pytest.fail("began")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_without_locks_of_files_work_goes_on(tmp_path, monkeypatch):
