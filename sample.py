@@ -12,6 +12,7 @@ Shapes: n pictures; pictures are uint8 (n, 3, S, S).
 import argparse
 import re
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from chat.conversation import answer_last, check_folder, read_messages, talk
-from checkpoint import Trained, check_device, load_trained, write_atomic
+from checkpoint import Trained, check_device, load_trained, locked, write_atomic
 from config import Bar, Parser, check_range, read_text, run_command, tune_torch
 from diffusion import T
 from generate import (
@@ -105,13 +106,18 @@ def check(args: argparse.Namespace) -> None:
     check_range(args, temperature=(0, 100), top_p=(1e-9, 1), seed=(0, 2**63 - 1))
     args.messages = read_messages(args.chat_file) if args.chat_file is not None else None
     check_device(args.device)
+    args.locks = Path(args.out) if talking else args.folder if args.prompt else None  # of many files
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """See that what will be written can be; ValueError if something else lies there."""
     if args.prompt and args.folder:
         check_picture_folder(args.folder, args.labels)
     elif args.prompt:
         figures.check_place(args.out, figures.FORMATS)
     if args.prompt and args.gif:
         figures.check_place(args.gif, figures.FILMS)
-    if talking:
+    if args.chat or args.messages:
         check_folder(Path(args.out))
 
 
@@ -131,7 +137,7 @@ def check_picture_folder(folder: Path, labels: bool) -> None:
     if labels:
         raise ValueError(f"--labels is for a sheet; --out {folder} is a folder (a sheet has an ending: .png)")
     figures.check_place(folder / "000000.png")
-    if any(folder.iterdir()):
+    if any(p.name != ".lock" for p in folder.iterdir()):
         raise ValueError(f"{folder} is not empty; name another folder with --out")
 
 
@@ -205,9 +211,8 @@ def converse(trained: Trained, args: argparse.Namespace) -> None:
         answer_last(trained, options, args.think, args.messages, Path(args.out))
 
 
-def main() -> None:
-    args = parse()
-    check(args)
+def work(args: argparse.Namespace) -> None:
+    """All that the flags ask for."""
     tune_torch(keep_memory=True)
     task = "chat" if args.chat or args.messages else "edit" if args.edit is not None else ""
     dtype, config = getattr(torch, args.dtype), "small-chat" if task else "small"
@@ -228,6 +233,14 @@ def main() -> None:
         print(f"{path}: {describe_images(trained, picture, args.max_tokens, **how)[0]}")
     if args.prompt:
         paint_prompts(trained, args)
+
+
+def main() -> None:
+    args = parse()
+    check(args)
+    with locked(args.locks) if args.locks else nullcontext():
+        check_places(args)
+        work(args)
 
 
 if __name__ == "__main__":

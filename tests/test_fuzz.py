@@ -334,6 +334,7 @@ def flags(rng: random.Random, here: Path) -> Callable:
             parsed = module.parse(args)
             if module is sample:
                 sample.check(parsed)
+                sample.check_places(parsed)
 
     return parse
 

@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate
 import sample
 from chat import evaluate as chat_evaluate
-from checkpoint import Trained
+from checkpoint import Trained, locked
 from generate import edit_images, generate_text
 from scale.pictures import load_pictures
 from small.pretrain import sample_text
@@ -285,6 +285,21 @@ def test_a_folder_that_cannot_take_the_pictures_is_named_before_the_work(tmp_pat
     assert result.status == 2 and result.out == "" and result.err.count("\n") == 1
     assert result.err.startswith("error: ") and error in result.err
     assert not painted and sorted(tmp_path.rglob("*")) == before and helpers.files(tmp_path) == files
+
+
+@pytest.mark.parametrize("flags", ("--prompt red --steps 1", "--chat"))
+def test_a_folder_of_pictures_or_of_a_chat_has_one_writer(tmp_path, monkeypatch, flags):
+    words = (*flags.split(), "--out", "out")
+    with locked(tmp_path / "out"), monkeypatch.context() as patch:
+        patch.setattr(sample, "load_trained", None)
+        result = helpers.call(sample, *words, folder=tmp_path)
+        assert result.status == 2 and result.err.startswith("error: out: another process (")
+        assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").touch()  # a kill has left it
+    monkeypatch.setattr("builtins.input", lambda _: "/quit")
+    run(*words, folder=tmp_path)
+    assert not (tmp_path / "out" / ".lock").exists()
 
 
 # ---- editing ----
