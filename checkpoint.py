@@ -5,6 +5,7 @@
                     optimizer.safetensors   the optimizer's state, by the names of the parameters
                     latents.safetensors     the linear stand-in for the VAE; of a real VAE, the latents' range
                     checkpoint.json         step, configuration, and the fingerprints of the base and the VAE
+                    README.md, sheet-*.png  of a finished run: a model card (lab/watch.py)
 
 N processes write N files of each of the first three, model-00001-of-0000N.safetensors, whole tensors in turn;
 any number of processes reads them. A folder `step-*` is whole or not there at all: a kill at any moment
@@ -105,10 +106,10 @@ def write_folder(
     tensors: dict[str, dict[str, Tensor]],
     info: dict,
     info_name: str,
-    extra: dict[str, str] | None = None,
+    extra: dict[str, str | bytes] | None = None,
     team: Team | None = None,
 ) -> None:
-    """Write a folder of safetensors, one JSON file and `extra` texts beside its final place, then rename it.
+    """Write a folder of safetensors, one JSON file and `extra` files beside its final place, then rename it.
 
     All processes of a team call it, and write the tensors in turn. Raises OSError with the name of the
     folder, in all of them, if it cannot be done (a full disk); nothing half-written stays.
@@ -125,9 +126,9 @@ def write_folder(
             except BaseException as error:  # safetensors has an error type of its own for input and output
                 problems.append(error)
 
-    def write_texts() -> None:
-        for name, text in {info_name: json.dumps(info, indent=1) + "\n", **(extra or {})}.items():
-            (beside / name).write_text(text, encoding="utf-8")
+    def write_others() -> None:
+        for name, content in {info_name: json.dumps(info, indent=1) + "\n", **(extra or {})}.items():
+            (beside / name).write_bytes(content.encode() if isinstance(content, str) else content)
             sync(beside / name)
 
     if team.is_main:
@@ -146,7 +147,7 @@ def write_folder(
             attempt(lambda path=path: set_mode(path))
             attempt(lambda path=path: sync(path))
     if team.is_main:
-        attempt(write_texts)
+        attempt(write_others)
     failed = team.total([float(len(problems))])[0]
     if team.is_main and not failed:
         attempt(lambda: os.rename(beside, folder))
@@ -371,7 +372,7 @@ def load_trained(
 # ---- A run: saved, resumed, and the beginning of a second stage ----
 
 
-def save_run(run: Run) -> None:
+def save_run(run: Run, extra: dict[str, str | bytes] | None = None) -> None:
     """Write OUT/step-STEP, whole or not at all, and then remove old ones. All processes call it."""
     tensors = {
         "model.safetensors": run.trained,
@@ -396,7 +397,7 @@ def save_run(run: Run) -> None:
         "sources": {flag: sha256(content).hexdigest() for flag, content in run.sources.items()},
         "config": dataclasses.asdict(run.config),
     }
-    write_folder(run.out / f"step-{run.step:06d}", tensors, info, "checkpoint.json", team=run.team)
+    write_folder(run.out / f"step-{run.step:06d}", tensors, info, "checkpoint.json", extra, run.team)
     if not run.team.is_main:
         return
     for old in list_checkpoints(run.out)[: -run.config.keep]:

@@ -50,7 +50,7 @@ from config import (
     tune_torch,
 )
 from data import Ahead, Batch, Documents, make_batches
-from lab.watch import Progress, Stopwatch, asking_to_stop, draw_curves, draw_sheets, validate
+from lab.watch import Progress, Stopwatch, asking_to_stop, draw_curves, draw_sheets, model_card, validate
 from load_qwen3 import base_fingerprint, load_qwen3, load_tokenizer, read_json, resolve, tokenizer_identity
 from model import LMFusion
 from scale.muon import Muon
@@ -318,7 +318,7 @@ def train(run: Run, watch: Callable[[Run], dict] | None = None) -> None:
             progress.add(result, line, lr=config.lr * lr_factor(run.step - 1, config), last=last or stopped)
             if last or run.agreed or run.step % config.checkpoint_every == 0:
                 with progress.paused():
-                    save_run(run)
+                    save_run(run, model_card(run) if last and run.team.is_main else None)
                     draw_curves(run)
             if stopped:
                 raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: validation errors, sheets of fixed prompts and edits, curves, speed."""
+"""What a run shows: validation errors, sheets of fixed prompts and edits, curves, speed, a model card."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,6 +101,33 @@ def draw_curves(run: Run) -> None:
         return
     page = figures.training_curves(read_metrics(run.out / "metrics.jsonl"), TIMESTEPS)
     figures.save_image(page, run.out / "curves.png")
+
+
+def model_card(run: Run) -> dict[str, str | bytes]:
+    """Of a finished run: README.md, as model hubs show it beside a checkpoint, and the sheets in it."""
+    config, last = run.config, read_metrics(run.out / "metrics.jsonl")[-1]
+    sheets = {p.name: p.read_bytes() for p in sorted(run.out.glob(f"*-{run.step:06d}.png"))}
+    on_hub, frozen = not Path(run.base).is_dir(), config.lr_text_ratio == 0
+    losses = {name: last[name] for name in ("ddpm_loss", "lm_loss") if last[name] is not None}
+    rows = ("right caption", last["val"]["right"]), ("another caption", last["val"].get("permuted"))
+    card = (
+        Path(__file__)
+        .with_name("model_card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            run=run,
+            config=config,
+            tags=", ".join(("lmfusion", *config.tasks)),
+            base_model=f"base_model: {run.base}\n" if on_hub else "",
+            sheets="".join(f"![]({name})\n" for name in sheets),
+            base=run.base if on_hub else Path(run.base).name,
+            text="are as they were, and not in this folder" if frozen else "were trained as well",
+            losses=", ".join(f"{name} {value:.4f}" for name, value in losses.items()),
+            t=" | ".join(f"t = {t}" for t in TIMESTEPS) + " |\n" + "|---" * (len(TIMESTEPS) + 1),
+            errors="\n".join(f"| {k} | {' | '.join(f'{x:.4f}' for x in v)} |" for k, v in rows if v),
+        )
+    )
+    return {"README.md": card, **sheets}
 
 
 @contextlib.contextmanager

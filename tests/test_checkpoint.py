@@ -115,9 +115,9 @@ def test_text_that_was_trained_is_stored_too(make_run):
         assert torch.equal(p, dict(loaded.model.named_parameters())[name]), name
 
 
-def test_a_run_holds_safetensors_json_and_pictures_and_nothing_that_runs_code():
+def test_a_run_holds_safetensors_json_pictures_and_a_card_and_nothing_that_runs_code():
     kinds = {p.suffix for p in helpers.shapes_run().rglob("*") if p.is_file()}
-    assert kinds == {".safetensors", ".json", ".jsonl", ".png"}
+    assert kinds == {".safetensors", ".json", ".jsonl", ".png", ".md"}
     for path in helpers.shapes_run().rglob("*.safetensors"):
         assert load_file(path)
     for path in helpers.shapes_run().rglob("*.json"):
@@ -585,7 +585,7 @@ def test_a_crash_while_a_checkpoint_is_written_leaves_the_last_one(tmp_path, mon
 
 def break_writing(patch, moment: str, kind: type[BaseException]) -> None:
     """Writing a checkpoint fails at `moment`, half-way through a file; a killed process cleans nothing up."""
-    save_file, write_text, rmtree, dead = checkpoint.save_file, Path.write_text, shutil.rmtree, []
+    save_file, write_bytes, rmtree, dead = checkpoint.save_file, Path.write_bytes, shutil.rmtree, []
 
     def fail():
         dead.append(kind is Killed)
@@ -597,17 +597,17 @@ def break_writing(patch, moment: str, kind: type[BaseException]) -> None:
         save_file(tensors, path, **options)
         if Path(path).name == moment:
             data = Path(path).read_bytes()
-            Path(path).write_bytes(data[: len(data) // 2])
+            write_bytes(Path(path), data[: len(data) // 2])
             fail()
 
-    def broken_write(path, text, **options):
+    def broken_write(path, content):
         if path.name == moment:
-            write_text(path, text[: len(text) // 2], **options)
+            write_bytes(path, content[: len(content) // 2])
             fail()
-        return write_text(path, text, **options)
+        return write_bytes(path, content)
 
     patch.setattr(checkpoint, "save_file", broken_save)
-    patch.setattr(Path, "write_text", broken_write)
+    patch.setattr(Path, "write_bytes", broken_write)
     if moment == "rename":
         patch.setattr(checkpoint.os, "rename", lambda *_: fail())
 

@@ -165,8 +165,8 @@ def do(name: str, team: Team) -> None:
         save(run)
         run.out = folder
 
-    def saving(run):
-        save(run)
+    def saving(run, extra):
+        save(run, extra)
         seen["text"] = run.fingerprint, helpers.text_fingerprint(run.model)  # before and after
 
     patch = pytest.MonkeyPatch()

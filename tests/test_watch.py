@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from runs import EDITS, SHAPES, Killed, change, documents_that, last, new_run, take_steps
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from attention import IMAGE, Tokens
-from checkpoint import list_checkpoints, load_trained, read_metrics
+from checkpoint import append_metrics, list_checkpoints, load_trained, read_metrics
 from data import draw_noise, make_batches
 from evaluate import TIMESTEPS
 from lab import watch
@@ -42,6 +44,40 @@ def colours(path: Path) -> int:
     with Image.open(path) as image:
         assert image.format == "PNG"
         return len(image.convert("RGB").getcolors(2**24))
+
+
+# ---- the model card ----
+
+
+def test_a_finished_run_has_a_model_card_with_its_sheet_and_figures(tmp_path):
+    flags = ("--steps", 2, "--checkpoint-every", 1, "--keep", 2)
+    helpers.good(train, *helpers.photo_flags(tmp_path / "run", *flags), folder=tmp_path)
+    before, folder = list_checkpoints(tmp_path / "run")
+    assert not (before / "README.md").exists()
+    card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
+    assert card.data.license == "other" and card.data.base_model is None
+    assert card.data.pipeline_tag == "text-to-image" and card.data.tags == ["lmfusion", "generate", "caption"]
+    (shown,) = re.findall(r"!\[\]\((.*)\)", card.text)
+    assert (folder / shown).read_bytes() == (tmp_path / "run" / "sheet-000002.png").read_bytes()
+    last_line = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    for name, errors in (("right", last_line["val"]["right"]), ("another", last_line["val"]["permuted"])):
+        assert f"| {name} caption | {' | '.join(f'{x:.4f}' for x in errors)} |" in card.text
+    assert f"ddpm_loss {last_line['ddpm_loss']:.4f}, lm_loss {last_line['lm_loss']:.4f}" in card.text
+    assert "in 2 steps of 6 documents" in card.text and "as they were, and not in this folder" in card.text
+    assert "{" not in card.content and load_trained(folder).info["step"] == 2
+
+
+def test_a_model_card_names_the_base_of_the_hub_and_says_that_text_was_trained(make_run):
+    run = make_run("--lr-text-ratio", 0.1, "--task", "edit", "--data", helpers.edits())
+    run.base = "Qwen/Qwen3-0.6B"
+    run.out.mkdir()
+    line = {"step": 0, "lm_loss": None, "ddpm_loss": 0.5, "val": {"t": list(TIMESTEPS), "right": [0.25] * 5}}
+    append_metrics(run.out, line)
+    files = watch.model_card(run)
+    card = ModelCard(files.pop("README.md"))
+    assert card.data.base_model == "Qwen/Qwen3-0.6B" and card.data.tags == ["lmfusion", "edit"] and not files
+    assert "Losses of the last steps: ddpm_loss 0.5000. " in card.text and "another caption" not in card.text
+    assert "`Qwen/Qwen3-0.6B`, whose weights\nwere trained as well" in card.text
 
 
 # ---- the moving average ----
