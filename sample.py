@@ -211,7 +211,7 @@ def converse(trained: Trained, args: argparse.Namespace) -> None:
         answer_last(trained, options, args.think, args.messages, Path(args.out))
 
 
-def work(args: argparse.Namespace) -> None:
+def use_model(args: argparse.Namespace) -> None:
     """All that the flags ask for."""
     tune_torch(keep_memory=True)
     task = "chat" if args.chat or args.messages else "edit" if args.edit is not None else ""
@@ -240,7 +240,7 @@ def main() -> None:
     check(args)
     with locked(args.locks) if args.locks else nullcontext():
         check_places(args)
-        work(args)
+        use_model(args)
 
 
 if __name__ == "__main__":
