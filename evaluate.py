@@ -37,7 +37,7 @@ from torch import Tensor
 from checkpoint import Trained, check_device, load_trained, write_atomic
 from config import Bar, Parser, check_range, read_text, run_command, tune_torch
 from data import CAPTION_FIRST, Batch, caption_document, collate, permuted
-from diffusion import Diffusion, T
+from diffusion import SAMPLERS, Diffusion, T
 from generate import derive_seed, describe_images, encode_text, generate_images, generate_text, picture_size
 from lab import figures
 from lab.language import knowledge, multiple_choice, perplexity, puzzles, read_questions, reasoning
@@ -283,7 +283,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu, cuda, ...")
     add = partial(add, rare=True)
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
-    add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm with 250 steps is the paper's")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="ddpm with 250 steps is the paper's")
     add("--captions", metavar="FILE.json", help="with --data: write them here, in the form of COCO's results")
     add("--max-tokens", type=int, default=64, help="longest caption to write for --data")
     add("--base", help="where the base language model lies, if it was moved since training")

@@ -22,7 +22,7 @@ from torch import Tensor
 from chat.conversation import answer_last, check_folder, read_messages, talk
 from checkpoint import Trained, check_device, load_trained, locked, write_atomic
 from config import Bar, Parser, check_range, read_text, run_command, tune_torch
-from diffusion import T
+from diffusion import SAMPLERS, T
 from generate import (
     GenerationConfig,
     derive_seed,
@@ -58,7 +58,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--gif", metavar="FILE", help="also write a film of the denoising")
     add("--device", default="cpu", help="cpu, cuda, ...")
     add = partial(add, rare=True)
-    add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm is the paper's, with 250 steps")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="ddpm is the paper's, with 250 steps")
     add("--cfg-image", type=float, default=3.0, help="guidance over the picture of --edit; 1 is none")
     add("--scale", type=int, help="pixels a side (256; 128 with --labels); 0, or in a folder: as painted")
     add("--max-tokens", type=int, help="longest text to write (default: 64; 256 an answer in a chat)")
