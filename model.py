@@ -260,7 +260,10 @@ class LMFusion(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # Proj_text of Eq. (5)
+        size = config.vocab_size, config.hidden_size
+        # For a draw on the meta device, of nothing, torch would import its compiler: a second.
+        empty = torch.empty(size) if torch.get_default_device().type == "meta" else None
+        self.embed_tokens = nn.Embedding(*size, _weight=empty)  # Proj_text of Eq. (5)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm_text = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # Our choice: the final norm belongs to the last layer's output: separate wherever anything is.
@@ -317,7 +320,8 @@ class LMFusion(nn.Module):
         rms = text("embed_tokens.weight").float().pow(2).mean().sqrt().item()
         with torch.device("meta"):
             unet = nn.ModuleDict({"unet_down": UNetDown(self.config), "unet_up": UNetUp(self.config)})
-        unet.to_empty(device="cpu")
+        # `to_empty` would do the same, after half a second of imports
+        unet.load_state_dict({n: torch.empty(p.shape) for n, p in unet.state_dict().items()}, assign=True)
         unet["unet_down"].init_weights(rms)
         unet["unet_up"].init_weights()
         fresh = {"boi_head": torch.zeros(self.config.hidden_size), **unet.state_dict()}

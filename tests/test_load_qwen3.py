@@ -363,6 +363,7 @@ def test_the_image_side_of_a_whole_model_starts_afresh_as_from_the_model_itself(
 
 def test_a_command_imports_little_beside_torch():
     code = "import sys, torch; old = set(sys.modules); import sample, train, evaluate; "
+    code += f"sample.load_trained({str(helpers.photo_run())!r}); "
     code += "print(set(sys.modules) - old)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=helpers.ROOT, capture_output=True, text=True, check=True
