@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network
@@ -191,6 +194,18 @@ def perturb() -> Callable[..., None]:
 def write_qwen3() -> Callable[..., Path]:
     """write_qwen3(folder, seed=0, dtype=float32, shards=1, **changes of config.json) -> the folder."""
     return write_qwen3_folder
+
+
+@pytest.fixture(scope="session")
+def forks() -> BaseContext:
+    """Where processes are forked from: one that has imported train.py and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_parallel"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in helpers.environment().items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -100,6 +101,22 @@ def call(module: ModuleType, *args: str | Path, folder: Path) -> Result:
     finally:
         sys.argv = argv
     raise AssertionError("run returned")
+
+
+def environment() -> dict[str, str]:
+    """That of a process which finds the tests and the project."""
+    path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(path), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+
+
+def train_apart(folder: Path, args: list[str], disk: int, pipe: Connection, threads: int) -> None:
+    """`python train.py ARGS` in a process of `forks`; no file may grow beyond `disk` bytes."""
+    torch.set_num_threads(threads)
+    os.chdir(folder)
+    sys.stdout = sys.stderr = os.fdopen(pipe.fileno(), "w", closefd=False)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
+    sys.argv = ["train.py", *args]
+    run_command(train.main)
 
 
 def good(module: ModuleType, *args: str | Path, folder: Path) -> str:

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import forkserver
 from pathlib import Path
 
 import helpers
@@ -310,12 +309,6 @@ def end_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def environment() -> dict[str, str]:
-    """That of a process which finds this file and the project."""
-    path = [str(helpers.ROOT), str(helpers.ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(path), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-
-
 def torchrun(size: int, *command: object, folder: Path) -> subprocess.Popen:
     """torchrun with its processes, in a group of its own; their output goes to FOLDER/log."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
@@ -323,7 +316,7 @@ def torchrun(size: int, *command: object, folder: Path) -> subprocess.Popen:
         return subprocess.Popen(
             [*start, *map(str, command)],
             cwd=folder,
-            env={**os.environ, **environment()},
+            env={**os.environ, **helpers.environment()},
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -395,20 +388,8 @@ class Started:
             p.join()
 
 
-@pytest.fixture(scope="module")
-def context():
-    """Where processes are forked from: one that has imported train.py and computed nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment().items():
-            patch.setenv(name, value)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["test_parallel"])
-        forkserver.ensure_running()
-        yield context
-
-
 @pytest.fixture
-def start(here, context, tmp_path) -> Iterator[Callable[..., Started]]:
+def start(here, forks, tmp_path) -> Iterator[Callable[..., Started]]:
     """start(size, flags, prepare=None) -> so many processes of `train.py FLAGS` in tmp_path."""
     running = []
     folder_with(tmp_path, here / "base", here / "photos")
@@ -418,7 +399,7 @@ def start(here, context, tmp_path) -> Iterator[Callable[..., Started]]:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
         args = [(rank, size, port, str(tmp_path), flags, prepare) for rank in range(size)]
-        running.append(Started([context.Process(target=one_of_many, args=a) for a in args], tmp_path))
+        running.append(Started([forks.Process(target=one_of_many, args=a) for a in args], tmp_path))
         for p in running[-1].processes:
             p.start()
         return running[-1]
