@@ -160,8 +160,11 @@ def encode_source(config: EncodeConfig, codec: AutoencoderKL) -> LatentShards:
         settings.check_equal(read_json(out / INDEX), out / INDEX, REMEDY)
         return LatentShards(out)
     out.mkdir(parents=True, exist_ok=True)
+    for half in out.glob(".*.tmp"):  # a killed run's; its whole ones are kept
+        if re.fullmatch(r"\.(shard-\d+\.safetensors|index\.json)\.\d+\.tmp", half.name):
+            half.unlink()
     left = (p for p in out.glob("shard-*") if re.fullmatch(r"shard-\d{5,}\.safetensors", p.name))
-    pieces = read_shards(sorted(left), settings, REMEDY)  # by a killed run
+    pieces = read_shards(sorted(left), settings, REMEDY)
     start = pieces[-1].end if pieces else 0
     shown = dict(total=len(samples), initial=start, desc="encoding", unit="picture")
     with Bar(samples[start:], **shown) as bar:

@@ -94,8 +94,10 @@ class PictureSource:
         if train is None:  # the pictures of the edits, and what was asked for
             train = Pictures(edits.targets, edits.instructions, edits.names, [])
         self.train, self.val, self.edits = train, val or train, edits
-        pairs = list(zip(digests(edits.sources), digests(edits.targets), strict=True)) if edits else []
-        found = split_examples(digests(train.pixels), pairs, digests(val.pixels) if val else [], "")
+        shown, others = digests(train.pixels), digests(val.pixels) if val else []
+        before, after = (digests(edits.sources), digests(edits.targets)) if edits else ([], [])
+        self.digests = [*shown, *others, *before, *after]
+        found = split_examples(shown, list(zip(before, after, strict=True)), others, "")
         self.rows, self.val_rows, self.edit_rows, self.val_edit_rows = found
 
     def captioned(self, rng: random.Random) -> tuple[Tensor, str]:
@@ -148,14 +150,8 @@ class PictureSource:
         """Any model; what the tasks need was loaded, or was an error."""
 
     def fingerprint(self) -> bytes:
-        train, val, edits = self.train, self.val, self.edits
-        texts, pixels = [train.captions, val.captions], [train.pixels, val.pixels]
-        if edits is not None:
-            texts, pixels = [*texts, edits.instructions], [*pixels, edits.sources, edits.targets]
-        digest = hashlib.sha256(json.dumps(texts).encode())
-        for x in pixels:
-            digest.update(x.numpy())
-        return digest.digest()
+        texts = [self.train.captions, self.val.captions, self.edits.instructions if self.edits else []]
+        return hashlib.sha256(json.dumps(texts).encode() + b"".join(self.digests)).digest()
 
 
 def split_examples(

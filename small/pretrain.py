@@ -81,7 +81,7 @@ class BuiltInText:
         return draw_document(rng, self.tokenizer, TALK)
 
     def fingerprint(self) -> bytes:
-        return b"built-in text"
+        return f"built-in text {RECIPE}".encode()
 
 
 def init_text(model: LMFusion) -> None:

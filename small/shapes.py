@@ -72,4 +72,4 @@ class Shapes:
         """Any model will do."""
 
     def fingerprint(self) -> bytes:
-        return b"shapes"
+        return repr(all_scenes("train")).encode()

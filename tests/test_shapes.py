@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_world import TRAIN, check_edit, differing
 
+from small import pretrain, shapes
 from small.dialogues import THINK_PROMPT, Shot
 from small.shapes import Shapes
 from small.world import COLORS, PLACES, Edit, all_scenes, render
@@ -91,3 +92,11 @@ def test_two_fifths_of_the_built_in_conversations_are_with_thoughts():
     thinking = [p == {"role": "system", "content": THINK_PROMPT} for p in prompts]
     assert sum(thinking) / n == pytest.approx(0.4, abs=0.05)
     assert all(p["role"] == "user" for p, t in zip(prompts, thinking, strict=True) if not t)
+
+
+def test_other_scenes_or_another_recipe_have_another_fingerprint(monkeypatch):
+    sources = Shapes(), pretrain.BuiltInText(None)
+    before = [source.fingerprint() for source in sources]
+    monkeypatch.setattr(shapes, "all_scenes", lambda split: all_scenes(split)[1:])
+    monkeypatch.setattr(pretrain, "RECIPE", pretrain.RECIPE + 1)
+    assert not set(before) & {source.fingerprint() for source in sources}
