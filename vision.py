@@ -7,10 +7,10 @@ Section 5.3 of the paper freezes a vision-language model and trains an image exp
 model sees, through its own tower and projector, which are here; the expert beside it draws. A shown picture
 stands in the text as n times the id `vision.placeholder_id`, and its features replace that id's embeddings.
 
-Families: `llava` and `llava_next`, with the tower of CLIP or SigLIP. Modules have transformers' names. A
-folder holds `config.json`, the weights, and `processor_config.json` or `preprocessor_config.json`, which says
-how pictures are prepared. Every tensor but the language model's is accounted for by name and shape; what is
-not known is a ValueError that names the field or the tensor.
+Families: `llava` and `llava_next`, with the tower of CLIP or SigLIP, and `qwen3_vl`. Modules have
+transformers' names. A folder holds `config.json`, the weights, and `processor_config.json` or
+`preprocessor_config.json`, which says how pictures are prepared. Every tensor but the language model's is
+accounted for by name and shape; what is not known is a ValueError that names the field or the tensor.
 
 Shapes: n placeholders of a picture; D hidden size of the language model, h of the tower; T tiles of a
 picture, S pixels a side of a tile, g patches a side; N tokens of a tile within the tower.
@@ -34,6 +34,7 @@ from PIL import Image
 from torch import Tensor
 
 from load_qwen3 import open_weights, read_json, resolve
+from model import apply_rope
 
 FILES = ["config.json", "processor_config.json", "preprocessor_config.json"]
 FILES += ["*.safetensors", "model.safetensors.index.json"]
@@ -52,6 +53,9 @@ CLIP_LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24
 CLIP_LARGE |= dict(patch_size=14, image_size=336)
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+QWEN3_VL = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, patch_size=16)
+QWEN3_VL |= dict(temporal_patch_size=2, spatial_merge_size=2, num_position_embeddings=2304)
+QWEN3_VL |= dict(out_hidden_size=3584)
 MOST_ASPECT = 200  # Qwen's own limit, here for all: a thinner picture would be stretched to a million pixels
 # Fields that change nothing here.
 UNUSED = """
@@ -60,6 +64,7 @@ UNUSED = """
     attention_dropout initializer_factor initializer_range projection_dim
     image_processor_type feature_extractor_type processor_class do_convert_rgb default_to_square
     data_format input_data_format return_tensors device disable_grouping
+    video_token_id vision_start_token_id vision_end_token_id
 """.split()
 
 
@@ -68,6 +73,10 @@ class Seen:
     """What the language model reads of one picture."""
 
     features: Tensor  # (n, D): the embeddings of the n placeholders
+    # Of Qwen3-VL alone: what is added to the hidden states of the placeholders behind the language model's
+    # first layers, (n, D) each; and the rows and columns of the n, from which their positions follow.
+    deepstack: list[Tensor] | None = None
+    grid: tuple[int, int] | None = None
 
 
 class Fields:
@@ -92,8 +101,9 @@ class Fields:
         return value if fits(value) else self.refuse(field, wanted)
 
     def choice(self, field: str, default: object, *choices: object) -> object:
-        allowed = [json.dumps(x) for x in choices]  # compared as text: true is not 1
-        return self.take(field, default, lambda x: json.dumps(x) in allowed, f"only {', '.join(allowed)} is")
+        text = partial(json.dumps, sort_keys=True)  # what is compared: true is not 1
+        allowed = list(map(text, choices))
+        return self.take(field, default, lambda x: text(x) in allowed, f"only {', '.join(allowed)} is")
 
     def count(self, field: str, default: int | None = None, least: int = 1) -> int:
         wanted = f"a whole number from {least} on is"
@@ -450,15 +460,196 @@ def read_llava_processor(folder: Path, S: int, pinpoints: list[list[int]] | None
     return dict(preparation=preparation, edge=edge, squash=squash)
 
 
+# ---- Qwen3-VL ----
+
+
+@dataclass(frozen=True)
+class Qwen3VLConfig:
+    """The fields of a Qwen3-VL's files that decide what is computed."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    patch_size: int
+    temporal_patch_size: int  # a picture is a film of so many equal frames
+    spatial_merge_size: int  # m: m x m patches become one placeholder
+    num_position_embeddings: int
+    out_hidden_size: int  # D
+    deepstack: list[int]  # the layers behind which patches are merged for the language model's first layers
+    hidden_act: str
+    preparation: Preparation
+    pixels: tuple[int, int]  # a picture is resized to no fewer and no more
+
+
+class Qwen3VLBlock(nn.Module):
+    """(N, h) -> (N, h); all patches of a picture see one another."""
+
+    def __init__(self, c: Qwen3VLConfig):
+        super().__init__()
+        h, m = c.hidden_size, c.intermediate_size
+        self.norm1, self.norm2 = nn.LayerNorm(h, 1e-6), nn.LayerNorm(h, 1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(h, 3 * h), "proj": nn.Linear(h, h)})
+        self.mlp = nn.ModuleDict({"linear_fc1": nn.Linear(h, m), "linear_fc2": nn.Linear(m, h)})
+        self.heads, self.act = c.num_heads, ACTIVATIONS[c.hidden_act]
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        q, k, v = (y.transpose(0, 1)[None] for y in (apply_rope(q, rope), apply_rope(k, rope), v))
+        y = F.scaled_dot_product_attention(q, k, v)[0]  # (heads, N, h / heads)
+        x = x + self.attn["proj"](y.transpose(0, 1).flatten(1))
+        return x + self.mlp["linear_fc2"](self.act(self.mlp["linear_fc1"](self.norm2(x))))
+
+
+class Qwen3VLMerger(nn.Module):
+    """(N, h) -> (n, D): m * m patches in a row become one; the norm stands before that, or behind."""
+
+    def __init__(self, c: Qwen3VLConfig, norm_behind: bool):
+        super().__init__()
+        wide = c.hidden_size * c.spatial_merge_size**2
+        self.norm = nn.LayerNorm(wide if norm_behind else c.hidden_size, 1e-6)
+        self.linear_fc1, self.linear_fc2 = nn.Linear(wide, wide), nn.Linear(wide, c.out_hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.reshape(-1, *self.norm.normalized_shape))
+        return self.linear_fc2(F.gelu(self.linear_fc1(x.reshape(-1, self.linear_fc1.in_features))))
+
+
+class Qwen3VL(nn.Module):
+    """A tower for pictures of any shape; mergers at its end, and behind some of its layers (deepstack)."""
+
+    def __init__(self, c: Qwen3VLConfig):
+        super().__init__()
+        self.config = c
+        kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
+        deep = [Qwen3VLMerger(c, norm_behind=True) for _ in c.deepstack]
+        parts = {
+            "patch_embed": nn.ModuleDict({"proj": nn.Conv3d(3, c.hidden_size, kernel, kernel)}),
+            "pos_embed": nn.Embedding(c.num_position_embeddings, c.hidden_size),
+            "blocks": nn.ModuleList(Qwen3VLBlock(c) for _ in range(c.depth)),
+            "merger": Qwen3VLMerger(c, norm_behind=False),
+            "deepstack_merger_list": nn.ModuleList(deep),
+        }
+        self.visual = nn.ModuleDict(parts)
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of a picture of this width and height: whole blocks of m x m."""
+        c, (w, h) = self.config, size
+        least, most = c.pixels
+        f = c.patch_size * c.spatial_merge_size
+        sides = [round(side / f) * f for side in (h, w)]
+        if math.prod(sides) > most:
+            shrink = math.sqrt(h * w / most)
+            sides = [max(f, math.floor(side / shrink / f) * f) for side in (h, w)]
+        elif math.prod(sides) < least:
+            grow = math.sqrt(least / (h * w))
+            sides = [math.ceil(side * grow / f) * f for side in (h, w)]
+        return sides[0] // c.patch_size, sides[1] // c.patch_size
+
+    def by_blocks(self, x: Tensor) -> Tensor:
+        """(rows, columns, ...) -> (N, ...): block by block, for the mergers."""
+        m = self.config.spatial_merge_size
+        x = x.unflatten(1, (-1, m)).unflatten(0, (-1, m))  # (rows / m, m, columns / m, m, ...)
+        return x.transpose(1, 2).flatten(0, 3)
+
+    def pixels(self, picture: Image.Image) -> Tensor:
+        """RGB -> patches (N, 3 * temporal_patch_size * patch_size ** 2)."""
+        c, (rows, columns) = self.config, self.grid(picture.size)
+        p = c.patch_size
+        picture = picture.resize((columns * p, rows * p), c.preparation.resample)
+        x = c.preparation.normalise(picture).unflatten(2, (columns, p)).unflatten(1, (rows, p))
+        x = self.by_blocks(x.permute(1, 3, 0, 2, 4))  # (N, 3, p, p)
+        return x[:, :, None].expand(-1, -1, c.temporal_patch_size, -1, -1).flatten(1)
+
+    def rope(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (N, 1, d/2): half of a head's pairs turn with the row, half with the column."""
+        d = self.config.hidden_size // self.config.num_heads
+        frequency = 1e4 ** (-torch.arange(0, d // 2, 2, device=device) / (d // 2))  # (d/4,)
+        row, column = (torch.arange(n, device=device) for n in (rows, columns))
+        place = torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1)  # (rows, columns, 2)
+        angle = (self.by_blocks(place)[..., None] * frequency).flatten(1)[:, None]
+        return angle.cos(), angle.sin()
+
+    def forward(self, patches: Tensor, size: tuple[int, int]) -> Seen:
+        """Patches (N, ...) of a picture of this width and height."""
+        c, visual, grid = self.config, self.visual, self.grid(size)
+        proj, table = visual["patch_embed"]["proj"], visual["pos_embed"].weight.float()
+        table = table.T.unflatten(1, (math.isqrt(c.num_position_embeddings), -1))  # (h, side, side)
+        positions = F.interpolate(table[None], grid, mode="bilinear", align_corners=True)[0]
+        x = F.linear(patches, proj.weight.flatten(1), proj.bias)  # the convolution, on patches cut already
+        x = x + self.by_blocks(positions.permute(1, 2, 0)).to(x)
+        rope, deepstack = self.rope(*grid, x.device), []
+        for i, block in enumerate(visual["blocks"]):
+            x = block(x, rope)
+            if i in c.deepstack:
+                deepstack.append(visual["deepstack_merger_list"][len(deepstack)](x))
+        merged = tuple(n // c.spatial_merge_size for n in grid)
+        return Seen(visual["merger"](x), deepstack, merged)
+
+
+def read_qwen3_vl(folder: Path, fields: Fields) -> tuple[Qwen3VL, int]:
+    """The model without its weights, and the placeholder's id."""
+    placeholder = fields.count("image_token_id", 151655, least=0)
+    fields.finish()
+    text = Fields(fields.path, fields.raw.get("text_config", {}), "text_config.")
+    vision = Fields(fields.path, fields.raw.get("vision_config", {}), "vision_config.")
+    vision.choice("model_type", "qwen3_vl_vision", "qwen3_vl_vision", "qwen3_vl")
+    vision.choice("in_channels", 3, 3)
+    plain = {"rope_type": "axial", "rope_theta": 10000.0}
+    vision.choice("rope_parameters", plain, plain)
+    size = {name: vision.count(name, usual) for name, usual in QWEN3_VL.items()}
+    depth, heads, places = (size[n] for n in ("depth", "num_heads", "num_position_embeddings"))
+
+    def rises(x: object) -> bool:
+        whole = isinstance(x, list) and all(type(i) is int and 0 <= i < depth for i in x)
+        return whole and x == sorted(set(x))
+
+    deepstack = vision.take(
+        "deepstack_visual_indexes", [8, 16, 24], rises, f"rising numbers below {depth} are"
+    )
+    act = vision.choice("hidden_act", "gelu_pytorch_tanh", *ACTIVATIONS)
+    if size["hidden_size"] % (4 * heads):
+        vision.refuse("num_heads", f"numbers that cut {size['hidden_size']} into multiples of 4 are")
+    if math.isqrt(places) ** 2 != places:
+        vision.refuse("num_position_embeddings", "square numbers are")
+    if text.count("hidden_size", 4096) != size["out_hidden_size"]:
+        vision.refuse("out_hidden_size", f"text_config has {text.count('hidden_size', 4096)}")
+    vision.finish()
+
+    fields, _ = image_processor(folder, "Qwen2VL")
+    preparation = read_preparation(fields, CLIP_MEAN, CLIP_STD)
+    ours = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
+    for name, usual in ours.items():
+        its_name = name.removeprefix("spatial_")
+        if fields.count(its_name, usual) != size[name]:
+            fields.refuse(its_name, f"vision_config has {size[name]}")
+
+    def is_range(x: object) -> bool:
+        whole = isinstance(x, dict) and set(x) == {"shortest_edge", "longest_edge"}
+        return whole and all(type(n) is int and 0 < n < 2**40 for n in x.values())
+
+    usual = {
+        "shortest_edge": 56**2,
+        "longest_edge": 28**2 * 1280,
+    }  # numbers of pixels, whatever they are called
+    wanted = 'only {"shortest_edge": pixels, "longest_edge": pixels} is'
+    edges = fields.take("size", usual, is_range, wanted)
+    least = fields.count("min_pixels", edges["shortest_edge"])  # what older files say; it counts more
+    most = fields.count("max_pixels", edges["longest_edge"], least)
+    fields.finish()
+    rest = dict(deepstack=deepstack, hidden_act=act, preparation=preparation, pixels=(least, most))
+    return Qwen3VL(Qwen3VLConfig(**size, **rest)), placeholder
+
+
 # ---- Any family ----
 
-FAMILIES = {"llava": read_llava, "llava_next": read_llava}
+FAMILIES = {"llava": read_llava, "llava_next": read_llava, "qwen3_vl": read_qwen3_vl}
 
 
 class Vision:
     """A frozen tower and its projector; `placeholder_id` stands in the text where a picture is seen."""
 
-    def __init__(self, model: Llava, placeholder_id: int):
+    def __init__(self, model: Llava | Qwen3VL, placeholder_id: int):
         self.model, self.placeholder_id = model, placeholder_id
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """vision.py: sees what transformers sees, and names whatever does not fit.
 
-`fixtures/llava_*` were written by transformers (`fixtures/make_vision.py`). Its image processors with Pillow
+The fixtures were written by transformers (`fixtures/make_vision.py`). Its image processors with Pillow
 are the measure; those with torchvision resize a little differently. Errors are shown on a good folder that is
 broken in one place.
 """
@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from load_qwen3 import read_json
-from vision import FAMILIES, Fields, Vision, load_vision, on_white
+from vision import FAMILIES, Fields, Seen, Vision, load_vision, on_white
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
-FOLDERS = ("llava_clip", "llava_siglip", "llava_next")
+FOLDERS = ("llava_clip", "llava_siglip", "llava_next", "qwen3_vl")
 UNUSED = ("post_layernorm", "layers.2.", "head.")  # of the fixtures with CLIP: layer -2 of 3 is read
 REMOVED = object()  # a field taken out of a file
 
@@ -65,14 +65,23 @@ def random_picture(w: int, h: int, mode: str = "RGB", seed: int = 0) -> Image.Im
 # ---- parity with transformers ----
 
 
+def parts(seen: Seen) -> dict[str, Tensor]:
+    """All that is seen of a picture, as the fixtures name it."""
+    found = {"features": seen.features}
+    if seen.grid is not None:
+        assert len(seen.features) == seen.grid[0] * seen.grid[1]
+        found["grid"] = torch.tensor(seen.grid)
+    return found | {f"deepstack_{i}": x for i, x in enumerate(seen.deepstack or [])}
+
+
 def assert_parity(folder: Path, expected: dict[str, Tensor]) -> None:
     """Pixels to 1e-6, tower, features and the rest to 1e-5, as many placeholders."""
     vision = load_vision(folder)
     for size in sorted({name.split(".")[0] for name in expected}):
         e = {name.split(".")[1]: x for name, x in expected.items() if name.startswith(f"{size}.")}
         picture = Image.fromarray(e["picture"].numpy())
-        pixels, seen = vision.model.pixels(picture), vision.look(picture)
-        ours = {"pixels": pixels, "features": seen.features}
+        pixels = vision.model.pixels(picture)
+        ours = {"pixels": pixels, **parts(vision.look(picture))}
         if "tower" in e:
             ours["tower"] = torch.cat(vision.model.vision_tower(pixels, vision.model.config.behind), dim=-1)
         assert ours.keys() == e.keys() - {"picture"}
@@ -92,13 +101,13 @@ def test_every_tensor_of_a_fixture_matters(name):
     """Without any one of them, parity would be lost by far; pictures differ as well."""
     vision, expected = load_vision(FIXTURES / name), expected_of(name)
     picture = Image.fromarray(expected["37x90.picture"].numpy())
-    unused = UNUSED if "siglip" not in name else UNUSED[:1]
+    unused = {"llava_siglip": UNUSED[:1], "qwen3_vl": ()}.get(name, UNUSED)
     for n, p in vision.model.named_parameters():
         kept = p.clone()
         p.data.zero_()
-        features = vision.look(picture).features
+        found = parts(vision.look(picture))
         p.data.copy_(kept)
-        change = (features - expected["37x90.features"]).abs().max()
+        change = max((x - expected[f"37x90.{part}"]).abs().max() for part, x in found.items())
         # a bias of keys adds the same to all scores of a row
         used = not any(x in n for x in unused) and not n.endswith("k_proj.bias")
         assert (change > 1e-2) if used else (change < 1e-5), n
@@ -140,6 +149,18 @@ LIVE = {
         m.llava_next(dict(m.CLIP, image_size=20), [[20, 100], [60, 40], [40, 60], [100, 20], [60, 60]]),
         m.next_processor(20, [[20, 100], [60, 40], [40, 60], [100, 20], [60, 60]]),
     ),
+    "Qwen with pictures made larger, smaller, and left": lambda m: (
+        m.qwen3_vl(),
+        m.qwen_processor(900, 9000),
+    ),
+    "Qwen with almost all pictures made larger": lambda m: (m.qwen3_vl(), m.qwen_processor(6000, 8000)),
+    "Qwen with other numbers": lambda m: (
+        m.qwen3_vl(
+            dict(m.QWEN, spatial_merge_size=3, temporal_patch_size=3, patch_size=3, num_heads=4)
+            | dict(hidden_act="gelu", deepstack_visual_indexes=[], num_position_embeddings=9)
+        ),
+        m.qwen_processor(10, 2000, 3, merge_size=3, temporal_patch_size=3, image_mean=[0.1, 0.5, 0.9]),
+    ),
 }
 ODD = ((37, 90), (90, 37), (64, 64), (1, 150), (150, 1), (13, 12), (61, 23), (7, 5), (200, 199))
 
@@ -178,6 +199,34 @@ STOCK = {  # as the hub's folders say it: most is left to transformers' defaults
         vision_config=dict(model_type="siglip_vision_model", image_size=384, patch_size=14),
         text_config=dict(model_type="qwen2"),
     ),
+    "Qwen3-VL-4B": dict(
+        model_type="qwen3_vl",
+        image_token_id=151655,
+        tie_word_embeddings=True,
+        text_config=dict(model_type="qwen3_vl_text", hidden_size=2560),
+        video_token_id=151656,
+        vision_config=dict(
+            deepstack_visual_indexes=[5, 11, 17],
+            depth=24,
+            hidden_act="gelu_pytorch_tanh",
+            hidden_size=1024,
+            in_channels=3,
+            initializer_range=0.02,
+            intermediate_size=4096,
+            model_type="qwen3_vl",
+            num_heads=16,
+            num_position_embeddings=2304,
+            out_hidden_size=2560,
+            patch_size=16,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+        ),
+        vision_end_token_id=151653,
+        vision_start_token_id=151652,
+    ),
+    "little of a Qwen3-VL": dict(
+        model_type="qwen3_vl", vision_config={}, text_config=dict(hidden_size=3584, num_attention_heads=28)
+    ),
 }
 
 
@@ -188,8 +237,10 @@ def test_what_stock_configurations_leave_out_is_as_transformers_has_it(tmp_path,
     raw = STOCK[case]
     side = raw.get("vision_config", {"image_size": 336}).get("image_size", 224)
     square = {"height": side, "width": side}
-    kind = "LlavaNext" if raw["model_type"] == "llava_next" else "CLIP"
+    kind = {"llava": "CLIP", "llava_next": "LlavaNext", "qwen3_vl": "Qwen2VL"}[raw["model_type"]]
     processor = dict(image_processor_type=f"{kind}ImageProcessor", crop_size=square, size=square)
+    if kind == "Qwen2VL":
+        processor = dict(image_processor_type="Qwen2VLImageProcessorFast", patch_size=16)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     with torch.device("meta"):
         fields = Fields(tmp_path / "config.json", raw)
@@ -200,6 +251,14 @@ def test_what_stock_configurations_leave_out_is_as_transformers_has_it(tmp_path,
     theirs = {n: tuple(x.shape) for n, x in theirs.items() if not n.startswith("language_model.")}
     theirs = {n.replace("vision_tower.vision_model.", "vision_tower."): x for n, x in theirs.items()}
     assert {n: tuple(x.shape) for n, x in model.state_dict().items()} == theirs
+    if kind == "Qwen2VL":
+        c = model.config
+        assert placeholder == config.image_token_id and c.num_heads == config.vision_config.num_heads
+        assert (c.deepstack, c.hidden_act) == (
+            list(config.vision_config.deepstack_visual_indexes),
+            config.vision_config.hidden_act,
+        )
+        return
     assert placeholder == config.image_token_index
     assert model.vision_tower.encoder["layers"][0].heads == config.vision_config.num_attention_heads
     assert model.config.tower.hidden_act == config.vision_config.hidden_act
@@ -228,8 +287,9 @@ def test_a_picture_too_thin_is_one_line(name, size):
         load_vision(FIXTURES / name).look(Image.new("RGB", size))
 
 
-def test_nothing_is_trained_and_another_dtype_is_near():
-    vision, half = (load_vision(FIXTURES / "llava_next", dtype) for dtype in (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("name", ("llava_next", "qwen3_vl"))
+def test_nothing_is_trained_and_another_dtype_is_near(name):
+    vision, half = (load_vision(FIXTURES / name, dtype) for dtype in (torch.float32, torch.bfloat16))
     picture = random_picture(40, 25)
     seen, rough = vision.look(picture).features, half.look(picture).features
     assert not any(p.requires_grad for p in vision.model.parameters()) and not vision.model.training
@@ -295,6 +355,13 @@ def test_the_other_name_of_the_placeholder_and_null_are_understood(tmp_path):
     assert_parity(folder, expected_of("llava_clip"))
 
 
+def test_older_names_of_the_numbers_of_pixels_count_more(tmp_path):
+    folder = copy(tmp_path / "v", "qwen3_vl")
+    size = {"shortest_edge": 9, "longest_edge": 99}
+    edit(folder / "preprocessor_config.json", size=size, min_pixels=500, max_pixels=1200)
+    assert_parity(folder, expected_of("qwen3_vl"))
+
+
 NEXT = "llava_next"
 BAD_CONFIG = [
     ("llava_clip", dict(model_type="qwen3"), 'model_type = "qwen3"'),
@@ -323,6 +390,20 @@ BAD_CONFIG = [
     (NEXT, dict(image_grid_pinpoints=[]), "image_grid_pinpoints"),
     (NEXT, dict(image_grid_pinpoints=[[12, 24]]), "image_grid_pinpoints"),  # the image processor's differ
 ]
+QWEN = "qwen3_vl"
+BAD_CONFIG += [
+    (QWEN, dict(vision_config__model_type="qwen2_5_vl"), "vision_config.model_type"),
+    (QWEN, dict(vision_config__depth=0), "vision_config.depth"),
+    (QWEN, dict(vision_config__num_heads=3), "vision_config.num_heads"),
+    (QWEN, dict(vision_config__in_channels=4), "vision_config.in_channels"),
+    (QWEN, dict(vision_config__rope_parameters__rope_theta=500), "vision_config.rope_parameters"),
+    (QWEN, dict(vision_config__num_position_embeddings=37), "vision_config.num_position_embeddings"),
+    (QWEN, dict(vision_config__deepstack_visual_indexes=[1, 0]), "vision_config.deepstack_visual_indexes"),
+    (QWEN, dict(vision_config__deepstack_visual_indexes=[3]), "vision_config.deepstack_visual_indexes"),
+    (QWEN, dict(vision_config__fullatt_block_indexes=[1]), "vision_config.fullatt_block_indexes"),
+    (QWEN, dict(vision_config__out_hidden_size=24), "vision_config.out_hidden_size"),
+    (QWEN, dict(image_token_id="<image>"), "image_token_id"),
+]
 SQUARE = {"height": 24, "width": 24}
 BAD_PROCESSOR = [
     ("llava_clip", dict(image_processor_type="ViTImageProcessor"), "image_processor_type"),
@@ -342,6 +423,13 @@ BAD_PROCESSOR = [
     ("llava_clip", dict(image_std=[0.5, 0, 0.5]), "image_std"),
     ("llava_clip", dict(rescale_factor="1/255"), "rescale_factor"),
     ("llava_clip", dict(do_flip=True), "do_flip"),
+    (QWEN, dict(image_processor_type="CLIPImageProcessor"), "image_processor_type"),
+    (QWEN, dict(patch_size=8), "patch_size = 8 .* vision_config has 4"),
+    (QWEN, dict(merge_size=1), "merge_size"),
+    (QWEN, dict(temporal_patch_size=1), "temporal_patch_size"),
+    (QWEN, dict(size={"shortest_edge": 224}), "size"),
+    (QWEN, dict(min_pixels=2000), "max_pixels"),  # more than the most
+    (QWEN, dict(max_frames=3), "max_frames"),
 ]
 
 
