@@ -18,6 +18,7 @@ picture, S pixels a side of a tile, g patches a side; N tokens of a tile within 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -36,36 +37,12 @@ from torch import Tensor
 from load_qwen3 import open_weights, read_json, resolve
 from model import apply_rope
 
-FILES = ["config.json", "processor_config.json", "preprocessor_config.json"]
-FILES += ["*.safetensors", "model.safetensors.index.json"]
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
-# What stock folders leave out of vision_config, and what holds where there is none.
-SIZES = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-TOWERS = {
-    "clip_vision_model": dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),
-    "siglip_vision_model": dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
-}
-CLIP_LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-CLIP_LARGE |= dict(patch_size=14, image_size=336)
-CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-QWEN3_VL = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, patch_size=16)
-QWEN3_VL |= dict(temporal_patch_size=2, spatial_merge_size=2, num_position_embeddings=2304)
-QWEN3_VL |= dict(out_hidden_size=3584)
 MOST_ASPECT = 200  # Qwen's own limit, here for all: a thinner picture would be stretched to a million pixels
-# Fields that change nothing here.
-UNUSED = """
-    architectures dtype torch_dtype transformers_version model_type text_config vision_config vocab_size
-    tie_word_embeddings use_cache ignore_index bos_token_id eos_token_id pad_token_id image_seq_length
-    attention_dropout initializer_factor initializer_range projection_dim
-    image_processor_type feature_extractor_type processor_class do_convert_rgb default_to_square
-    data_format input_data_format return_tensors device disable_grouping
-    video_token_id vision_start_token_id vision_end_token_id
-""".split()
 
 
 @dataclass
@@ -77,54 +54,6 @@ class Seen:
     # first layers, (n, D) each; and the rows and columns of the n, from which their positions follow.
     deepstack: list[Tensor] | None = None
     grid: tuple[int, int] | None = None
-
-
-class Fields:
-    """A JSON object whose fields are taken one by one; ValueError names one that does not fit or is unknown.
-
-    A field that is null counts as left out.
-    """
-
-    def __init__(self, path: Path, raw: object, prefix: str = ""):
-        self.path, self.prefix, self.known = path, prefix, set(UNUSED)
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: {prefix.rstrip('.')} is not a JSON object")
-        self.raw = {name: value for name, value in raw.items() if value is not None}
-
-    def refuse(self, field: str, wanted: str) -> NoReturn:
-        shown = f"{self.path}: {self.prefix}{field} = {json.dumps(self.raw.get(field))}"
-        raise ValueError(f"{shown} is not supported; {wanted}")
-
-    def take(self, field: str, default: object, fits: Callable[[object], bool], wanted: str) -> object:
-        self.known.add(field)
-        value = self.raw.get(field, default)
-        return value if fits(value) else self.refuse(field, wanted)
-
-    def choice(self, field: str, default: object, *choices: object) -> object:
-        text = partial(json.dumps, sort_keys=True)  # what is compared: true is not 1
-        allowed = list(map(text, choices))
-        return self.take(field, default, lambda x: text(x) in allowed, f"only {', '.join(allowed)} is")
-
-    def count(self, field: str, default: int | None = None, least: int = 1) -> int:
-        wanted = f"a whole number from {least} on is"
-        return self.take(field, default, lambda x: type(x) is int and least <= x < 2**28, wanted)
-
-    def finish(self) -> None:
-        """Nothing else may be set."""
-        for field in sorted(self.raw.keys() - self.known):
-            if not field.startswith("_"):
-                self.refuse(field, "no such field is known")
-
-
-def is_number(x: object) -> bool:
-    return type(x) in (int, float) and 0 < x < 1e6
-
-
-def is_square(x: object) -> bool:
-    """{"shortest_edge": n} or {"height": n, "width": n}."""
-    if not isinstance(x, dict) or set(x) not in ({"shortest_edge"}, {"height", "width"}):
-        return False
-    return all(type(n) is int and 0 < n < 2**15 for n in x.values()) and len(set(x.values())) == 1
 
 
 # ---- Pixels ----
@@ -160,40 +89,6 @@ class Preparation:
         return ((x.double() * self.factor).float() - mean) / std
 
 
-def read_preparation(fields: Fields, mean: list[float], std: list[float]) -> Preparation:
-    """The fields that all image processors have, with the defaults of one of them."""
-    for field in ("do_resize", "do_rescale", "do_normalize"):
-        fields.choice(field, True, True)
-
-    def is_color(x: object) -> bool:
-        return isinstance(x, list) and len(x) == 3 and all(map(is_number, x))
-
-    resample = fields.choice("resample", 3, *map(int, Image.Resampling))
-    factor = fields.take("rescale_factor", 1 / 255, is_number, "a positive number is")
-    wanted = "a list of three positive numbers is"
-    mean = fields.take("image_mean", mean, is_color, wanted)
-    return Preparation(resample, factor, mean, fields.take("image_std", std, is_color, wanted))
-
-
-def image_processor(folder: Path, *choices: str) -> tuple[Fields, str]:
-    """The settings of the image processor, and its name, one of the choices; the first if it says none.
-
-    transformers 5 keeps them in the first of the two files. The name's end says how it computes.
-    """
-    path = folder / "processor_config.json"
-    if path.is_file() and "image_processor" in (raw := read_json(path)):
-        fields = Fields(path, raw["image_processor"], "image_processor.")
-    else:
-        path = folder / "preprocessor_config.json"
-        fields = Fields(path, read_json(path))
-    field = next((f for f in ("image_processor_type", "feature_extractor_type") if f in fields.raw), "")
-    name = str(fields.raw.get(field, choices[0])).removesuffix("Fast").removesuffix("Pil")
-    name = name.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
-    if name not in choices:
-        fields.refuse(field, f"only {' and '.join(f'{c}ImageProcessor' for c in choices)} are")
-    return fields, name
-
-
 def best_pinpoint(size: tuple[int, int], pinpoints: list[list[int]]) -> list[int]:
     """The height and width that keep most of a picture's pixels; of those, the one with least padding."""
     w, h = size
@@ -225,41 +120,23 @@ def anyres_tiles(picture: Image.Image, size: list[int], S: int, resample: int) -
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """The fields of a CLIP's or SigLIP's vision_config that decide what is computed."""
+    """The fields of a vision_config that decide what is computed, with the defaults of transformers' CLIP."""
 
-    clip: bool  # a class token in front, a norm before the layers, no bias in the first convolution
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    image_size: int  # S
-    patch_size: int
-    hidden_act: str
-    layer_norm_eps: float
-    vision_use_head: bool  # SigLIP's pooling, which LLaVA does not use
+    clip: bool = True  # a class token in front, a norm before the layers, no bias in the first convolution
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224  # S
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    vision_use_head: bool = False  # SigLIP's pooling, which LLaVA does not use
 
     @property
     def grid(self) -> int:
         """g."""
         return self.image_size // self.patch_size
-
-
-def read_tower(path: Path, raw: object) -> TowerConfig:
-    """A LLaVA's `vision_config`."""
-    fields = Fields(path, CLIP_LARGE if raw is None else raw, "vision_config.")
-    kind = fields.choice("model_type", "clip_vision_model", *TOWERS)
-    usual = SIZES | TOWERS[kind]
-    size = {name: fields.count(name, usual[name]) for name in (*SIZES, "patch_size")}
-    size["image_size"] = fields.count("image_size", 224, least=size["patch_size"])
-    if size["hidden_size"] % size["num_attention_heads"]:
-        fields.refuse("num_attention_heads", f"divisors of hidden_size = {size['hidden_size']} are")
-    fields.choice("num_channels", 3, 3)
-    act = fields.choice("hidden_act", usual["hidden_act"], *ACTIVATIONS)
-    eps = fields.take("layer_norm_eps", usual["layer_norm_eps"], is_number, "a positive number is")
-    clip = kind == "clip_vision_model"
-    head = not clip and fields.choice("vision_use_head", True, True, False)
-    fields.finish()
-    return TowerConfig(clip=clip, **size, hidden_act=act, layer_norm_eps=eps, vision_use_head=head)
 
 
 class TowerLayer(nn.Module):
@@ -389,97 +266,26 @@ class Llava(nn.Module):
         return torch.cat((first, x.flatten(0, 1)))
 
 
-def read_llava(folder: Path, fields: Fields) -> tuple[Llava, int]:
-    """The model without its weights, and the placeholder's id."""
-    tower = read_tower(fields.path, fields.raw.get("vision_config"))
-    text = Fields(fields.path, fields.raw.get("text_config", {}), "text_config.")
-    usual = text.raw.get("model_type", "llama") in ("llama", "mistral", "qwen2", "qwen3")
-    L, S, tiled = tower.num_hidden_layers, tower.image_size, fields.raw["model_type"] == "llava_next"
-
-    def are_layers(x: object) -> bool:
-        x = x if isinstance(x, list) else [x]
-        return len(x) > 0 and all(type(i) is int and -L - 1 <= i <= L for i in x)
-
-    wanted = f"a number from {-L - 1} to {L} for {L} layers, or a list of such, is"
-    layers = fields.take("vision_feature_layer", -2, are_layers, wanted)
-    layers = layers if isinstance(layers, list) else [layers]
-    strategy = fields.choice("vision_feature_select_strategy", "default", "default", "full")
-    if tiled and (strategy == "default") != tower.clip:
-        fields.refuse("vision_feature_select_strategy", '"default" with CLIP and "full" with SigLIP is')
-    placeholder = fields.count("image_token_index", 32000, least=0)
-    placeholder = fields.count("image_token_id", placeholder, least=0)
-    pinpoints = None
-    if tiled:
-        fields.choice("use_image_newline_parameter", True, True)
-        pinpoints = read_pinpoints(fields, S)
-    config = LlavaConfig(
-        tower,
-        text_size=text.count("hidden_size", 4096 if usual else None),
-        behind=[i if i >= 0 else L + 1 + i for i in layers],
-        drop_first=strategy == "default",
-        hidden_act=fields.choice("projector_hidden_act", "gelu", *ACTIVATIONS),
-        bias=fields.choice("multimodal_projector_bias", True, True, False),
-        pinpoints=pinpoints,
-        **read_llava_processor(folder, S, pinpoints),
-    )
-    fields.finish()
-    return Llava(config), placeholder
-
-
-def read_pinpoints(fields: Fields, S: int) -> list[list[int]]:
-    def fits(x: object) -> bool:
-        pairs = isinstance(x, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in x) and x
-        return bool(pairs) and all(type(n) is int and n > 0 and n % S == 0 for pair in x for n in pair)
-
-    wanted = f"a list of heights and widths that are multiples of the tower's {S} pixels is"
-    return fields.take("image_grid_pinpoints", PINPOINTS, fits, wanted)
-
-
-def read_llava_processor(folder: Path, S: int, pinpoints: list[list[int]] | None) -> dict:
-    """What LlavaConfig needs of the image processor, whose tiles must be as large as the tower's."""
-    fields, name = image_processor(folder, *(["LlavaNext"] if pinpoints else ["Llava", "CLIP", "Siglip"]))
-    half, square = [0.5] * 3, {"height": 224, "width": 224}
-    siglip, wanted = name == "Siglip", f"the tower sees tiles of {S} x {S} pixels"
-    preparation = read_preparation(fields, *((half, half) if siglip else (CLIP_MEAN, CLIP_STD)))
-    crop = fields.choice("do_center_crop", not siglip, True, False)
-    form = 'only {"shortest_edge": n} and {"height": n, "width": n} are'
-    size = fields.take("size", square if siglip else {"shortest_edge": 224}, is_square, form)
-    cut = fields.take("crop_size", square, is_square, form)
-    edge, squash, cut = max(size.values()), "height" in size, max(cut.values())
-    if cut != S and (crop or pinpoints):
-        fields.refuse("crop_size", wanted)
-    if edge < S or (edge > S and (pinpoints or not crop)) or not (squash or crop or pinpoints):
-        fields.refuse("size", wanted)
-    if pinpoints:
-        fields.choice("do_pad", True, True, False)  # of tiles in a batch
-        if read_pinpoints(fields, S) != pinpoints:
-            fields.refuse("image_grid_pinpoints", f"config.json has {pinpoints}")
-    else:
-        fields.choice("do_pad", False, False)  # to a square, which no stock folder does
-    fields.finish()
-    return dict(preparation=preparation, edge=edge, squash=squash)
-
-
 # ---- Qwen3-VL ----
 
 
 @dataclass(frozen=True)
 class Qwen3VLConfig:
-    """The fields of a Qwen3-VL's files that decide what is computed."""
+    """The fields of a Qwen3-VL's files that decide what is computed, with the defaults of transformers."""
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    patch_size: int
-    temporal_patch_size: int  # a picture is a film of so many equal frames
-    spatial_merge_size: int  # m: m x m patches become one placeholder
-    num_position_embeddings: int
-    out_hidden_size: int  # D
-    deepstack: list[int]  # the layers behind which patches are merged for the language model's first layers
-    hidden_act: str
     preparation: Preparation
     pixels: tuple[int, int]  # a picture is resized to no fewer and no more
+    deepstack: list[int]  # behind these layers, patches are merged for the language model's first ones
+    hidden_act: str
+    depth: int = 27
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_heads: int = 16
+    patch_size: int = 16
+    temporal_patch_size: int = 2  # a picture is a film of so many equal frames
+    spatial_merge_size: int = 2  # m: m x m patches become one placeholder
+    num_position_embeddings: int = 2304
+    out_hidden_size: int = 3584  # D
 
 
 class Qwen3VLBlock(nn.Module):
@@ -587,63 +393,7 @@ class Qwen3VL(nn.Module):
         return Seen(visual["merger"](x), deepstack, merged)
 
 
-def read_qwen3_vl(folder: Path, fields: Fields) -> tuple[Qwen3VL, int]:
-    """The model without its weights, and the placeholder's id."""
-    placeholder = fields.count("image_token_id", 151655, least=0)
-    fields.finish()
-    text = Fields(fields.path, fields.raw.get("text_config", {}), "text_config.")
-    vision = Fields(fields.path, fields.raw.get("vision_config", {}), "vision_config.")
-    vision.choice("model_type", "qwen3_vl_vision", "qwen3_vl_vision", "qwen3_vl")
-    vision.choice("in_channels", 3, 3)
-    plain = {"rope_type": "axial", "rope_theta": 10000.0}
-    vision.choice("rope_parameters", plain, plain)
-    size = {name: vision.count(name, usual) for name, usual in QWEN3_VL.items()}
-    depth, heads, places = (size[n] for n in ("depth", "num_heads", "num_position_embeddings"))
-
-    def rises(x: object) -> bool:
-        whole = isinstance(x, list) and all(type(i) is int and 0 <= i < depth for i in x)
-        return whole and x == sorted(set(x))
-
-    deepstack = vision.take(
-        "deepstack_visual_indexes", [8, 16, 24], rises, f"rising numbers below {depth} are"
-    )
-    act = vision.choice("hidden_act", "gelu_pytorch_tanh", *ACTIVATIONS)
-    if size["hidden_size"] % (4 * heads):
-        vision.refuse("num_heads", f"numbers that cut {size['hidden_size']} into multiples of 4 are")
-    if math.isqrt(places) ** 2 != places:
-        vision.refuse("num_position_embeddings", "square numbers are")
-    if text.count("hidden_size", 4096) != size["out_hidden_size"]:
-        vision.refuse("out_hidden_size", f"text_config has {text.count('hidden_size', 4096)}")
-    vision.finish()
-
-    fields, _ = image_processor(folder, "Qwen2VL")
-    preparation = read_preparation(fields, CLIP_MEAN, CLIP_STD)
-    ours = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
-    for name, usual in ours.items():
-        its_name = name.removeprefix("spatial_")
-        if fields.count(its_name, usual) != size[name]:
-            fields.refuse(its_name, f"vision_config has {size[name]}")
-
-    def is_range(x: object) -> bool:
-        whole = isinstance(x, dict) and set(x) == {"shortest_edge", "longest_edge"}
-        return whole and all(type(n) is int and 0 < n < 2**40 for n in x.values())
-
-    usual = {
-        "shortest_edge": 56**2,
-        "longest_edge": 28**2 * 1280,
-    }  # numbers of pixels, whatever they are called
-    wanted = 'only {"shortest_edge": pixels, "longest_edge": pixels} is'
-    edges = fields.take("size", usual, is_range, wanted)
-    least = fields.count("min_pixels", edges["shortest_edge"])  # what older files say; it counts more
-    most = fields.count("max_pixels", edges["longest_edge"], least)
-    fields.finish()
-    rest = dict(deepstack=deepstack, hidden_act=act, preparation=preparation, pixels=(least, most))
-    return Qwen3VL(Qwen3VLConfig(**size, **rest)), placeholder
-
-
-# ---- Any family ----
-
-FAMILIES = {"llava": read_llava, "llava_next": read_llava, "qwen3_vl": read_qwen3_vl}
+# ---- Any of them ----
 
 
 class Vision:
@@ -658,6 +408,267 @@ class Vision:
         picture = on_white(picture)
         pixels = self.model.pixels(picture)
         return self.model(pixels.to(next(self.model.parameters())), picture.size)
+
+
+# ---- Reading a folder ----
+
+FILES = ["config.json", "processor_config.json", "preprocessor_config.json"]
+FILES += ["*.safetensors", "model.safetensors.index.json"]
+# What stock folders leave out. SigLIP where it differs from CLIP; LLaVA's tower where no vision_config is.
+TOWERS = {
+    "clip_vision_model": TowerConfig(),
+    "siglip_vision_model": TowerConfig(
+        clip=False, patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6
+    ),
+}
+CLIP_LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+CLIP_LARGE |= dict(patch_size=14, image_size=336)
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+# Fields that change nothing here.
+UNUSED = """
+    architectures dtype torch_dtype transformers_version model_type text_config vision_config vocab_size
+    tie_word_embeddings use_cache ignore_index bos_token_id eos_token_id pad_token_id image_seq_length
+    attention_dropout initializer_factor initializer_range projection_dim
+    image_processor_type feature_extractor_type processor_class do_convert_rgb default_to_square
+    data_format input_data_format return_tensors device disable_grouping
+    video_token_id vision_start_token_id vision_end_token_id
+""".split()
+
+
+class Fields:
+    """A JSON object whose fields are taken one by one; ValueError names one that does not fit or is unknown.
+
+    A field that is null counts as left out.
+    """
+
+    def __init__(self, path: Path, raw: object, prefix: str = ""):
+        self.path, self.prefix, self.known = path, prefix, set(UNUSED)
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path}: {prefix.rstrip('.')} is not a JSON object")
+        self.raw = {name: value for name, value in raw.items() if value is not None}
+
+    def refuse(self, field: str, wanted: str) -> NoReturn:
+        shown = f"{self.path}: {self.prefix}{field} = {json.dumps(self.raw.get(field))}"
+        raise ValueError(f"{shown} is not supported; {wanted}")
+
+    def take(self, field: str, default: object, fits: Callable[[object], bool], wanted: str) -> object:
+        self.known.add(field)
+        value = self.raw.get(field, default)
+        return value if fits(value) else self.refuse(field, wanted)
+
+    def choice(self, field: str, default: object, *choices: object) -> object:
+        text = partial(json.dumps, sort_keys=True)  # what is compared: true is not 1
+        allowed = list(map(text, choices))
+        return self.take(field, default, lambda x: text(x) in allowed, f"only {', '.join(allowed)} is")
+
+    def count(self, field: str, default: int | None = None, least: int = 1) -> int:
+        wanted = f"a whole number from {least} on is"
+        return self.take(field, default, lambda x: type(x) is int and least <= x < 2**28, wanted)
+
+    def finish(self) -> None:
+        """Nothing else may be set."""
+        for field in sorted(self.raw.keys() - self.known):
+            if not field.startswith("_"):
+                self.refuse(field, "no such field is known")
+
+
+def is_number(x: object) -> bool:
+    return type(x) in (int, float) and 0 < x < 1e6
+
+
+def is_square(x: object) -> bool:
+    """{"shortest_edge": n} or {"height": n, "width": n}."""
+    if not isinstance(x, dict) or set(x) not in ({"shortest_edge"}, {"height", "width"}):
+        return False
+    return all(type(n) is int and 0 < n < 2**15 for n in x.values()) and len(set(x.values())) == 1
+
+
+def image_processor(folder: Path, *choices: str) -> tuple[Fields, str]:
+    """The settings of the image processor, and its name, one of the choices; the first if it says none.
+
+    transformers 5 keeps them in the first of the two files. The name's end says how it computes.
+    """
+    path = folder / "processor_config.json"
+    if path.is_file() and "image_processor" in (raw := read_json(path)):
+        fields = Fields(path, raw["image_processor"], "image_processor.")
+    else:
+        path = folder / "preprocessor_config.json"
+        fields = Fields(path, read_json(path))
+    field = next((f for f in ("image_processor_type", "feature_extractor_type") if f in fields.raw), "")
+    name = str(fields.raw.get(field, choices[0])).removesuffix("Fast").removesuffix("Pil")
+    name = name.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
+    if name not in choices:
+        fields.refuse(field, f"only {' and '.join(f'{c}ImageProcessor' for c in choices)} are")
+    return fields, name
+
+
+def read_preparation(fields: Fields, mean: list[float], std: list[float]) -> Preparation:
+    """The fields that all image processors have, with the defaults of one of them."""
+    for field in ("do_resize", "do_rescale", "do_normalize"):
+        fields.choice(field, True, True)
+
+    def are_three(x: object) -> bool:
+        return isinstance(x, list) and len(x) == 3 and all(y == 0 or is_number(y) for y in x)
+
+    resample = fields.choice("resample", 3, *map(int, Image.Resampling))
+    factor = fields.take("rescale_factor", 1 / 255, is_number, "a positive number is")
+    mean = fields.take("image_mean", mean, are_three, "a list of three numbers is")
+    wanted = "a list of three positive numbers is"
+    std = fields.take("image_std", std, lambda x: are_three(x) and min(x) > 0, wanted)
+    return Preparation(resample, factor, mean, std)
+
+
+def read_tower(path: Path, raw: object) -> TowerConfig:
+    """A LLaVA's `vision_config`."""
+    fields = Fields(path, CLIP_LARGE if raw is None else raw, "vision_config.")
+    usual = TOWERS[fields.choice("model_type", "clip_vision_model", *TOWERS)]
+    whole = {name: fields.count(name, x) for name, x in dataclasses.asdict(usual).items() if type(x) is int}
+    fields.choice("num_channels", 3, 3)
+    eps = fields.take("layer_norm_eps", usual.layer_norm_eps, is_number, "a positive number is")
+    act = fields.choice("hidden_act", usual.hidden_act, *ACTIVATIONS)
+    c = dataclasses.replace(usual, **whole, layer_norm_eps=eps, hidden_act=act)
+    if not c.clip:
+        c = dataclasses.replace(c, vision_use_head=fields.choice("vision_use_head", True, True, False))
+    if c.hidden_size % c.num_attention_heads:
+        fields.refuse("num_attention_heads", f"divisors of hidden_size = {c.hidden_size} are")
+    if not c.grid:
+        fields.refuse("image_size", f"patch_size = {c.patch_size} and more is")
+    fields.finish()
+    return c
+
+
+def read_llava(folder: Path, fields: Fields) -> tuple[Llava, int]:
+    """The model without its weights, and the placeholder's id."""
+    tower = read_tower(fields.path, fields.raw.get("vision_config"))
+    text = Fields(fields.path, fields.raw.get("text_config", {}), "text_config.")
+    usual = text.raw.get("model_type", "llama") in ("llama", "mistral", "qwen2", "qwen3")
+    L, S, tiled = tower.num_hidden_layers, tower.image_size, fields.raw["model_type"] == "llava_next"
+
+    def are_layers(x: object) -> bool:
+        x = x if isinstance(x, list) else [x]
+        return len(x) > 0 and all(type(i) is int and -L - 1 <= i <= L for i in x)
+
+    wanted = f"a number from {-L - 1} to {L} for {L} layers, or a list of such, is"
+    layers = fields.take("vision_feature_layer", -2, are_layers, wanted)
+    layers = layers if isinstance(layers, list) else [layers]
+    strategy = fields.choice("vision_feature_select_strategy", "default", "default", "full")
+    if tiled and (strategy == "default") != tower.clip:
+        fields.refuse("vision_feature_select_strategy", '"default" with CLIP and "full" with SigLIP is')
+    placeholder = fields.count("image_token_index", 32000, least=0)
+    placeholder = fields.count("image_token_id", placeholder, least=0)
+    pinpoints = None
+    if tiled:
+        fields.choice("use_image_newline_parameter", True, True)
+        pinpoints = read_pinpoints(fields, S)
+    config = LlavaConfig(
+        tower,
+        text_size=text.count("hidden_size", 4096 if usual else None),
+        behind=[i if i >= 0 else L + 1 + i for i in layers],
+        drop_first=strategy == "default",
+        hidden_act=fields.choice("projector_hidden_act", "gelu", *ACTIVATIONS),
+        bias=fields.choice("multimodal_projector_bias", True, True, False),
+        pinpoints=pinpoints,
+        **read_llava_processor(folder, S, pinpoints),
+    )
+    fields.finish()
+    return Llava(config), placeholder
+
+
+def read_pinpoints(fields: Fields, S: int) -> list[list[int]]:
+    """The sizes (height, width) to choose from, in pixels."""
+
+    def is_size(x: object) -> bool:
+        return isinstance(x, list) and len(x) == 2 and all(type(n) is int and n > 0 and n % S == 0 for n in x)
+
+    def fits(x: object) -> bool:
+        return isinstance(x, list) and len(x) > 0 and all(map(is_size, x))
+
+    wanted = f"a list of heights and widths that are multiples of the tower's {S} pixels is"
+    return fields.take("image_grid_pinpoints", PINPOINTS, fits, wanted)
+
+
+def read_llava_processor(folder: Path, S: int, pinpoints: list[list[int]] | None) -> dict:
+    """What LlavaConfig needs of the image processor, whose tiles must be as large as the tower's."""
+    fields, name = image_processor(folder, *(["LlavaNext"] if pinpoints else ["Llava", "CLIP", "Siglip"]))
+    half, square = [0.5] * 3, {"height": 224, "width": 224}
+    siglip, wanted = name == "Siglip", f"the tower sees tiles of {S} x {S} pixels"
+    preparation = read_preparation(fields, *((half, half) if siglip else (CLIP_MEAN, CLIP_STD)))
+    crop = fields.choice("do_center_crop", not siglip, True, False)
+    form = 'only {"shortest_edge": n} and {"height": n, "width": n} are'
+    size = fields.take("size", square if siglip else {"shortest_edge": 224}, is_square, form)
+    cut = fields.take("crop_size", square, is_square, form)
+    edge, squash, cut = max(size.values()), "height" in size, max(cut.values())
+    if cut != S and (crop or pinpoints):
+        fields.refuse("crop_size", wanted)
+    if edge < S or (edge > S and (pinpoints or not crop)) or not (squash or crop or pinpoints):
+        fields.refuse("size", wanted)
+    if pinpoints:
+        fields.choice("do_pad", True, True, False)  # of tiles in a batch
+        if read_pinpoints(fields, S) != pinpoints:
+            fields.refuse("image_grid_pinpoints", f"config.json has {pinpoints}")
+    else:
+        fields.choice("do_pad", False, False)  # to a square, which no stock folder does
+    fields.finish()
+    return dict(preparation=preparation, edge=edge, squash=squash)
+
+
+def read_qwen3_vl(folder: Path, fields: Fields) -> tuple[Qwen3VL, int]:
+    """The model without its weights, and the placeholder's id."""
+    placeholder = fields.count("image_token_id", 151655, least=0)
+    fields.finish()
+    text = Fields(fields.path, fields.raw.get("text_config", {}), "text_config.")
+    vision = Fields(fields.path, fields.raw.get("vision_config", {}), "vision_config.")
+    vision.choice("model_type", "qwen3_vl_vision", "qwen3_vl_vision", "qwen3_vl")
+    vision.choice("in_channels", 3, 3)
+    plain = {"rope_type": "axial", "rope_theta": 10000.0}
+    vision.choice("rope_parameters", plain, plain)
+    sizes = [f for f in dataclasses.fields(Qwen3VLConfig) if isinstance(f.default, int)]
+    size = {f.name: vision.count(f.name, f.default) for f in sizes}
+    depth, heads, places = (size[n] for n in ("depth", "num_heads", "num_position_embeddings"))
+
+    def rises(x: object) -> bool:
+        whole = isinstance(x, list) and all(type(i) is int and 0 <= i < depth for i in x)
+        return whole and x == sorted(set(x))
+
+    wanted = f"rising numbers below {depth} are"
+    deepstack = vision.take("deepstack_visual_indexes", [8, 16, 24], rises, wanted)
+    act = vision.choice("hidden_act", "gelu_pytorch_tanh", *ACTIVATIONS)
+    if size["hidden_size"] % (4 * heads):
+        vision.refuse("num_heads", f"numbers that cut {size['hidden_size']} into multiples of 4 are")
+    if math.isqrt(places) ** 2 != places:
+        vision.refuse("num_position_embeddings", "square numbers are")
+    if text.count("hidden_size", 4096) != size["out_hidden_size"]:
+        vision.refuse("out_hidden_size", f"text_config has {text.count('hidden_size', 4096)}")
+    vision.finish()
+    rest = read_qwen3_vl_processor(folder, size)
+    return Qwen3VL(Qwen3VLConfig(**size, **rest, deepstack=deepstack, hidden_act=act)), placeholder
+
+
+def read_qwen3_vl_processor(folder: Path, size: dict[str, int]) -> dict:
+    """What Qwen3VLConfig needs of the image processor, which must cut patches as the tower does."""
+    fields, _ = image_processor(folder, "Qwen2VL")
+    preparation = read_preparation(fields, CLIP_MEAN, CLIP_STD)
+    usual = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    for name, ours in zip(usual, ("patch_size", "temporal_patch_size", "spatial_merge_size"), strict=True):
+        if fields.count(name, usual[name]) != size[ours]:
+            fields.refuse(name, f"vision_config has {size[ours]}")
+
+    def is_range(x: object) -> bool:
+        whole = isinstance(x, dict) and set(x) == {"shortest_edge", "longest_edge"}
+        return whole and all(type(n) is int and 0 < n < 2**40 for n in x.values())
+
+    # Whatever they are called, these are numbers of pixels of a picture. Older files say it in other fields.
+    edges = {"shortest_edge": 56**2, "longest_edge": 28**2 * 1280}
+    wanted = 'only {"shortest_edge": pixels, "longest_edge": pixels} is'
+    edges = fields.take("size", edges, is_range, wanted)
+    least = fields.count("min_pixels", edges["shortest_edge"])
+    most = fields.count("max_pixels", edges["longest_edge"], least)
+    fields.finish()
+    return dict(preparation=preparation, pixels=(least, most))
+
+
+FAMILIES = {"llava": read_llava, "llava_next": read_llava, "qwen3_vl": read_qwen3_vl}
 
 
 def vision_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -159,7 +159,7 @@ LIVE = {
             dict(m.QWEN, spatial_merge_size=3, temporal_patch_size=3, patch_size=3, num_heads=4)
             | dict(hidden_act="gelu", deepstack_visual_indexes=[], num_position_embeddings=9)
         ),
-        m.qwen_processor(10, 2000, 3, merge_size=3, temporal_patch_size=3, image_mean=[0.1, 0.5, 0.9]),
+        m.qwen_processor(10, 2000, 3, merge_size=3, temporal_patch_size=3, image_mean=[0, 0.5, 0.9]),
     ),
 }
 ODD = ((37, 90), (90, 37), (64, 64), (1, 150), (150, 1), (13, 12), (61, 23), (7, 5), (200, 199))
@@ -420,6 +420,7 @@ BAD_PROCESSOR = [
     ("llava_clip", dict(do_pad=True), "do_pad"),
     ("llava_clip", dict(resample=9), "resample"),
     ("llava_clip", dict(image_mean=[0.5]), "image_mean"),
+    ("llava_clip", dict(image_mean=["", 0.5, 0.5]), "image_mean"),
     ("llava_clip", dict(image_std=[0.5, 0, 0.5]), "image_std"),
     ("llava_clip", dict(rescale_factor="1/255"), "rescale_factor"),
     ("llava_clip", dict(do_flip=True), "do_flip"),
