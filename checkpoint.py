@@ -20,6 +20,7 @@ import os
 import re
 import reprlib
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from torch import Tensor
 from config import TrainConfig, flag_name, lr_factor, restore_config
 from diffusion import Diffusion
 from load_qwen3 import (
+    ROOT,
+    SHIPPED,
     address,
     base_fingerprint,
     load_qwen3,
@@ -227,6 +230,19 @@ def sync(path: Path) -> None:
         os.fsync(f.fileno())
 
 
+def commit(folder: Path = ROOT) -> str:
+    """The commit of the code; a "+" behind it says that Python files differ from it (results may)."""
+
+    def git(*args: str) -> str:
+        how = dict(cwd=folder, capture_output=True, encoding="utf-8", check=True)
+        return subprocess.run(["git", *args], **how).stdout
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(git("status", "-s", "--", "*.py"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def list_checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     ours = (p for p in out.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name))  # no copies of them
@@ -237,9 +253,12 @@ def list_checkpoints(out: Path) -> list[Path]:
 def find_checkpoint(place: str | Path | None, config: str = "small") -> Path:
     """A checkpoint's own folder, a run's last one, or a hub id's; with None, that of `config`'s last run."""
     if place is None:
-        if not LAST_RUNS[config].is_file():
+        if LAST_RUNS[config].is_file():
+            place = LAST_RUNS[config].read_text(encoding="utf-8").strip()
+        elif config == "small" and (ROOT / SHIPPED[1]).is_dir():
+            place = ROOT / SHIPPED[1]
+        else:
             raise ValueError(f"no --checkpoint given, and no run of `train.py --config {config}` yet")
-        place = LAST_RUNS[config].read_text(encoding="utf-8").strip()
     elif Path(place).parts[:1] != ("runs",):  # where runs of ours lie: no owner on the hub
         place = resolve(place, files=SHARED, hint="")
     folder = Path(place)

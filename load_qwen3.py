@@ -53,6 +53,8 @@ COUNTS = (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 MUST_BE_FALSE = ("mlp_bias", "attention_bias", "use_sliding_window")  # Qwen2's own bias is on Q, K, V alone
 
+ROOT = Path(__file__).resolve().parent
+SHIPPED = ("small/base", "small/checkpoint")  # what the repository itself holds, wherever it lies
 KEPT = ".lmfusion.json"  # beside the weights: see `base_fingerprint`
 
 # ---- Folders and files ----
@@ -68,6 +70,8 @@ def resolve(
     name, folder = str(folder_or_hub_id), Path(folder_or_hub_id)
     if folder.is_dir():
         return folder
+    if name in SHIPPED and (ROOT / name).is_dir():
+        return ROOT / name
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise ValueError(f"{name}: no such folder, and not a hub id of the form owner/name{hint}")
     from huggingface_hub import snapshot_download
@@ -84,8 +88,11 @@ def resolve(
 
 
 def address(folder_or_hub_id: str) -> str:
-    """A folder's whole path; a hub id as it is."""
-    return str(Path(folder_or_hub_id).resolve()) if Path(folder_or_hub_id).is_dir() else folder_or_hub_id
+    """A folder's whole path; a hub id, or the name of what the repository holds, as it is."""
+    if not Path(folder_or_hub_id).is_dir():
+        return folder_or_hub_id
+    path = Path(folder_or_hub_id).resolve()
+    return next((name for name in SHIPPED if path == ROOT / name), str(path))
 
 
 def read_json(path: Path) -> dict:

@@ -31,7 +31,16 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import Trained, list_checkpoints, locked, read_metrics, resume, saved_config, write_atomic
+from checkpoint import (
+    Trained,
+    commit,
+    list_checkpoints,
+    locked,
+    read_metrics,
+    resume,
+    saved_config,
+    write_atomic,
+)
 from config import CONFIGS, Bar, Parser, TrainConfig, run_command, tune_torch
 from evaluate import caption_report, load_base, text_parameters_changed
 from generate import describe_images, encode_text, generate_images
@@ -273,19 +282,6 @@ def result_file(plan: Plan, name: str, seed: int) -> Path:
 def command(plan: Plan, name: str, seed: int) -> str:
     """What makes the result of a cell, behind "python"."""
     return f"-m lab.ablate --cell {name} --seed {seed}" + " --quick" * plan.quick
-
-
-def commit(folder: Path = ROOT) -> str:
-    """The commit of the code; a "+" behind it says that Python files differ from it (results may)."""
-
-    def git(*args: str) -> str:
-        how = dict(cwd=folder, capture_output=True, encoding="utf-8", check=True)
-        return subprocess.run(["git", *args], **how).stdout
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(git("status", "-s", "--", "*.py"))
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int) -> None:

@@ -14,7 +14,6 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +23,14 @@ from torch import Tensor
 from config import TrainConfig
 from data import Paragraphs, Source, TextSource, context_length
 from evaluate import read_paragraphs
-from load_qwen3 import init_image, resolve
+from load_qwen3 import SHIPPED, init_image, resolve
 from model import LMFusion, ModelConfig
 from scale.latents import CAPTIONED, TARGET, LatentShards, latent_folders
 from scale.parallel import Team
 from scale.pictures import Edits, Pictures, list_samples, load_edits, load_pictures
 from scale.vae import AutoencoderKL, PatchPCA, load_vae, make_codec, vae_entry
 from small.dialogues import picture_conversation
-from small.pretrain import BuiltInText, ensure_base, init_text
+from small.pretrain import BuiltInText, init_text
 from small.shapes import Shapes
 from small.world import PIXELS
 
@@ -69,16 +68,10 @@ def open_text(config: TrainConfig, tokenizer: Tokenizer, model: ModelConfig) -> 
 
 
 def find_base(config: TrainConfig, team: Team, former: object = None) -> str:
-    """The base (`former`: where a resumed run had the tiny one); one process makes it, the others wait."""
-
-    def find() -> str:
-        if config.base:
-            resolve(config.base)
-            return config.base
-        former_is_there = isinstance(former, str) and Path(former).is_dir()
-        return former if former_is_there else str(ensure_base(config.seed))
-
-    return team.main_first(find)
+    """The base: --base, or that of the run that is resumed, or the tiny one; one process downloads it."""
+    base = config.base or (former if isinstance(former, str) else "") or SHIPPED[0]
+    team.main_first(lambda: resolve(base))
+    return base
 
 
 def init_from_scratch(model: LMFusion) -> None:

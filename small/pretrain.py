@@ -7,7 +7,11 @@ The result is an ordinary Hugging Face folder (config.json, model.safetensors, t
 import json
 import math
 import random
+import shlex
+import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,10 +20,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from attention import Tokens
 from chat.template import END_THINK, IM_END, IM_START, THINK, apply_chat_template, assistant_mask, encode
-from checkpoint import locked, write_folder
-from config import Bar, Parser, run_command
+from checkpoint import commit, locked, write_atomic, write_folder
+from config import Bar, Parser, run_command, tune_torch
 from data import next_tokens
-from load_qwen3 import BOI, EOI, STOCK, known_config, text_names
+from lab.language import knowledge, multiple_choice, puzzles, reasoning
+from load_qwen3 import (
+    BOI,
+    EOI,
+    STOCK,
+    base_fingerprint,
+    encode_plain,
+    known_config,
+    load_qwen3,
+    load_tokenizer,
+    text_names,
+)
 from model import LMFusion, ModelConfig, replace
 from scale.muon import Muon
 from scale.parallel import fill
@@ -155,6 +170,7 @@ def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> N
             optimizer.zero_grad()
             schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.bfloat16()  # as Qwen3's own weights are stored: half the bytes
     save_base(model, tokenizer, folder)
 
 
@@ -202,15 +218,37 @@ def save_base(model: LMFusion, tokenizer: Tokenizer, folder: Path, state: dict |
 
 
 def main() -> None:
-    about = "Write a base of random weights in the shape of a stock Qwen3, to try sizes out."
+    about = "Pretrain the tiny Qwen3 on built-in text, or write random weights in the shape of a stock one."
     parser = Parser(prog="python -m small.pretrain", description=about)
-    parser.add_argument("--random", required=True, choices=tuple(STOCK), help="whose shape")
     parser.add_argument("--out", required=True, help="folder to write, which must not be there yet")
+    parser.add_argument("--random", choices=tuple(STOCK), help="whose shape, to try sizes out")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of pretraining")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     args = parser.parse_args()
-    if Path(args.out).exists():
-        raise ValueError(f"--out {args.out} is there already")
-    random_base(args.random, Path(args.out), args.seed)
+    out = Path(args.out)
+    with locked(out.with_name(f".{out.name}.making")):
+        if out.exists():
+            raise ValueError(f"--out {out} is there already")
+        if args.random:
+            return random_base(args.random, out, args.seed)
+        tune_torch()
+        start = time.perf_counter()
+        pretrain_base(out, args.seed, args.steps)
+        write_made(out, time.perf_counter() - start)
+
+
+def write_made(folder: Path, seconds: float) -> None:
+    """MADE.json beside a base: by what it was made, and how it answers built-in questions."""
+    model, tokenizer = load_qwen3(folder), load_tokenizer(folder)
+    sets = {"knowledge": knowledge(), "reasoning": reasoning(300), "puzzles": puzzles(300)}
+    found = {k: multiple_choice(model, partial(encode_plain, tokenizer), x, k) for k, x in sets.items()}
+    made = {"commit": commit(), "command": shlex.join(["python", "-m", "small.pretrain", *sys.argv[1:]])}
+    made |= {"recipe": RECIPE, "torch": torch.__version__, "seconds": round(seconds)}
+    made |= {
+        "fingerprint": base_fingerprint(folder),
+        "accuracy": {k: x["accuracy"] for k, x in found.items()},
+    }
+    write_atomic(folder / "MADE.json", json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,11 +33,13 @@ from load_qwen3 import (
     EOI,
     KEPT,
     PAIRS,
+    address,
     base_fingerprint,
     init_image,
     load_qwen3,
     load_tokenizer,
     materialise,
+    resolve,
 )
 from model import LMFusion, rope_frequencies
 
@@ -1116,3 +1118,16 @@ def test_a_file_that_may_not_be_read_is_told_so(tmp_path, write_qwen3):
     (folder / "model.safetensors").chmod(0)
     with pytest.raises(ValueError, match="model.safetensors: Permission denied"):
         load_qwen3(folder)
+
+
+# ---- what the repository holds ----
+
+
+def test_what_the_repository_holds_is_found_from_anywhere_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = helpers.ROOT / "small" / "base"
+    assert resolve("small/base") == base and address(str(base)) == "small/base"
+    assert address("small/base") == "small/base"  # not there from here: as it is
+    (tmp_path / "small" / "base").mkdir(parents=True)  # the user's own of that name
+    assert resolve("small/base") == Path("small/base")
+    assert address("small/base") == str(tmp_path / "small" / "base")

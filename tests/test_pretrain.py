@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -13,7 +14,17 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from load_qwen3 import BOI, EOI, STOCK, known_config, load_qwen3, load_tokenizer
+from lab.language import knowledge, multiple_choice, puzzles, reasoning
+from load_qwen3 import (
+    BOI,
+    EOI,
+    STOCK,
+    base_fingerprint,
+    encode_plain,
+    known_config,
+    load_qwen3,
+    load_tokenizer,
+)
 from small import pretrain
 from small.pretrain import SPECIAL, draw_document, init_text, pretrain_base, random_base, save_base
 from small.world import COLORS, all_scenes, text_document
@@ -28,7 +39,7 @@ def saved(tmp_path_factory):
             pretrain, "save_base", lambda m, t, f: kept.update(model=m, tokenizer=t) or save_base(m, t, f)
         )
         pretrain_base(folder, steps=2, **helpers.SIZES)
-    return folder, kept["model"], kept["tokenizer"]
+    return folder, kept["model"].float(), kept["tokenizer"]  # it was stored in bfloat16
 
 
 def test_the_folder_holds_what_a_hugging_face_folder_holds(saved):
@@ -294,3 +305,42 @@ def test_a_shape_that_is_not_stock_is_refused_with_the_choices(tmp_path):
     result = helpers.call(pretrain, "--random", "Qwen/Qwen9", "--out", tmp_path / "x", folder=tmp_path)
     assert result.status == 2 and "Qwen/Qwen9" in result.err and "Qwen/Qwen3-0.6B" in result.err
     assert not (tmp_path / "x").exists()
+
+
+# ---- the base that the repository ships ----
+
+
+def test_the_shipped_base_is_what_its_record_says():
+    folder = helpers.ROOT / "small" / "base"
+    made = json.loads((folder / "MADE.json").read_text())
+    assert made["recipe"] == pretrain.RECIPE and made["fingerprint"] == base_fingerprint(folder)
+    model, tokenizer = load_qwen3(folder), load_tokenizer(folder)
+    sets = {"knowledge": knowledge(), "reasoning": reasoning(60), "puzzles": puzzles(60)}
+    for what, questions in sets.items():
+        found = multiple_choice(model, functools.partial(encode_plain, tokenizer), questions)["accuracy"]
+        assert found == pytest.approx(made["accuracy"][what], abs=0.02 if what == "knowledge" else 0.15)
+
+
+def test_the_shipped_tokenizer_is_that_of_today_s_text():
+    """A change to the text without another RECIPE, and another base, shows here."""
+    tokenizer = pretrain.train_tokenizer(random.Random(0))
+    shipped = load_tokenizer(helpers.ROOT / "small" / "base")
+    assert json.loads(tokenizer.to_str()) == json.loads(shipped.to_str())
+
+
+def test_the_command_makes_a_base_and_says_how(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "SIZES", pretrain.SIZES | helpers.SIZES)
+        patch.setattr(pretrain, "reasoning", lambda n: reasoning(4))
+        patch.setattr(pretrain, "puzzles", lambda n: puzzles(4))
+        helpers.good(pretrain, "--out", "base", "--steps", 1, folder=tmp_path)
+        result = helpers.call(pretrain, "--out", "base", "--steps", 1, folder=tmp_path)
+    assert result.status == 2 and "--out base is there already" in result.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+    made = json.loads((tmp_path / "base/MADE.json").read_text())
+    assert made["command"].startswith("python -m small.pretrain") and made["recipe"] == pretrain.RECIPE
+    assert made["fingerprint"] == base_fingerprint(tmp_path / "base") and set(made["accuracy"]) == {
+        "knowledge",
+        "reasoning",
+        "puzzles",
+    }
