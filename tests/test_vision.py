@@ -7,6 +7,7 @@ broken in one place.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from load_qwen3 import read_json
-from vision import FAMILIES, Fields, Seen, Vision, load_vision, on_white
+from vision import FAMILIES, Fields, Seen, Vision, best_pinpoint, load_vision, on_white
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 FOLDERS = ("llava_clip", "llava_siglip", "llava_next", "qwen3_vl")
@@ -124,6 +125,21 @@ def test_the_next_fixture_cuts_padding_off_both_ways():
         (counts["37x90"], 20),
         (counts["90x37"], 20),
     ]
+
+
+def test_of_sizes_that_keep_as_much_the_one_with_least_padding_is_taken_and_of_equals_the_first():
+    sizes = [[36, 36], [12, 36], [36, 12], [24, 24]]
+    assert best_pinpoint((10, 10), sizes) == [12, 36]  # 100 pixels fit into each
+    assert best_pinpoint((30, 30), sizes) == [36, 36]
+    assert best_pinpoint((20, 20), sizes) == [24, 24]
+
+
+def test_padding_is_counted_as_with_exact_numbers():
+    """Of 47 x 94 pixels on 3 x 9 patches 6 rows are picture: 94 * (3 / 47) is less by rounding."""
+    model = load_vision(FIXTURES / "llava_next").model
+    model.config = dataclasses.replace(model.config, pinpoints=[[36, 12]])
+    assert int(94 * (3 / 47)) == 5
+    assert len(model.pack(torch.zeros(4, 9, 20), (47, 94))) == 9 + (9 - 2 * 1) * (3 + 1)
 
 
 LIVE = {
