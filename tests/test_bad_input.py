@@ -539,7 +539,7 @@ SAMPLE = {
     "an unknown device": ("--prompt red --checkpoint @run --device tpu", ("--device tpu",)),
     "a device that is not there": ("--prompt red --checkpoint @run --device cuda", ("--device cuda",)),
     "a device that computes nothing": ("--prompt red --checkpoint @run --device meta", ("--device meta",)),
-    "no last run": ("--prompt red", ("no --checkpoint given", "train.py --config small")),
+    "no last run": ("--chat", ("no --checkpoint given", "train.py --config small-chat")),
     "no such checkpoint": ("--prompt red --checkpoint gone", ("gone: no such folder",)),
     "a folder without a checkpoint": ("--prompt red --checkpoint .", ("holds no checkpoint",)),
     "half a checkpoint": (
@@ -630,7 +630,6 @@ EVALUATE = {
     "more prompts than there are": ("--n 100000", ("--n is 100000", "held-out combinations")),
     "text for a number": ("--cfg strong", ("--cfg", "strong")),
     "no such checkpoint": ("--checkpoint gone", ("gone: no such folder",)),
-    "no last run": ("", ("no --checkpoint given",)),
     "no steps": ("--checkpoint @shapes --n 1 --steps 0", ("--steps", "0")),
     "an unknown device": ("--checkpoint @shapes --n 1 --steps 1 --device tpu", ("--device tpu",)),
     "a device that is not there": ("--checkpoint @shapes --n 1 --steps 1 --device cuda", ("--device cuda",)),

@@ -19,10 +19,11 @@ from checkpoint import load_trained
 from data import CAPTION_FIRST, Document, caption_document, collate, edit_document
 from diffusion import Diffusion, T
 from evaluate import errors_by_timestep, perplexity, text_report, validation_error
+from generate import describe_images, generate_images
 from lab.metrics import caption_tokens, cider, frechet
-from load_qwen3 import encode_plain
+from load_qwen3 import base_fingerprint, encode_plain
 from scale.pictures import load_pictures
-from small.world import all_scenes, read_scenes, render
+from small.world import all_scenes, prompt_match, read_scenes, render
 
 HELD_OUT = list(all_scenes("test"))
 
@@ -462,3 +463,24 @@ def test_paragraphs_of_windows_are_those_of_other_systems_and_end_at_blank_lines
     found = evaluate.read_paragraphs(str(tmp_path / "a"))
     assert found == evaluate.read_paragraphs(str(tmp_path / "b"))
     assert found == ["first line of the first\u2028\x0cparagraph\nits second line", "the second one of them"]
+
+
+# ---- what the repository ships ----
+
+
+def test_the_shipped_checkpoint_does_what_its_record_says():
+    """A sample of prompts and captions; the record has all of them."""
+    folder = helpers.ROOT / "small" / "checkpoint"
+    made = json.loads((folder / "MADE.json").read_text())
+    assert made["base"] == base_fingerprint(helpers.ROOT / "small" / "base")
+    trained, figures = load_trained(None), made["figures"]
+    assert trained.folder == folder
+    scenes = list(all_scenes("test"))[::8]
+    prompts = [scene.caption for scene in scenes]
+    how = dict(steps=figures["steps"], cfg=figures["cfg"], sampler=figures["sampler"])
+    painted = prompt_match(scenes, generate_images(trained, prompts, range(len(prompts)), **how))
+    assert painted["all"] > figures["prompt_match"]["all"] - 0.15
+    assert painted["strict"] > figures["strict"] - 0.2
+    written = describe_images(trained, render(scenes, random.Random(0)))
+    right = sum(a == b for a, b in zip(written, prompts, strict=True)) / len(prompts)
+    assert right > figures["captions_exact"] - 0.15
