@@ -25,7 +25,7 @@ from vision import FAMILIES, Fields, Seen, Vision, best_pinpoint, load_vision, o
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 FOLDERS = ("llava_clip", "llava_siglip", "llava_next", "qwen3_vl")
 UNUSED = ("post_layernorm", "layers.2.", "head.")  # of the fixtures with CLIP: layer -2 of 3 is read
-REMOVED = object()  # a field taken out of a file
+REMOVED = ...  # a field taken out of a file
 
 
 def copy(to: Path, name: str = "llava_clip") -> Path:
