@@ -443,7 +443,8 @@ def test_the_output_of_some_images_is_that_of_all_of_them_at_their_places(make_m
         gradients[0].keys() == gradients[1].keys() >= dict(model.unet_up.named_parameters("unet_up")).keys()
     )
     for name, x in gradients[0].items():
-        torch.testing.assert_close(x, gradients[1][name], rtol=1e-4, atol=1e-6)
+        # a float32 output, of a draw that is another each time
+        torch.testing.assert_close(x, gradients[1][name], rtol=1e-4, atol=1e-5)
 
 
 @SEPARATIONS
