@@ -213,14 +213,13 @@ def locked(folder: Path, waiting: str = "") -> Iterator[None]:
 
 def lock(file: IO, wait: bool) -> bool:
     """Lock a file among processes; False: another one has it. Where there are no locks, all get them."""
-    try:
-        import fcntl  # not on Windows
+    with suppress(ImportError, OSError):  # on Windows; on some file systems of clusters
+        import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        pass
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
     return True
 
 

@@ -21,6 +21,7 @@ from data import make_batches
 from evaluate import TIMESTEPS, errors_by_timestep
 from generate import edit_images, generate_images
 from lab import figures
+from load_qwen3 import SHIPPED
 from scale.budget import CPU_ATTENTION
 from scale.parallel import release
 
@@ -107,7 +108,8 @@ def model_card(run: Run) -> dict[str, str | bytes]:
     """Of a finished run: README.md, as model hubs show it beside a checkpoint, and the sheets in it."""
     config, last = run.config, read_metrics(run.out / "metrics.jsonl")[-1]
     sheets = {p.name: p.read_bytes() for p in sorted(run.out.glob(f"*-{run.step:06d}.png"))}
-    on_hub, frozen = not Path(run.base).is_dir(), config.lr_text_ratio == 0
+    on_hub = run.base not in SHIPPED and not Path(run.base).is_dir()
+    frozen = config.lr_text_ratio == 0
     losses = {name: last[name] for name in ("ddpm_loss", "lm_loss") if last[name] is not None}
     rows = ("right caption", last["val"]["right"]), ("another caption", last["val"].get("permuted"))
     card = (

@@ -48,7 +48,7 @@ SIZES |= dict(num_key_value_heads=2, head_dim=32, rope_theta=1e4, tie_word_embed
 SIZES |= dict(max_position_embeddings=1024)
 NO_IMAGES = dict(latent_size=2, unet_channels=(4, 4), unet_attention=False)  # next to nothing of that side
 # Which recipe a base was made by. Raise it with any change to the text, the tokenizer, the sizes or the
-# training below: bases of other recipes are then made anew, and those of this one are found again.
+# training below, and make small/base again: its MADE.json names the recipe, and a test compares them.
 RECIPE = 3
 STEPS, BATCH, LR, MUON_LR, WARMUP = 6000, 32, 2e-3, 8e-3, 50
 PLAIN, TALK = 0.3, 0.6  # for this share of the steps documents alone, then this share of conversations

@@ -78,6 +78,9 @@ def test_a_model_card_names_the_base_of_the_hub_and_says_that_text_was_trained(m
     assert card.data.base_model == "Qwen/Qwen3-0.6B" and card.data.tags == ["lmfusion", "edit"] and not files
     assert "Losses of the last steps: ddpm_loss 0.5000. " in card.text and "another caption" not in card.text
     assert "`Qwen/Qwen3-0.6B`, whose weights\nwere trained as well" in card.text
+    run.base = "small/base"  # found from here by its name: no hub id
+    card = ModelCard(watch.model_card(run)["README.md"])
+    assert card.data.base_model is None and "language model `base`" in card.text
 
 
 # ---- the moving average ----
