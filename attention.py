@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
         if mask is not None and H != K and mask.shape[2] > 1:
             mask = mask.repeat(1, 1, H // K, 1)
         q = q.unflatten(1, (K, H // K)).reshape(B, K, H // K * N, d)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, N, d)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, N, d)
     # Short sequences on a CPU: two batched products, up to several times faster than torch's fused kernel.
     if causal:
         mask = torch.ones(N, S, dtype=torch.bool, device=q.device).tril()
@@ -260,6 +261,25 @@ def slot_runs(image: Tensor, document: Tensor) -> list[int]:
     return torch.unique_consecutive(code, return_counts=True)[1].tolist()
 
 
+class Gather(torch.autograd.Function):
+    """x (n, ...) -> its rows `index`, none of them twice.
+
+    The gradient of torch's own `index_select` is added up row by row, for one may come twice: on a GPU with
+    atomic additions. Here it is written.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, index, grad), None
+
+
 class Layout:
     """Where each modality's T tokens stand in the B x N slots (gathers, not selections), and who sees whom.
 
@@ -289,11 +309,7 @@ class Layout:
         self.ids = send(ids[text], device)  # (T_text,)
         self.whole = max(n_text, n_image) == ids.numel()  # one modality and no padding: nothing to move
         if not self.whole:
-            # row of cat(text, image, one row of zeros) that belongs in each slot
-            source = ids.new_full((ids.numel(),), n_text + n_image)
-            source[text] = torch.arange(n_text)
-            source[image] = torch.arange(n_text, n_text + n_image)
-            self.source = send(source, device)
+            self.slots = send(torch.cat((text, image)), device)  # (T_text + T_image,)
         self.rope_text = rope(send(position[text], device))  # (T_text, 1, d/2) each
         self.rope_image = rope(send(position[image], device))  # (T_image, 1, d/2) each
         self.choose_mask(tokens, past, device)
@@ -362,10 +378,9 @@ class Layout:
 
     def merge(self, text: Tensor | None, image: Tensor | None) -> Tensor:
         """(T_text, A, d) and (T_image, A, d) -> (B, A, N, d); zeros at padding."""
-        parts = [x for x in (text, image) if x is not None]
-        x = parts[0]
+        x = torch.cat([x for x in (text, image) if x is not None])
         if not self.whole:
-            x = torch.cat(parts + [x.new_zeros(1, *x.shape[1:])]).index_select(0, self.source)
+            x = x.new_zeros(self.shape.numel(), *x.shape[1:]).index_copy_(0, self.slots, x)
         return x.unflatten(0, self.shape).transpose(1, 2)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,7 +388,7 @@ class Layout:
         x = x.transpose(1, 2).flatten(2).flatten(0, 1)  # (B * N, A * d)
         if self.whole:
             return (x, x[:0]) if len(self.text) else (x[:0], x)
-        return x.index_select(0, self.text), x.index_select(0, self.image)
+        return Gather.apply(x, self.slots).tensor_split((len(self.text),))
 
 
 def make_block_mask(query: Tokens, key: Tokens, device: torch.device) -> BlockMask:
@@ -395,8 +410,3 @@ def compiled(function: Callable) -> Callable:
     """A function whose chains of elementwise work become one kernel each, for any number of tokens."""
     torch._dynamo.config.recompile_limit = 64  # text and images, with gradients and without, one token, many
     return torch.compile(function, dynamic=True)
-
-
-def fused(function: Callable, device: torch.device) -> Callable:
-    """The function compiled on a GPU, where it takes seconds once; as it is elsewhere."""
-    return compiled(function) if device.type == "cuda" else function

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from diffusion import Diffusion
+from diffusion import PREDICTIONS, WEIGHTINGS, Diffusion
 
 SEPARATIONS = ("deep", "shallow", "none")
 DTYPES = ("float32", "bfloat16")  # weights that learn stay float32
@@ -139,8 +139,8 @@ class TrainConfig:
     unet_attention: bool = setting(True, "self-attention of the U-Net at half resolution", inherited=True)
     patch_positions: bool = setting(False, "a learned vector for each patch", inherited=True)
     # diffusion and losses
-    prediction: str = setting("eps", "what UNet-Up's output is", ("eps", "v"), inherited=True)
-    loss_weighting: str = setting("none", "v: divided by alpha_bar", ("none", "v"), inherited=True)
+    prediction: str = setting("eps", "what UNet-Up's output is", PREDICTIONS, inherited=True)
+    loss_weighting: str = setting("none", "v: divided by alpha_bar", WEIGHTINGS, inherited=True)
     schedule_shift: float = setting(1.0, "its square divides the SNR at each t", above=0, inherited=True)
     lambda_ddpm: float = setting(5.0, "lambda of Eq. (4)", low=0)
     caption_first: float = setting(0.8, "share of samples with the caption before the picture", low=0, high=1)
@@ -159,6 +159,7 @@ class TrainConfig:
     micro_batch: int = setting(0, "documents a process computes at once; 0: its share", low=0, resumable=True)
     pack: int = setting(0, "tokens of a sequence that documents share; 0: one each", low=0, resumable=True)
     activation_checkpointing: bool = setting(False, "recompute layers: less memory", resumable=True)
+    compile: bool = setting(False, "compile the experts: a minute, then faster", resumable=True, newer=True)
     optimizer: str = setting("adamw", "muon: for the experts' matrices alone", ("adamw", "muon"))
     lr: float = setting(1e-4, "peak learning rate of the image side", above=0, common=True)
     lr_final: float = setting(1.5e-5, "learning rate at the end of the cosine", low=0)
@@ -241,16 +242,16 @@ def paper(base: str, **changes: object) -> TrainConfig:
     gives 0.25T image-caption tokens in 250,000 steps; its other half, text alone, trains nothing here.
     """
     common = dict(data="", vae="stabilityai/sd-vae-ft-mse", batch_size=3584, pack=4096, dtype="bfloat16")
-    common |= dict(activation_checkpointing=True, device="cuda", micro_batch=56, val_every=1000)
+    common |= dict(activation_checkpointing=True, compile=True, device="cuda", micro_batch=56, val_every=1000)
     common |= dict(edit_empty=0.05)
     return TrainConfig(base=base, **{**common, **changes})
 
 
 # A laptop CPU, minutes. What differs from the paper's recipe, and why, is a table in small/README.md.
 SMALL = TrainConfig(
-    **dict(image_size=32, latent_patch=4, latent_channels=16, whiten=0.8),
+    **dict(image_size=64, latent_patch=8, latent_channels=36, whiten=0.5),
     **dict(unet_channels=(48, 96), unet_attention=False, patch_positions=True),
-    **dict(prediction="v", loss_weighting="v", schedule_shift=2.0, noise_limit=200),
+    **dict(prediction="x", loss_weighting="x", schedule_shift=2.0, noise_limit=200),
     **dict(steps=3600, batch_size=64, warmup=100, weight_decay=0.01, edit_empty=0.05),
     **dict(optimizer="muon", muon_lr=8e-3, lr=1e-3, lr_final=3e-5),
 )

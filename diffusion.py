@@ -18,6 +18,9 @@ from torch import Tensor
 
 T = 1000
 SAMPLERS = ("ddim", "dpm", "ddpm")
+PREDICTIONS = ("eps", "v", "x")
+WEIGHTINGS = ("none", "v", "x")
+MOST = 5.0  # that weighting "x" gives the squared error of x_0
 
 
 def cosine_alpha_bar(steps: int = T, s: float = 0.008, max_beta: float = 0.999, shift: float = 1.0) -> Tensor:
@@ -47,11 +50,15 @@ class Diffusion:
     prediction = "v":   eps = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) F. Our choice, for small models: at
     high noise the network need not learn to copy its input to three digits before the prompt can matter. The
     loss stays one on eps; F is then what Salimans & Ho (2022) call v.
+    prediction = "x":   eps = (x_t - sqrt(alpha_bar) F) / sqrt(1 - alpha_bar): F is the picture itself. Our
+    choice, for small models again: noise has as many dimensions as the latent, pictures lie on a surface of
+    few, and a narrow network that must carry the noise to its output blurs them (Li & He 2025, "Back to
+    basics": predict x, weigh its error as one of v).
     """
 
     def __init__(self, shift: float = 1.0, prediction: str = "eps"):
-        if prediction not in ("eps", "v"):
-            raise ValueError(f"prediction is {prediction!r}; choose eps or v")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction is {prediction!r}; choose {', '.join(PREDICTIONS)}")
         if not shift > 0:
             raise ValueError(f"schedule_shift is {shift}; it must be positive")
         self.alpha_bar = cosine_alpha_bar(shift=shift)  # (T,) float64
@@ -69,13 +76,21 @@ class Diffusion:
             return output
         a = extract(self.alpha_bar.sqrt(), t, x_t)
         b = extract((1 - self.alpha_bar).sqrt(), t, x_t)
-        return b * x_t + a * output
+        return (x_t - a * output) / b if self.prediction == "x" else b * x_t + a * output
 
     def loss(self, eps_pred: Tensor, eps: Tensor, t: Tensor, weighting: str = "none") -> Tensor:
-        """Eq. (3), a mean over images and elements; weighting "v" divides it by alpha_bar_t."""
+        """Eq. (3), a mean over images and elements; weighting "v" divides it by alpha_bar_t.
+
+        That makes it the squared error of v, which is 1 / (1 - alpha_bar_t) times that of x_0. Weighting "x"
+        is the same, but at most MOST times the error of x_0 (as in Min-SNR, Hang et al. 2023): else the last
+        few timesteps would be most of the loss.
+        """
         error = (eps - eps_pred).float().square().flatten(1).mean(1)  # (M,)
-        if weighting == "v":
-            error = error / self.alpha_bar.float().to(error.device, non_blocking=True)[t]
+        if weighting != "none":
+            alpha_bar = self.alpha_bar.float().to(error.device, non_blocking=True)[t]
+            error = error / alpha_bar
+            if weighting == "x":
+                error = error * (MOST * (1 - alpha_bar)).clamp(max=1)
         return error.mean()
 
     # ---- sampling ----

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attention import Cache, Layout, Tokens, append_slots, fused
+from attention import Cache, Layout, Tokens, append_slots, compiled
 from unet import UNetDown, UNetUp
 
 SEPARATIONS = ("deep", "shallow", "none")
@@ -212,6 +212,7 @@ class Block(nn.Module):
             self.image.input_layernorm = self.text.input_layernorm
             self.image.self_attn = self.text.self_attn
         self.heads = config.num_attention_heads, config.num_key_value_heads
+        self.qkv, self.output = Expert.qkv, Expert.output  # or compiled: `LMFusion.compile_experts`
 
     def forward(
         self,
@@ -225,11 +226,10 @@ class Block(nn.Module):
         Returns both streams after the layer, and this call's own keys and values (B, K, N, d).
         """
         of_text = of_image = None, None
-        qkv, output = (fused(f, layout.text.device) for f in (Expert.qkv, Expert.output))
         if text is not None:
-            of_text = qkv(self.text, text, layout.rope_text)  # Eq. (7)
+            of_text = self.qkv(self.text, text, layout.rope_text)  # Eq. (7)
         if image is not None:
-            of_image = qkv(self.image, image, layout.rope_image)  # Eq. (8)
+            of_image = self.qkv(self.image, image, layout.rope_image)  # Eq. (8)
         qk, v_new = map(layout.merge, of_text, of_image)  # (B, H + K, N, d), (B, K, N, d)
         q, k_new = qk.split(self.heads, dim=1)  # (B, H, N, d), (B, K, N, d)
         k, v = k_new, v_new
@@ -238,9 +238,9 @@ class Block(nn.Module):
             v, v_new = append_slots(past[1], past[2], v_new)
         to_text, to_image = layout.split(layout.attend(q, k, v))  # Eq. (9, 10): (T, H * d) each
         if text is not None:
-            text = output(self.text, text, to_text)  # Eq. (9, 11)
+            text = self.output(self.text, text, to_text)  # Eq. (9, 11)
         if image is not None:
-            image = output(self.image, image, to_image)  # Eq. (10, 12)
+            image = self.output(self.image, image, to_image)  # Eq. (10, 12)
         return text, image, k_new, v_new
 
 
@@ -308,6 +308,11 @@ class LMFusion(nn.Module):
         self.text_is_frozen = frozen
         for name, p in self.text_parameters().items():
             p.requires_grad_(not frozen and not (norm and name == "norm_text.weight"))
+
+    def compile_experts(self) -> None:
+        """Make one kernel of the elementwise work in an expert; the first step waits for that."""
+        for block in self.layers:
+            block.qkv, block.output = compiled(Expert.qkv), compiled(Expert.output)
 
     @torch.no_grad()
     def image_at_start(self, text: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -194,6 +194,8 @@ class Run:
         cut = partial(shard, team=self.team, dtype=getattr(torch, config.dtype))
         self.model = load_qwen3(self.base, device=self.team.device, prepare=cut, **self.overrides)
         self.model.activation_checkpointing = config.activation_checkpointing
+        if config.compile:
+            self.model.compile_experts()
         if config.from_scratch:
             init_from_scratch(self.model)
         self.model.freeze_text(config.lr_text_ratio == 0, norm=not config.from_scratch)

@@ -22,8 +22,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import fused
-
 if TYPE_CHECKING:
     from model import ModelConfig
 
@@ -65,10 +63,6 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return fused(ResBlock.residual, x.device)(self, x, emb)
-
-    def residual(self, x: Tensor, emb: Tensor) -> Tensor:
-        """What `forward` does, in a form that `fused` can compile."""
         y = self.conv1(F.silu(self.norm1(x))) + self.emb(emb)[:, :, None, None]
         return self.skip(x) + self.conv2(F.silu(self.norm2(y)))
 

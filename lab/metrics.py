@@ -134,7 +134,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def shape_features(pictures: Tensor) -> Tensor:
-    """uint8 (n, 3, S, S) -> float64 (n, 64), in 0 .. 1: what lies where in a built-in picture of 32 x 32.
+    """uint8 (n, 3, S, S) -> float64 (n, 64), in 0 .. 1: what lies where in a built-in picture.
 
     Of a grid of 4 x 4 cells, the mean colours (3 x 4 x 4 numbers) and the standard deviations of luminance
     within each cell (4 x 4). Our own, made up for the built-in shapes.

@@ -22,7 +22,7 @@ from evaluate import TIMESTEPS, errors_by_timestep
 from generate import edit_images, generate_images
 from lab import figures
 from load_qwen3 import SHIPPED
-from scale.budget import CPU_ATTENTION
+from scale.budget import ATTENTION
 from scale.parallel import release
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def flops_of_step(run: Run, loss: Callable) -> float:
     for part in documents.share_of_step(run.step, run.team):
         some = part[:: -(-len(part) // 64) or 1]
         for batch in make_batches(some, documents.source, run.codec, run.model.config, size):
-            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
                 loss(run.model, batch.to(run.team.device), config).backward()
             flops += counter.get_total_flops() * len(part) / len(some)
     run.model.zero_grad()

@@ -269,8 +269,11 @@ def rows_table(found: dict) -> str:
     return "\n".join(lines)
 
 
-def benchmark(parts: list[str], device: str, quick: bool) -> dict:
-    """The rows of these parts, in order; every part that fails says so in a row, and the others go on."""
+def benchmark(parts: list[str], device: str, quick: bool, file: str | None = None) -> dict:
+    """The rows of these parts, in order, and in `file` as far as they are there.
+
+    Every part that fails says so in a row, and the others go on.
+    """
     found: dict = {"machine": machine(device), "quick": quick, "rows": ceilings(device, quick)}
     peak = found["rows"][0]["value"]  # of bfloat16
     with tempfile.TemporaryDirectory() as place:
@@ -297,6 +300,8 @@ def benchmark(parts: list[str], device: str, quick: bool) -> dict:
             except Exception as error:  # noqa: BLE001
                 problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 found["rows"].append({"part": part, "what": part, "problem": problem})
+            if file:
+                write_atomic(Path(file), json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -312,9 +317,7 @@ def main() -> None:
     tune_torch()
     if unknown := sorted(set(args.parts) - set(PARTS)):
         raise ValueError(f"{unknown[0]} is no part; choose from {', '.join(PARTS)}")
-    found = benchmark(args.parts or list(PARTS), args.device, args.quick)
-    if args.json:
-        write_atomic(Path(args.json), json.dumps(found, indent=1) + "\n")
+    found = benchmark(args.parts or list(PARTS), args.device, args.quick, args.json)
     print(rows_table(found))
     if any("problem" in r for r in found["rows"]):
         raise ValueError("not all of it could be measured: see the table")

@@ -17,6 +17,7 @@ import random
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from attention import IMAGE, Tokens
+from attention import IMAGE, Layout, Tokens
 from config import TrainConfig
 from data import CAPTION_DROPPED, CAPTION_FIRST, IMAGE_FIRST, Batch, caption_document, collate
 from load_qwen3 import known_config
-from model import LMFusion, ModelConfig, replace
+from model import LMFusion, ModelConfig, replace, rope_angles
 from scale.vae import read_vae_config, resolve_vae
 from small.pretrain import tiny_config, train_tokenizer
 
@@ -61,13 +62,14 @@ class TrainingStep:
     optimizers: Callable[[LMFusion, TrainConfig], list[torch.optim.Optimizer]]
 
 
-# Torch's own attention on CPUs, of which its FlopCounterMode knows nothing: `custom_mapping` takes these.
+# Torch's kernels of attention, for the `custom_mapping` of its FlopCounterMode: of the one for CPUs it knows
+# nothing, and of the others not that heads can share keys.
 attention_flops._get_raw = attention_backward_flops._get_raw = True  # it is to hand over tensors, not shapes
-CPU_ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-}
-FLOPS = {**flop_registry, **CPU_ATTENTION}
+ATTENTION = {}
+for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention"):
+    ATTENTION[getattr(aten, f"_scaled_dot_product_{kernel}")] = attention_flops
+    ATTENTION[getattr(aten, f"_scaled_dot_product_{kernel}_backward")] = attention_backward_flops
+FLOPS = {**flop_registry, **ATTENTION}
 
 
 class Books(TorchDispatchMode):
@@ -129,11 +131,46 @@ class Books(TorchDispatchMode):
             self.enter(p, 0.0)
         model.freeze_text(train.lr_text_ratio == 0)
         model.activation_checkpointing = train.activation_checkpointing
+        if train.device.startswith("cuda"):
+            model.layout = lambda tokens, past=None: GpuLayout(self, model, tokens, past)
         return model
 
     def latents(self, n: int, config: ModelConfig) -> Tensor:
         with self.fake:
             return torch.empty(n, config.latent_channels, config.latent_size, config.latent_size)
+
+
+class BlockAttention(torch.autograd.Function):
+    """Attention under a block mask, without a number in it: what it makes, keeps and computes."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pairs: int, books: Books) -> Tensor:
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.flops, ctx.books = 2 * pairs * q.shape[1] * q.shape[3], books  # of one of its products
+        books.flops += 2 * ctx.flops
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        ctx.books.flops += 5 * ctx.flops
+        return *map(torch.empty_like, ctx.saved_tensors[:3]), None, None
+
+
+class GpuLayout(Layout):
+    """As a GPU has it: attention in long rows is one kernel a layer, and not a call for each segment."""
+
+    def __init__(self, books: Books, model: LMFusion, tokens: Tokens, past: Tokens | None):
+        super().__init__(tokens, past, torch.device("cpu"), partial(rope_angles, config=model.config))
+        self.books, self.pairs = books, 0  # of a query and a key that it may see
+        for queries, keys, segments in self.segments or ():
+            for n, segment in zip(queries, segments, strict=True):
+                self.pairs += n * sum(keys[j] for j in segment.keys)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.segments is None:
+            return super().attend(q, k, v)
+        return BlockAttention.apply(q, k, v, self.pairs, self.books)
 
 
 def positions(index: Tensor | None) -> list[Tensor | None]:
@@ -231,8 +268,9 @@ def optimizer_bytes(config: ModelConfig, train: TrainConfig, step: TrainingStep)
 def gathered_bytes(model: LMFusion, world_size: int) -> float:
     """What `parallel.shard` adds to the slices, in the dtype of the computation.
 
-    Whole: all that is neither a layer nor a U-Net half; the unit at work and the next one; the gradient
-    of one, also a second time, in float32, on its way to the slices. A process alone in float32 needs none.
+    Whole: all that is neither a layer nor a U-Net half; the unit at work and the next one (with one process
+    all of them); the gradient of one, also a second time, in float32, on its way to the slices. A process
+    alone in float32 needs none.
     """
     item = model.boi_head.itemsize
     if world_size == 1 and item == KEPT:
@@ -240,7 +278,8 @@ def gathered_bytes(model: LMFusion, world_size: int) -> float:
     units = [list(m.parameters()) for m in (*model.layers, model.unet_down, model.unet_up)]
     rest = numel(model.parameters()) - sum(map(numel, units))
     gradient = max(numel(p for p in unit if p.requires_grad) for unit in units)
-    return item * (rest + 2 * max(map(numel, units))) + (item + KEPT) * gradient
+    whole = 2 * max(map(numel, units)) if world_size > 1 else sum(map(numel, units))
+    return item * (rest + whole) + (item + KEPT) * gradient
 
 
 def training_bytes(

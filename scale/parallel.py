@@ -93,8 +93,8 @@ def init_processes(device: str, dtype: str) -> Team:
     device = own_device(device)
     kind = torch.device(device).type
     backend = "nccl" if kind == "cuda" else "gloo"
-    if kind == "cuda" and torch.device(device).index is not None:
-        torch.cuda.set_device(device)
+    if kind == "cuda":
+        torch.cuda.set_device(torch.device(device).index or 0)
     if launched:  # long patience: the first process may download a base while the others wait
         dist.init_process_group(backend, timeout=timedelta(hours=3))
     else:
@@ -123,8 +123,8 @@ def shard(model: nn.Module, team: Team, dtype: torch.dtype) -> None:
 
     computed = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(computed, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for part in (*model.layers, model.unet_down, model.unet_up):
-        fully_shard(part, mesh=team.mesh, mp_policy=policy, reshard_after_forward=True)
+    for part in (*model.layers, model.unet_down, model.unet_up):  # one process alone has nothing to give back
+        fully_shard(part, mesh=team.mesh, mp_policy=policy, reshard_after_forward=team.size > 1)
     # Embeddings, head and final norms stay whole from `encode` to the end of the backward pass: a process
     # without text to learn calls no head, and must not miss a gathering that the others wait for.
     fully_shard(model, mesh=team.mesh, mp_policy=policy, reshard_after_forward=False)
@@ -135,8 +135,9 @@ def shard(model: nn.Module, team: Team, dtype: torch.dtype) -> None:
 
 def release(model: nn.Module) -> None:
     """After a forward pass without a backward one: give up what `shard` says stays whole until then."""
-    if hasattr(model, "reshard"):
-        model.reshard()
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def full_tensor(p: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Shapes:
         return codec.encode(self.pixels(pictures)).cpu()
 
     def sample(self, n: int, rng: random.Random) -> tuple[Tensor, list[str]]:
-        """n training pictures (n, 3, 32, 32), uint8, drawn with replacement, and their captions."""
+        """n training pictures (n, 3, S, S), uint8, drawn with replacement, and their captions."""
         scenes = rng.choices(all_scenes("train"), k=n)
         return render(scenes, rng), [s.caption for s in scenes]
 

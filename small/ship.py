@@ -29,14 +29,16 @@ def main() -> None:
     args = parser.parse_args()
     source, out, figures = find_checkpoint(args.run), Path(args.out), read_json(Path(args.figures))
     info, saved = read_info(source), saved_config(source)
-    if saved | {"out": ""} != dataclasses.asdict(CONFIGS[info["name"]]) | {"out": ""}:
+    usual, own = dataclasses.asdict(CONFIGS[info["name"]]), {"out": "", "steps": 0}
+    if saved | own != usual | own:
         raise ValueError(f"{source} was trained with other flags than --config {info['name']} has")
     if out.exists():
         raise ValueError(f"{out} is there already; remove it first")
     unneeded = {"optimizer.safetensors", "model.safetensors" if info["ema"] else ""}
     shutil.copytree(source, out, ignore=lambda _, names: unneeded & set(names))
     seconds = read_metrics(source.parent / "metrics.jsonl")[-1]["seconds"]
-    made = {"commit": commit(), "command": f"python train.py --config {info['name']}"}
+    longer = "" if saved["steps"] == usual["steps"] else f" --steps {saved['steps']}"
+    made = {"commit": commit(), "command": f"python train.py --config {info['name']}{longer}"}
     made |= {"torch": torch.__version__, "seconds": round(seconds), "base": info["fingerprint"]}
     made |= {"figures": {k: figures[k] for k in FIGURES}}
     write_atomic(out / "MADE.json", json.dumps(made, indent=1) + "\n")

@@ -1,11 +1,11 @@
 """The built-in world of `small`: one shape on a plain background, and text about it.
 
-    pictures   "a small red circle in the top left on a blue background", 32 x 32 pixels
+    pictures   "a small red circle in the top left on a blue background", 64 x 64 pixels
     reading    the scene that a picture shows, by template matching that knows nothing of the model
     text       captions in several wordings, questions about them, and some facts: what small/pretrain.py
                trains the tiny language model on
 
-It stands in for the paper's data. Shapes: M pictures; pictures are uint8 (M, 3, 32, 32).
+It stands in for the paper's data. Shapes: M pictures; pictures are uint8 (M, 3, S, S), S = PIXELS.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from torch import Tensor
 COLORS = dict(red=(222, 40, 40), green=(40, 160, 60), blue=(40, 80, 225), yellow=(248, 220, 50))
 COLORS |= dict(orange=(246, 138, 30), purple=(140, 56, 180), white=(246, 246, 246), black=(18, 18, 18))
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 5.5, "big": 9.0}  # radius in pixels of a 32 x 32 picture
-PLACES = {"center": (16, 16), "top left": (10, 10), "top right": (10, 22)}  # row and column of the middle
-PLACES |= {"bottom left": (22, 10), "bottom right": (22, 22)}
+PIXELS = 64  # a side
+SIZES = {"small": 11.0, "big": 18.0}  # radius in pixels
+PLACES = {"center": (32, 32), "top left": (20, 20), "top right": (20, 44)}  # row and column of the middle
+PLACES |= {"bottom left": (44, 20), "bottom right": (44, 44)}
 JITTER = 1  # a shape's middle is off by up to this many pixels each way
-PIXELS = 32
 SPLITS = ("train", "validation", "test")
 STRICT = 15.0  # of 255: a picture with a smaller residual shows its scene and nothing beside it
 
@@ -72,8 +72,8 @@ def all_scenes(split: str) -> tuple[Scene, ...]:
 
 @lru_cache
 def coverage() -> Tensor:
-    """Each shape's share of each pixel: (shape, size, place, jitter row, jitter column, 32, 32), 0 .. 1."""
-    sub = 8  # sub-pixels a side, for smooth edges
+    """Each shape's share of each pixel: (shape, size, place, jitter row, jitter column, S, S), 0 .. 1."""
+    sub = 4  # sub-pixels a side, for smooth edges
     grid = (torch.arange(PIXELS * sub) + 0.5) / sub
     shifts, masks = range(-JITTER, JITTER + 1), []
     for shape, r, (row, column), dy, dx in product(SHAPES, SIZES.values(), PLACES.values(), shifts, shifts):
@@ -96,20 +96,20 @@ def draw_shift(rng: random.Random) -> tuple[int, int]:
 
 
 def render(scenes: list[Scene], rng: random.Random | None = None, shifts: list | None = None) -> Tensor:
-    """Pictures (M, 3, 32, 32), uint8, with given shifts, or those that `rng` draws, or none."""
+    """Pictures (M, 3, S, S), uint8, with given shifts, or those that `rng` draws, or none."""
     shapes, sizes, places = list(SHAPES), list(SIZES), list(PLACES)
     if shifts is None:
         shifts = [draw_shift(rng) if rng else (0, 0) for _ in scenes]
     kinds = [(shapes.index(s.shape), sizes.index(s.size), places.index(s.place)) for s in scenes]
     index = [(*k, dy + JITTER, dx + JITTER) for k, (dy, dx) in zip(kinds, shifts, strict=True)]
-    mask = coverage()[tuple(torch.tensor(index).T)][:, None]  # (M, 1, 32, 32)
+    mask = coverage()[tuple(torch.tensor(index).T)][:, None]  # (M, 1, S, S)
     color = torch.tensor([COLORS[s.color] for s in scenes], dtype=torch.float32)[:, :, None, None]
     background = torch.tensor([COLORS[s.background] for s in scenes], dtype=torch.float32)[:, :, None, None]
     return (background + mask * (color - background)).round().to(torch.uint8)
 
 
 def read_scenes(pictures: Tensor) -> list[Scene]:
-    """The scenes whose renderings are nearest, in squared error, to pictures uint8 (M, 3, 32, 32).
+    """The scenes whose renderings are nearest, in squared error, to pictures uint8 (M, 3, S, S).
 
     A rendering is a c + (1 - a) b with coverage a, colour c and background b. Its distance to x is quadratic
     in c and b, so sums over pixels with weights a and 1 - a do.
@@ -140,7 +140,7 @@ def read_scenes(pictures: Tensor) -> list[Scene]:
 
 
 def residuals(wanted: list[Scene], pictures: Tensor) -> Tensor:
-    """How far pictures uint8 (M, 3, 32, 32) are from the wanted scenes: root mean squares (M,), of 255.
+    """How far pictures uint8 (M, 3, S, S) are from the wanted scenes: root mean squares (M,), of 255.
 
     Of a scene's renderings, one a shift, the nearest counts. `read_scenes` must choose some scene, and finds
     the right one in noise and beside a second shape as well: this tells.
@@ -151,7 +151,7 @@ def residuals(wanted: list[Scene], pictures: Tensor) -> Tensor:
 
 
 def prompt_match(wanted: list[Scene], pictures: Sequence[Tensor | None]) -> dict[str, float | None]:
-    """Share of pictures uint8 (3, 32, 32) that show the scene they should; None is no picture.
+    """Share of pictures uint8 (3, S, S) that show the scene they should; None is no picture.
 
     By attribute, as `read_scenes` has it; "all" at once; "strict": all, and a residual below STRICT. Beside
     them "residual", the median of the pictures that are there, or None.

@@ -155,7 +155,7 @@ def write_photos(folder: Path, n: int = 24, seed: int = 0) -> Path:
 
 
 def held_out_pictures(n: int) -> tuple[Tensor, list[str]]:
-    """Up to n built-in pictures that training never shows: uint8 (n, 3, 32, 32), and their captions."""
+    """Up to n built-in pictures that training never shows: uint8 (n, 3, S, S), and their captions."""
     shots, captions = zip(*Shapes().validation(n), strict=True)
     return Shapes().pixels(list(shots)), list(captions)
 

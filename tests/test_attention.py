@@ -38,7 +38,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention as attention_file
-from attention import IMAGE, PAD, Cache, Layout, Tokens, attention, hybrid_mask, make_block_mask
+from attention import IMAGE, PAD, Cache, Gather, Layout, Tokens, attention, hybrid_mask, make_block_mask
 from model import LMFusion, ModelConfig, rope_angles
 
 
@@ -324,6 +324,28 @@ def test_both_ways_of_computing_attention_are_taken(monkeypatch):
         x = torch.randn(1, 1, n, 4)
         attention(x, x, x, None)
         assert len(calls) == expected
+
+
+def test_attention_takes_what_a_kernel_leaves_in_another_order(monkeypatch):
+    """Those of GPUs lay the heads of a token side by side in memory."""
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    wanted, fused = attention(q, k, v), F.scaled_dot_product_attention
+
+    def kernel(*args, **kwargs):
+        return fused(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(attention_file.F, "scaled_dot_product_attention", kernel)
+    monkeypatch.setattr(attention_file, "WRITTEN_OUT", (0, 0))
+    torch.testing.assert_close(attention(q, k, v), wanted, **TOLERANCE)
+
+
+def test_gathered_rows_and_their_gradient_are_those_of_index_select():
+    x, index = torch.randn(9, 2, 3, dtype=torch.float64, requires_grad=True), torch.tensor([7, 0, 4, 8])
+    assert torch.equal(Gather.apply(x, index), x.index_select(0, index))
+    weight = torch.randn(4, 2, 3, dtype=torch.float64)
+    wanted = torch.autograd.grad((x.index_select(0, index) * weight).sum(), x)[0]
+    assert torch.equal(torch.autograd.grad((Gather.apply(x, index) * weight).sum(), x)[0], wanted)
+    assert torch.autograd.gradcheck(lambda x: Gather.apply(x, index), x)
 
 
 def test_attention_has_the_gradients_of_torchs(monkeypatch):

@@ -166,7 +166,7 @@ def test_flops_of_a_picture_are_the_recipes_average_and_a_step_has_all_pictures(
 def test_the_flops_are_those_of_torchs_own_counter(make_model):
     model, latents = make_model(num_hidden_layers=2), torch.randn(1, 4, 8, 8)
     batch = arrange([[5] * CAPTION], latents, [IMAGE_FIRST], model.config)
-    with FlopCounterMode(display=False, custom_mapping=budget.CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=budget.ATTENTION) as counter:
         train.step_loss(model, batch, FIXED).backward()
     ours = flops(2, 0.0, 0.0)
     assert counter.get_total_flops() == ours["picture"]
@@ -184,6 +184,25 @@ def test_fused_attention_on_a_cpu_is_counted():
     assert books.flops == 10 * 2 * 4 * 300 * 310 * 8
 
 
+def test_long_rows_cost_on_a_gpu_what_their_segments_cost_and_keep_less(make_config):
+    """There attention is one kernel a layer; the layout, and with it the number of products, is the same."""
+    config, books = make_config(num_hidden_layers=2, latent_size=16), {}
+    for device in ("cpu", "cuda"):
+        train_config = with_fields(FIXED, batch_size=24, pack=800, device=device)
+        one = books[device] = budget.Books()
+        model = one.model(config, train_config)
+        batch = budget.fake_batch(one, config, train_config, (12, 4, 8), 30)
+        assert model.layouts(batch.prefix, batch.rest)[1].segments
+        with one:
+            one.forward, loss = 0, train.step_loss(model, batch, train_config)
+            one.kept, one.forward = one.live, one.flops
+            loss.backward()
+    cpu, gpu = books["cpu"], books["cuda"]
+    assert gpu.forward == cpu.forward and gpu.kept < cpu.kept
+    # the plain form of attention on a CPU does not compute its scores again in the backward pass
+    assert cpu.flops <= gpu.flops < 1.1 * cpu.flops
+
+
 def test_processes_share_what_is_kept_and_gather_a_part(make_config, make_model):
     config = make_config(num_hidden_layers=2)
     one, four = (budget.training_bytes(config, FIXED, STEP, n, CAPTION) for n in (1, 4))
@@ -199,6 +218,10 @@ def test_processes_share_what_is_kept_and_gather_a_part(make_config, make_model)
     half = 2 * sum(p.numel() for p in rest) + (2 + 2 + 2 + 4) * sum(p.numel() for p in largest)
     assert budget.gathered_bytes(model, 4) == half
     assert four["gathered"] == pytest.approx(half * 2, rel=0.2)  # float32: 4 + 4 + 4 + 4
+    units = [p for unit in (*model.layers, model.unet_down) for p in unit.parameters()]
+    assert budget.gathered_bytes(model, 1) == half + 2 * sum(map(torch.numel, units)) - 2 * sum(
+        p.numel() for p in largest
+    )  # alone: all of them whole, not the largest twice
 
 
 def test_half_precision_keeps_masters_and_halves_activations(make_config):

@@ -149,7 +149,7 @@ def test_the_next_turn_reads_the_template_without_old_thoughts(trained, monkeypa
     answers = ["<think>\nhm\n</think>\n\nhere:", latent(1), "ok"], ["<think>\na\n</think>\n\nbye"]
     read = script(trained, monkeypatch, *answers)
     conversation = Conversation(trained, OPTIONS, True, [])
-    conversation.answer([{"type": "image", "image": ChatPicture(torch.zeros(3, 32, 32), latent(5))}])
+    conversation.answer([{"type": "image", "image": ChatPicture(torch.zeros(3, 64, 64), latent(5))}])
     assert [torch.equal(z, latent(5)) for z in conversation.context.latents] == [True]
     conversation.answer("and now?")
     assert [torch.equal(z, latent(s)) for z, s in zip(conversation.context.latents, (5, 1), strict=True)]
@@ -359,8 +359,8 @@ def test_a_conversation_is_saved_as_markdown_and_json_with_its_pictures_beside(
     for name, seen in zip(names, pictures, strict=False):
         with Image.open(folder / name) as image:
             assert image.size == (256, 256) and image.format == "PNG"
-            small_again = image.resize((32, 32), Image.Resampling.NEAREST)
-            pixels = torch.frombuffer(bytearray(small_again.tobytes()), dtype=torch.uint8).view(32, 32, 3)
+            small_again = image.resize((64, 64), Image.Resampling.NEAREST)
+            pixels = torch.frombuffer(bytearray(small_again.tobytes()), dtype=torch.uint8).view(64, 64, 3)
             assert torch.equal(pixels.permute(2, 0, 1), seen.pixels)
             assert small_again.resize((256, 256), Image.Resampling.NEAREST).tobytes() == image.tobytes()
 

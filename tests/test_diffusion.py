@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion import Diffusion, T, cosine_alpha_bar, guide, sample, timesteps
+from diffusion import PREDICTIONS, Diffusion, T, cosine_alpha_bar, guide, sample, timesteps
 
 SHAPE = (4, 4, 8, 8)  # (M, C, h, w)
 
@@ -129,6 +129,19 @@ def test_loss_weighted_v_is_the_squared_error_of_v(shift):
     torch.testing.assert_close(loss, (output - v).square().mean().float(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_true_x_gives_the_true_noise_and_its_error_weighs_five_times_at_most_with_prediction_x(shift):
+    diffusion, t = Diffusion(shift, prediction="x"), torch.tensor([0, 300, 700, 999])
+    x0, eps, output = normal(0), normal(1), normal(2)
+    x_t = diffusion.q_sample(x0, t, eps)
+    torch.testing.assert_close(diffusion.eps_from_output(x0, x_t, t), eps)
+    loss = diffusion.loss(diffusion.eps_from_output(output, x_t, t), eps, t, weighting="x")
+    weight = (1 / (1 - diffusion.alpha_bar[t])).clamp(max=5.0)
+    assert weight[0] == 5 > weight[2] > weight[3]
+    wanted = (weight * (output - x0).square().mean((1, 2, 3))).mean().item()
+    assert loss.item() == pytest.approx(wanted, rel=1e-3)  # t = 999: see below
+
+
 def test_loss_weighted_v_holds_in_float32_up_to_the_last_timestep():
     """Where alpha_bar is 2e-9, the difference of two noises is divided by 5e-5; three digits survive."""
     diffusion, t = Diffusion(prediction="v"), torch.full((4,), 999)
@@ -151,7 +164,7 @@ def test_a_bfloat16_network_leaves_the_noise_in_float32():
 
 def test_plain_loss_is_the_mean_squared_error_of_the_noise_whatever_the_timestep():
     eps, eps_pred, t = normal(0), normal(1), torch.tensor([0, 300, 700, 999])
-    for prediction in ("eps", "v"):
+    for prediction in PREDICTIONS:
         loss = Diffusion(prediction=prediction).loss(eps_pred, eps, t)
         torch.testing.assert_close(loss, (eps - eps_pred).square().mean().float())
 
@@ -364,7 +377,7 @@ def test_guidance_acts_on_every_channel_alike():
 
 
 def test_unknown_names_are_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'x0'.*eps or v"):
+    with pytest.raises(ValueError, match="'x0'.*eps, v, x"):
         Diffusion(prediction="x0")
     with pytest.raises(ValueError, match="'euler'.*ddim, dpm, ddpm"):
         sample(Diffusion(), lambda x, t: x, normal(0), 5, sampler="euler")

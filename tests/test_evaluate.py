@@ -90,7 +90,7 @@ def test_a_perfect_model_has_no_validation_error(monkeypatch):
     assert report["right"] == report["permuted"] == [0.0] * 5
 
 
-@pytest.mark.parametrize("prediction", ("eps", "v"))
+@pytest.mark.parametrize("prediction", ("eps", "v", "x"))
 @pytest.mark.parametrize("weighting", ("none", "v"))
 def test_the_error_of_edits_is_that_of_the_pictures_after_them(prediction, weighting):
     """Against one document at a time: the context clean at t = 0, and only the noisy images counted."""
@@ -120,6 +120,8 @@ def test_the_error_of_edits_is_that_of_the_pictures_after_them(prediction, weigh
                 predicted = model.unet_output(hidden)[last]
             if prediction == "v":
                 predicted = math.sqrt(1 - a) * x[last] + math.sqrt(a) * predicted
+            if prediction == "x":
+                predicted = (x[last] - math.sqrt(a) * predicted) / math.sqrt(1 - a)
             errors.append((predicted - eps).square().mean().item() / (a if weighting == "v" else 1))
         assert value == pytest.approx(sum(errors) / len(errors), rel=1e-4)
 
@@ -183,7 +185,7 @@ def test_what_is_counted_is_what_was_painted(trained, monkeypatch, pictures_alon
     assert report["captions_cider"] == pytest.approx(10)
     real = render([captions[p] for p in report["prompts_used"]], random.Random(0))
     assert report["frechet"] == frechet(report["pictures"], real) > 0
-    assert report["pictures"].shape == (30, 3, 32, 32)
+    assert report["pictures"].shape == (30, 3, 64, 64)
     assert not {*report["prompts_used"]} & {s.caption for s in all_scenes("train")}
     assert "| **all five at once** | 100.0% | 100.0% |" in evaluate.table(report)
 
@@ -194,7 +196,7 @@ def test_the_validation_tenth_is_judged_without_touching_the_test_tenth(monkeypa
     monkeypatch.setattr(evaluate, "table", lambda report: "")
     flags = ("--checkpoint", helpers.shapes_run(), "--split", "validation", "--n", 233, "--steps", 1)
     monkeypatch.setattr(evaluate, "describe_images", lambda t, pictures, **_: [""] * len(pictures))
-    small = lambda t, prompts, *a, **_: torch.zeros(len(prompts), 3, 32, 32, dtype=torch.uint8)  # noqa: E731
+    small = lambda t, prompts, *a, **_: torch.zeros(len(prompts), 3, 64, 64, dtype=torch.uint8)  # noqa: E731
     monkeypatch.setattr(evaluate, "generate_images", small)
     helpers.good(evaluate, *flags, "--json", "report.json", folder=tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
@@ -265,7 +267,7 @@ def test_a_run_on_pictures_of_another_size_is_refused_in_words(tmp_path):
 
 
 def on_files(folder: Path, *flags: object) -> tuple[str, dict]:
-    """What the command prints about files, and its JSON; the run paints 16 pixels, not 32."""
+    """What the command prints about files, and its JSON; the run paints 16 pixels, not 64."""
     flags = ("--checkpoint", helpers.photo_run(), *flags, "--json", "report.json")
     out = helpers.good(evaluate, *flags, folder=folder)
     return out, json.loads((folder / "report.json").read_text())

@@ -378,7 +378,7 @@ def test_a_source_that_does_not_come_back(model):
 
 def test_the_pictures_of_the_edits_are_shown_before_and_after_with_their_words(model):
     report, pictures, labels = chat_evaluate.edits(Folder, 5, GenerationConfig(steps=1, seed=3), "test")
-    assert report["edits"] == 5 and pictures.shape == (10, 3, 32, 32) and labels[::2] == [""] * 5
+    assert report["edits"] == 5 and pictures.shape == (10, 3, 64, 64) and labels[::2] == [""] * 5
     for i, edit in enumerate(model.edits.values()):
         assert read_scenes(pictures[2 * i : 2 * i + 2]) == [edit.source, edit.target]
         assert labels[2 * i + 1] == edit.instruction and len(differing(edit.source, edit.target)) == 1
@@ -596,7 +596,7 @@ def test_the_sheet_of_thoughts_shows_both_pictures_of_each_request(model, monkey
     given.clear()
     figures_of(2)
     for pictures, _ in given[0][0]:  # where none was painted, an empty one
-        assert [p.shape for p in pictures] == [(3, 32, 32)] * 2 and all((p == 255).all() for p in pictures)
+        assert [p.shape for p in pictures] == [(3, 64, 64)] * 2 and all((p == 255).all() for p in pictures)
 
 
 # ---- the command ----

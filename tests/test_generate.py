@@ -76,7 +76,7 @@ def test_a_picture_does_not_depend_on_its_neighbours_in_the_batch(trained):
                 for p, s in zip(PROMPTS, SEEDS, strict=True)
             ]
         )
-        assert together.dtype == torch.uint8 and together.shape == (3, 3, 32, 32)
+        assert together.dtype == torch.uint8 and together.shape == (3, 3, 64, 64)
         assert (together.int() - alone.int()).abs().max() <= 1, sampler
         assert (together[0].int() - together[1].int()).abs().max() > 10  # and they are not all alike
 
@@ -366,7 +366,7 @@ def test_a_picture_file_of_any_size_is_read_square_and_upright(trained, tmp_path
     image.paste((250, 0, 0), (30, 0, 60, 30))
     image.save(tmp_path / "wide.png")
     picture = generate.read_picture(trained, tmp_path / "wide.png")
-    assert picture.shape == (1, 3, 32, 32)
+    assert picture.shape == (1, 3, 64, 64)
     assert (picture[0].float().mean((1, 2)) - torch.tensor([250.0, 0, 0])).abs().max() < 12
 
 
@@ -394,7 +394,7 @@ INSTRUCTIONS = ["make it green", "", "move the small circle to the bottom left a
 def test_an_edit_does_not_depend_on_its_neighbours_in_the_batch(trained):
     pictures = helpers.held_out_pictures(3)[0]
     together = edit_images(trained, pictures, INSTRUCTIONS, SEEDS, steps=4)
-    assert together.dtype == torch.uint8 and together.shape == (3, 3, 32, 32)
+    assert together.dtype == torch.uint8 and together.shape == (3, 3, 64, 64)
     for i in range(3):
         alone = edit_images(trained, pictures[i : i + 1], INSTRUCTIONS[i : i + 1], SEEDS[i : i + 1], steps=4)
         assert (together[i : i + 1].int() - alone.int()).abs().max() <= 1

@@ -37,7 +37,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import model as model_file
-import unet
 from attention import IMAGE, PAD, Tokens
 from model import Hidden, LMFusion, ModelConfig, RMSNorm, replace
 
@@ -635,14 +634,15 @@ def test_patches_start_about_as_large_as_words(make_model, perturb):
 
 @pytest.mark.parametrize("separation", ("deep", "none"))
 @pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
-def test_what_is_compiled_on_a_gpu_equals_the_plain_functions(make_model, monkeypatch, backend, separation):
-    """Expert.qkv, Expert.output and ResBlock.residual: features and gradients, with and without a graph."""
+def test_compiled_experts_equal_the_plain_ones(make_model, monkeypatch, backend, separation):
+    """Expert.qkv and Expert.output: features and gradients, with and without a graph."""
     compiled = functools.lru_cache(lambda f: torch.compile(f, backend=backend, dynamic=True))
+    monkeypatch.setattr(model_file, "compiled", compiled)
     found = []
-    for wrap in (lambda f, _: f, lambda f, _: compiled(f)):
+    for fast in (False, True):
         model = make_model(dtype=torch.float64, separation=separation)
-        monkeypatch.setattr(model_file, "fused", wrap)
-        monkeypatch.setattr(unet, "fused", wrap)
+        if fast:
+            model.compile_experts()
         out = []
         for checkpointing, rows in ((False, RAGGED), (True, RAGGED[:2]), (False, [[BOI, IMAGE]])):
             model.activation_checkpointing = checkpointing

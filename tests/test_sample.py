@@ -56,19 +56,19 @@ def test_several_pictures_become_a_grid_each_with_its_own_noise(tmp_path):
         "deep/er/grid.png",
         folder=tmp_path,
     )
-    assert "deep/er/grid.png: 4 pictures, 64 x 64 pixels" in out
+    assert "deep/er/grid.png: 4 pictures, 128 x 128 pixels" in out
     with Image.open(tmp_path / "deep/er/grid.png") as image:
-        assert image.format == "PNG" and image.size == (64, 64)
-        tiles = [image.crop((x, y, x + 32, y + 32)).tobytes() for y in (0, 32) for x in (0, 32)]
+        assert image.format == "PNG" and image.size == (128, 128)
+        tiles = [image.crop((x, y, x + 64, y + 64)).tobytes() for y in (0, 64) for x in (0, 64)]
     assert len(set(tiles)) == 4
 
 
 def test_scale_enlarges_without_smoothing(tmp_path):
-    for scale in (0, 64):
+    for scale in (0, 128):
         run("--prompt", "red", "--steps", 1, "--scale", scale, "--out", f"{scale}.png", folder=tmp_path)
-    with Image.open(tmp_path / "0.png") as a, Image.open(tmp_path / "64.png") as b:
-        assert a.size == (32, 32) and b.size == (64, 64)
-        assert a.resize((64, 64), Image.Resampling.NEAREST).tobytes() == b.tobytes()
+    with Image.open(tmp_path / "0.png") as a, Image.open(tmp_path / "128.png") as b:
+        assert a.size == (64, 64) and b.size == (128, 128)
+        assert a.resize((128, 128), Image.Resampling.NEAREST).tobytes() == b.tobytes()
 
 
 def test_labels_are_written_below_their_pictures(tmp_path):
@@ -218,10 +218,10 @@ def test_a_name_without_an_ending_is_a_folder_of_pictures_each_beside_its_prompt
     assert [found[f"{i:06d}.txt"] for i in range(4)] == [f"{PROMPTS[0]}\n"] * 2 + ["a café\n"] * 2
     run(*flags, "--scale", 0, "--out", "grid.png", folder=tmp_path)
     page = pixels_of(tmp_path / "grid.png")  # 2 x 2 pictures, row by row
-    tiles = [page[:, y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32)]
+    tiles = [page[:, y : y + 64, x : x + 64] for y in (0, 64) for x in (0, 64)]
     assert all(torch.equal(found[f"{i:06d}.png"], tile) for i, tile in enumerate(tiles))
     assert len({x.numpy().tobytes() for x in tiles}) == 4
-    back = load_pictures(str(tmp_path / "deep/er/pictures"), 32)
+    back = load_pictures(str(tmp_path / "deep/er/pictures"), 64)
     assert back.captions == [PROMPTS[0]] * 2 + ["a café"] * 2 and back.skipped == []
     assert torch.equal(back.pixels, torch.stack(tiles))
 
@@ -243,7 +243,7 @@ def test_pictures_of_a_folder_are_numbered_through_all_batches_and_written_as_th
             sample.check(args)
             sample.paint_prompts(trained, args, batch)
             with Image.open("film.gif") as film:
-                assert film.n_frames == 2 and film.size == (3 * 32, 2 * 32)
+                assert film.n_frames == 2 and film.size == (3 * 64, 2 * 64)
     assert there == [0, 0, 4]
     one, two = (contents(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys() and len(one) == 12
@@ -255,11 +255,11 @@ def test_pictures_of_a_folder_are_numbered_through_all_batches_and_written_as_th
 
 def test_pictures_of_a_folder_are_as_large_as_generated_unless_told_otherwise(tmp_path):
     (tmp_path / "large").mkdir()  # an empty one may be there
-    for name, flags in (("plain", ()), ("large", ("--scale", 64))):
+    for name, flags in (("plain", ()), ("large", ("--scale", 128))):
         out = run("--prompt", "red", "--steps", 1, "--out", name, *flags, folder=tmp_path)
         assert out == f"{name}: 1 picture, each beside its prompt\n"
     plain, large = (pixels_of(tmp_path / name / "000000.png") for name in ("plain", "large"))
-    assert plain.shape == (3, 32, 32)
+    assert plain.shape == (3, 64, 64)
     assert torch.equal(large, plain.repeat_interleave(2, 1).repeat_interleave(2, 2))
 
 
@@ -317,17 +317,17 @@ def test_an_edit_writes_what_edit_images_paints(trained, tmp_path, source, monke
     monkeypatch.setattr(sample, "load_trained", lambda *a, **k: trained)
     flags = ("--prompt", "make it green", "--prompt", "", "--n", 2, "--steps", 3, "--cfg", 2, "--seed", 5)
     out = run("--edit", source, *flags, "--scale", 0, "--gif", "film.gif", folder=tmp_path)
-    assert out.splitlines() == ["sample.png: 4 pictures, 64 x 64 pixels", "film.gif: 3 frames"]
+    assert out.splitlines() == ["sample.png: 4 pictures, 128 x 128 pixels", "film.gif: 3 frames"]
     seeds = [random.Random(f"5-{i}").getrandbits(63) for i in range(4)]
     picture, prompts = sample.read_picture(trained, source), ["make it green"] * 2 + [""] * 2
     wanted = edit_images(trained, picture.expand(4, -1, -1, -1), prompts, seeds, steps=3, cfg=2.0)
     with Image.open(tmp_path / "sample.png") as page:
         for i, tile in enumerate(wanted):
-            x, y = i % 2 * 32, i // 2 * 32
+            x, y = i % 2 * 64, i // 2 * 64
             pixels = torch.frombuffer(
-                bytearray(page.crop((x, y, x + 32, y + 32)).tobytes()), dtype=torch.uint8
+                bytearray(page.crop((x, y, x + 64, y + 64)).tobytes()), dtype=torch.uint8
             )
-            assert (pixels.view(32, 32, 3).permute(2, 0, 1).int() - tile.int()).abs().max() <= 1
+            assert (pixels.view(64, 64, 3).permute(2, 0, 1).int() - tile.int()).abs().max() <= 1
     before = (tmp_path / "sample.png").read_bytes()
     run("--edit", source, *flags, "--scale", 0, folder=tmp_path)
     assert (tmp_path / "sample.png").read_bytes() == before

@@ -12,7 +12,7 @@ from test_world import TRAIN, check_edit, differing
 from small import pretrain, shapes
 from small.dialogues import THINK_PROMPT, Shot
 from small.shapes import Shapes
-from small.world import COLORS, PLACES, Edit, all_scenes, render
+from small.world import COLORS, PIXELS, PLACES, Edit, all_scenes, render
 
 
 def test_training_never_shows_a_held_out_combination_and_validation_shows_nothing_else():
@@ -56,7 +56,7 @@ def test_one_picture_of_the_built_in_world_and_its_caption():
 def test_shots_are_rendered_where_they_say():
     shots = [Shapes().captioned(random.Random(n))[0] for n in range(20)]
     pixels = Shapes().pixels(shots)
-    assert pixels.shape == (20, 3, 32, 32) and pixels.dtype == torch.uint8
+    assert pixels.shape == (20, 3, PIXELS, PIXELS) and pixels.dtype == torch.uint8
     for shot, picture in zip(shots, pixels, strict=True):
         assert torch.equal(picture, render([shot.scene])[0].roll(shot.shift, (1, 2)))
 

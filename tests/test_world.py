@@ -25,6 +25,7 @@ from small.world import (
     NAMES,
     NUMBERS,
     OPPOSITE,
+    PIXELS,
     PLACES,
     ROOMS,
     SHAPE_THINGS,
@@ -200,13 +201,13 @@ def test_the_reader_agrees_with_a_search_over_every_rendering():
     one, two = (render(rng.choices(UNSEEN, k=12), rng).double() for _ in range(2))
     pictures = (0.5 * (one + two) + 40 * torch.randn(one.shape, generator=generator)).clamp(0, 255)
     pictures = pictures.to(torch.uint8)  # each is two scenes at once, under noise
-    covered = coverage()  # (shape, size, place, dy, dx, 32, 32)
+    covered = coverage()  # (shape, size, place, dy, dx, S, S)
     colors = torch.tensor(list(COLORS.values())).float()[..., None, None]  # (8, 3, 1, 1)
     best: list[tuple[float, Scene | None]] = [(math.inf, None)] * len(pictures)
     for s, shape in enumerate(SHAPES):
         for z, size in enumerate(SIZES):
             for p, place in enumerate(PLACES):
-                a = covered[s, z, p].flatten(0, 1)[:, None, None]  # (9, 1, 1, 32, 32)
+                a = covered[s, z, p].flatten(0, 1)[:, None, None]  # (9, 1, 1, S, S)
                 for b, background in enumerate(COLORS):
                     drawn = (colors[b] + a * (colors - colors[b])).flatten(2)  # (9, 8, 3 * 1024)
                     distance = torch.cdist(drawn.flatten(0, 1), pictures.float().flatten(1))  # (72, n)
@@ -335,7 +336,7 @@ def test_no_two_facts_contradict_each_other():
     assert all(OPPOSITE[b] == a != b for a, b in OPPOSITE.items())
     for place in PLACES.keys() & OPPOSITE:  # on the other side of the middle, and word by word
         (y, x), (v, u) = PLACES[place], PLACES[OPPOSITE[place]]
-        assert (y + v, x + u) == (32, 32)
+        assert (y + v, x + u) == (PIXELS, PIXELS)
         assert OPPOSITE[place] == " ".join(OPPOSITE[word] for word in place.split())
 
 
