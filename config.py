@@ -128,6 +128,7 @@ class TrainConfig:
     seed: int = setting(0, "of everything random", low=0, below=2**63, common=True)
     device: str = setting("cpu", "cpu, cuda, ...", resumable=True, common=True)
     dtype: str = setting("float32", "of the computation", DTYPES, resumable=True, common=True)
+    threads: int = setting(0, "on a CPU; 0: measured at the start", low=0, resumable=True, newer=True)
     # the image side of the model
     separation: str = setting("deep", "Section 5.1", SEPARATIONS, inherited=True, common=True)
     image_size: int = setting(256, "pixels a side", above=0, inherited=True, common=True)

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import Trained, append_metrics, read_metrics
-from config import Bar
+from config import Bar, say_once
 from data import make_batches
 from evaluate import TIMESTEPS, errors_by_timestep
 from generate import edit_images, generate_images
@@ -228,6 +229,27 @@ def flops_of_step(run: Run, loss: Callable) -> float:
     return flops
 
 
+def choose_threads(run: Run, loss: Callable) -> None:
+    """Settle `--threads`: as many as there are, or one, whichever takes a batch through sooner.
+
+    Beside another busy process, threads wait for each other, and one alone is several times as fast. What is
+    found is kept in the checkpoints, for other threads round otherwise.
+    """
+    config, most = run.config, torch.get_num_threads()
+    alone = run.team.size == 1 and torch.device(run.team.device).type == "cpu"
+    if alone and not config.threads and most > 1:
+        (batch, *_), times = run.batches(), {}
+        for n in (1, most):
+            torch.set_num_threads(n)
+            times[n] = best(lambda: loss(run.model, batch, config).backward(), 1.0)
+        run.model.zero_grad()
+        run.config = replace(config, threads=min(times, key=times.get))
+        seconds = ", ".join(f"{x:.2f} s with {n}" for n, x in times.items())
+        say_once(f"threads: {run.config.threads} (a batch takes {seconds})")
+    if run.config.threads:
+        torch.set_num_threads(run.config.threads)
+
+
 # ---- Lines ----
 
 
@@ -244,6 +266,7 @@ class Progress:
 
     def __init__(self, run: Run, loss: Callable):
         """loss: as `flops_of_step` takes it."""
+        choose_threads(run, loss)
         self.flops, self.peak = flops_of_step(run, loss), math.nan
         if run.team.is_main:
             sizes = (4096, 8192) if torch.device(run.team.device).type == "cuda" else (1024,)

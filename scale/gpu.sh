@@ -8,7 +8,7 @@
 #
 # LLM is a Hugging Face folder (scale/README.md says which kinds); DATA and VAL are pictures of 64 x 64 pixels or
 # more with captions. Without them the last part is left out, or with --quick takes a tiny LLM and noise.
-# Results: OUT, by default scale/results/CARD. LEARN (180) is how many seconds the LLM learns. A part that fails or
+# Results: OUT, by default scale/results/CARD. LEARN (120) is how many seconds the LLM learns. A part that fails or
 # runs out of its time does not stop the others.
 set -u
 cd "$(dirname "$0")/.."
@@ -24,7 +24,7 @@ done
 PY=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 CARD=$("$PY" -c "import torch; print(torch.cuda.get_device_name() if '$DEVICE' == 'cuda' else 'cpu')") || exit 1
 OUT=${OUT:-scale/results/$(echo "$CARD${QUICK:+ quick}" | tr ' /' '--')}
-LEARN=${LEARN:-180} STARTED=$(date +%s) SLOW=${QUICK:+1800}  # a busy CPU may take long
+LEARN=${LEARN:-120} STARTED=$(date +%s) SLOW=${QUICK:+1800}  # a busy CPU may take long
 mkdir -p "$OUT"
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
@@ -91,7 +91,7 @@ PYTHON
 say "$CARD; results in $OUT"
 if [ "$DEVICE" = cpu ]; then export LMFUSION_GPU_TESTS_ON=cpu; fi
 part tests "${SLOW:-180}" "$PY" -m pytest -rs -n 4 -m gpu tests/test_gpu.py
-part benchmark "${SLOW:-170}" "$PY" -m scale.benchmark --device "$DEVICE" $QUICK --json "$OUT/benchmark.json"
+part benchmark "${SLOW:-230}" "$PY" -m scale.benchmark --device "$DEVICE" $QUICK --json "$OUT/benchmark.json"
 if [ -n "$QUICK" ] && [ -z "${LLM:-}" ]; then
     "$PY" -c "
 from pathlib import Path

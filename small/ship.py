@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     source, out, figures = find_checkpoint(args.run), Path(args.out), read_json(Path(args.figures))
     info, saved = read_info(source), saved_config(source)
-    usual, own = dataclasses.asdict(CONFIGS[info["name"]]), {"out": "", "steps": 0}
+    usual, own = dataclasses.asdict(CONFIGS[info["name"]]), {"out": "", "steps": 0, "threads": 0}
     if saved | own != usual | own:
         raise ValueError(f"{source} was trained with other flags than --config {info['name']} has")
     if out.exists():

@@ -200,7 +200,7 @@ def test_a_field_that_is_unknown_or_of_another_type_is_named(change, words):
 
 # Where the data and the base lie, how the work is divided, how long it goes on, and what is written.
 FREE = {"base", "data", "val_data", "text_data", "vae", "init_from", "out", "device", "dtype", "steps"}
-FREE |= {"micro_batch", "pack", "activation_checkpointing", "compile"}
+FREE |= {"micro_batch", "pack", "activation_checkpointing", "compile", "threads"}
 FREE |= {"log_every", "val_every", "sheet_every", "checkpoint_every"}
 FREE |= {"log_minutes", "checkpoint_minutes", "keep"}
 

@@ -414,3 +414,36 @@ def test_a_single_validation_picture_has_no_error_under_another_caption(make_run
     run = make_run("--data", photos, "--micro-batch", 2)
     assert set(validate(run)) == {"t", "right"}
     assert len(run.documents.source.validation(96)) == 1
+
+
+# ---- threads ----
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("faster", (1, 2))
+def test_the_faster_number_of_threads_is_measured_said_once_and_kept(
+    make_run, monkeypatch, capsys, two_threads, faster
+):
+    run, tried = make_run(), []
+
+    def best(work, seconds):
+        work()
+        tried.append(torch.get_num_threads())
+        return 0.5 if tried[-1] == faster else 2.0
+
+    monkeypatch.setattr(watch, "best", best)
+    watch.say_once.cache_clear()
+    watch.choose_threads(run, train.step_loss)
+    assert tried == [1, 2] and torch.get_num_threads() == run.config.threads == faster
+    assert f"threads: {faster} (a batch takes " in capsys.readouterr().err
+    assert all(p.grad is None for p in run.model.parameters())
+    torch.set_num_threads(2)
+    watch.choose_threads(run, train.step_loss)  # a run that goes on
+    assert tried == [1, 2] and torch.get_num_threads() == faster
