@@ -107,8 +107,7 @@ class Tokens:
     ) -> Tokens:
         """Sequences of ids in which each IMAGE stands for all P patches of one image; ragged, of any mixture.
 
-        `start` and `images_before` say for each row how many positions and images an earlier part already
-        took.
+        `start` and `images_before`: how many positions and images an earlier part of each row took.
         """
         each = [[x] for x in start] if start else None
         return Tokens.packed([[row] for row in rows], num_patches, each, images_before)
@@ -294,11 +293,7 @@ class Layout:
     """
 
     def __init__(
-        self,
-        tokens: Tokens,
-        past: Tokens | Cache | None,
-        device: torch.device,
-        rope: Callable[[Tensor], tuple[Tensor, Tensor]],
+        self, tokens: Tokens, past: Tokens | Cache | None, device: torch.device, rope: Callable[..., tuple]
     ):
         """`past`: what was read before. rope(positions (T,)) -> cosines and sines (T, 1, d/2) of RoPE."""
         ids, position = tokens.ids.flatten(), tokens.position.flatten()

@@ -29,8 +29,8 @@ import torch
 from tqdm import tqdm
 
 from diffusion import PREDICTIONS, WEIGHTINGS, Diffusion
+from model import SEPARATIONS
 
-SEPARATIONS = ("deep", "shallow", "none")
 DTYPES = ("float32", "bfloat16")  # weights that learn stay float32
 TASKS = ("caption", "generate", "edit", "chat")
 

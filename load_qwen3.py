@@ -414,7 +414,7 @@ def materialise(model: LMFusion, read: Callable, dtype: torch.dtype, device: str
 
 @torch.no_grad()
 def init_image(model: LMFusion) -> None:
-    """`LMFusion.init_image_from_text`, of a model that may be cut among processes; all must call it."""
+    """Give every image parameter its first value. Of a model cut among processes, all must call it."""
     text, image = model.text_parameters(), model.image_parameters()
     for name, value in model.image_at_start(lambda name: full_tensor(text[name])):
         fill(image[name], value)

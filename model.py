@@ -204,10 +204,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.text = Expert(config)
-        if config.separation == "none":  # one dense model: the very same module
-            self.image = self.text
-        else:
-            self.image = Expert(config)
+        # "none" is one dense model: the very same module
+        self.image = self.text if config.separation == "none" else Expert(config)
         if config.separation == "shallow":  # separate FFNs and their norms only
             self.image.input_layernorm = self.text.input_layernorm
             self.image.self_attn = self.text.self_attn
@@ -333,13 +331,6 @@ class LMFusion(nn.Module):
         for name in self.image_parameters():
             copied = name.replace(".image.", ".text.").replace("norm_image", "norm_text")
             yield name, fresh[name] if name in fresh else text(copied)
-
-    @torch.no_grad()
-    def init_image_from_text(self) -> None:
-        """Give every image parameter its first value: see `image_at_start`."""
-        text, image = self.text_parameters(), self.image_parameters()
-        for name, value in self.image_at_start(text.__getitem__):
-            image[name].copy_(value)
 
     # ---- the transformer ----
 

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from load_qwen3 import init_image
 from model import LMFusion, ModelConfig
 from scale import sources, vae
 from small import shapes
@@ -87,7 +88,7 @@ def build_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LMFusion(ModelConfig(**{**TINY, **changes}))
-        model.init_image_from_text()
+        init_image(model)
     perturb_parameters(model, seed=seed)
     model.freeze_text()
     return model.to(dtype)

@@ -35,7 +35,6 @@ from load_qwen3 import (
     PAIRS,
     address,
     base_fingerprint,
-    init_image,
     load_qwen3,
     load_tokenizer,
     materialise,
@@ -351,16 +350,6 @@ def test_text_is_taken_as_it_is_read_and_the_image_side_has_memory_of_its_own(ma
     image = model.image_parameters().values()
     assert not {p.data_ptr() for p in image} & {x.data_ptr() for x in read.values()}
     assert all(p.requires_grad and not p.is_meta for p in image)
-
-
-def test_the_image_side_of_a_whole_model_starts_afresh_as_from_the_model_itself(make_model):
-    one, other = make_model(), make_model()
-    torch.manual_seed(1)
-    init_image(one)
-    torch.manual_seed(1)
-    other.init_image_from_text()
-    state = other.state_dict()
-    assert all(torch.equal(x, state[n]) for n, x in one.state_dict().items())
 
 
 def test_a_command_imports_little_beside_torch():

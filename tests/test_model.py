@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import model as model_file
 from attention import IMAGE, PAD, Tokens
+from load_qwen3 import init_image
 from model import Hidden, LMFusion, ModelConfig, RMSNorm, replace
 
 
@@ -586,7 +587,7 @@ def test_rms_norm_normalises_in_float32_and_scales_in_the_dtype_that_goes_in():
 def test_image_experts_start_as_copies_and_draw_what_the_text_experts_would(make_model, perturb):
     """A deep model whose experts were just copied equals a dense one of the same text weights and U-Net."""
     deep, dense = make_model(), make_model(separation="none")
-    deep.init_image_from_text()
+    init_image(deep)
     perturb(deep.unet_down), perturb(deep.unet_up)
     state = deep.state_dict()
     dense.load_state_dict(
@@ -616,13 +617,13 @@ def test_the_image_side_starts_from_the_text_by_name_and_from_the_seed_alone(mak
         assert torch.equal(first[name], text[name.replace("image", "text")])
         assert not torch.equal(first[name], image[name])
     torch.manual_seed(3)
-    model.init_image_from_text()
+    init_image(model)
     assert all(torch.equal(p, first[n]) for n, p in image.items())
 
 
 def test_patches_start_about_as_large_as_words(make_model, perturb):
     model = make_model(patch_positions=False)
-    model.init_image_from_text()
+    init_image(model)
     latents, t = draw(model, 32)
     patches = model.unet_down(latents, t)[0]
     ratio = (patches.pow(2).mean() / model.embed_tokens.weight.pow(2).mean()).sqrt().item()
