@@ -21,7 +21,7 @@ from train import Run, losses
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 TASKS = "generate=2,caption=1,edit=3,chat=6"
 EDITS = ("--data", helpers.edits() / "all.jsonl")  # edits and captions
-SHAPES = ("--data", "shapes", "--image-size", 64, "--latent-channels", 16)
+SHAPES = ("--data", "shapes", "--image-size", 64, "--latent-patch", 8, "--latent-channels", 16)
 
 
 class Killed(BaseException):

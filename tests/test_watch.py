@@ -113,7 +113,7 @@ def reference_error(run: Run, pictures: list, words: str, seed: int, value: int)
         hidden = run.model.encode(Tokens.rows([ids], config.num_patches), torch.cat((latents[:-1], noisy)), t)
         output = run.model.unet_output(hidden)[-1:]
     predicted = diffusion.eps_from_output(output, noisy, t[-1:])
-    return diffusion.loss(predicted, eps, t[-1:], "v").item()
+    return diffusion.loss(predicted, eps, t[-1:], run.config.loss_weighting).item()
 
 
 ALONE = ("--task", "edit", "--data", helpers.edits())
