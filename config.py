@@ -253,7 +253,7 @@ SMALL = TrainConfig(
     **dict(image_size=64, latent_patch=8, latent_channels=36, whiten=0.5),
     **dict(unet_channels=(48, 96), unet_attention=False, patch_positions=True),
     **dict(prediction="x", loss_weighting="x", schedule_shift=2.0, noise_limit=200),
-    **dict(steps=3600, batch_size=64, warmup=100, weight_decay=0.01, edit_empty=0.05),
+    **dict(steps=3600, batch_size=64, warmup=100, weight_decay=0.01, edit_empty=0.05, sheet_every=200),
     **dict(optimizer="muon", muon_lr=8e-3, lr=1e-3, lr_final=3e-5),
 )
 CHAT = dict(init_from="runs/small", task="generate=2,caption=1,edit=3,chat=6", draw_lr_ratio=10.0)

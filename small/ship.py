@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import commit, find_checkpoint, read_info, read_metrics, saved_config, write_atomic
-from config import CONFIGS, Parser, run_command
+from config import CONFIGS, Parser, TrainConfig, rules, run_command
 from load_qwen3 import ROOT, SHIPPED, read_json
 
 FIGURES = ("split", "prompts", "sampler", "steps", "cfg", "seed", "prompt_match", "strict", "residual")
@@ -29,8 +29,9 @@ def main() -> None:
     args = parser.parse_args()
     source, out, figures = find_checkpoint(args.run), Path(args.out), read_json(Path(args.figures))
     info, saved = read_info(source), saved_config(source)
-    usual, own = dataclasses.asdict(CONFIGS[info["name"]]), {"out": "", "steps": 0, "threads": 0}
-    if saved | own != usual | own:
+    usual = dataclasses.asdict(CONFIGS[info["name"]])
+    own = {name for name, rule in rules(TrainConfig).items() if rule.resumable} - {"base", "data"}
+    if any(saved[name] != value for name, value in usual.items() if name not in own):
         raise ValueError(f"{source} was trained with other flags than --config {info['name']} has")
     if out.exists():
         raise ValueError(f"{out} is there already; remove it first")

@@ -48,7 +48,7 @@ def other_values() -> dict:
     values = dict(base="b", data="d", val_data="v", device="meta", out="o", vae="w", init_from="first")
     values |= dict(task="edit", text_data="t", stages="0:*", dtype="bfloat16", separation="shallow")
     values |= dict(unet_channels=(6, 10), prediction="eps", loss_weighting="none", optimizer="adamw")
-    values |= dict(image_size=48, latent_patch=4, lm_mean="all")
+    values |= dict(image_size=48, latent_patch=4, latent_channels=40, lm_mean="all")
     for i, (name, value) in enumerate(asdict(CONFIGS["small"]).items()):
         if name not in values and isinstance(value, bool):
             values[name] = not value
