@@ -42,6 +42,7 @@ from load_qwen3 import (
     base_fingerprint,
     load_qwen3,
     load_tokenizer,
+    match_tensors,
     open_safetensors,
     read_json,
     resolve,
@@ -300,7 +301,7 @@ def first_stage(init_from: str) -> tuple[dict, dict]:
 
 def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file, or of its parts, mapped; ValueError names one whose name or shape is another."""
-    files, tensors = [path], {}
+    files, where = [path], {}
     parts = sorted(path.parent.glob(f"{path.stem}-*-of-*.safetensors")) if not path.is_file() else []
     if parts:
         count = parts[0].stem.rpartition("-")[2]
@@ -309,15 +310,10 @@ def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     for file in sorted(set(parts) - set(files)):
         raise ValueError(f"{file}: does not belong to the {size} parts beside it")
     for file in files:
-        with open_safetensors(file) as f:
-            tensors |= {name: f.get_tensor(name) for name in f.keys()}
-    for name in sorted(set(tensors) ^ set(expected)):
-        raise ValueError(f"{path}: tensor {name} is {'missing' if name in expected else 'not expected'}")
-    for name, tensor in tensors.items():
-        found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
-        if found != wanted:
-            raise ValueError(f"{path}: tensor {name} is {found}, not {wanted}")
-    return tensors
+        f = open_safetensors(file)
+        where |= dict.fromkeys(f.keys(), (file, f))
+    found = match_tensors(where, {name: tuple(x.shape) for name, x in expected.items()}, path)
+    return {name: where[name][1].get_tensor(name) for name in found}
 
 
 def load_codec(folder: Path, info: dict, channels: int, vae: str, device: str) -> PatchPCA | AutoencoderKL:

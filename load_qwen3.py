@@ -12,6 +12,7 @@ that names it. `model.layers.3.mlp.up_proj.weight` is `layers.3.text.mlp.up_proj
 
 import hashlib
 import json
+import operator
 import os
 import re
 import reprlib
@@ -323,6 +324,37 @@ def open_weights(folder: Path) -> dict[str, tuple[Path, safe_open]]:
     return where
 
 
+def match_tensors(
+    where: dict[str, tuple[Path, safe_open]],
+    expected: dict[str, tuple[int, ...]],
+    place: Path,
+    rename: Callable[[str], str | None] = str,
+    fits: Callable[[tuple, tuple], bool] = operator.eq,
+) -> dict[str, str]:
+    """Our name -> the stored one, of exactly the expected tensors (our name -> shape), which hold floats.
+
+    where: as `open_weights` gives it. rename: a stored name -> ours, or None for one that is passed over.
+    fits(stored shape, expected shape). ValueError names the file (for a missing one `place`), the tensor, and
+    what is wrong with it.
+    """
+    found: dict[str, str] = {}
+    for stored, (path, file) in sorted(where.items()):
+        name, part = rename(stored), file.get_slice(stored)
+        if name is None:
+            continue
+        if name not in expected:
+            raise ValueError(f"{path}: tensor {stored} is not one that belongs there")
+        if name in found:
+            raise ValueError(f"{path}: tensor {stored} is there twice, once by another name")
+        shape, kind = tuple(part.get_shape()), part.get_dtype()
+        if not fits(shape, expected[name]) or kind not in ("F16", "BF16", "F32", "F64"):
+            raise ValueError(f"{path}: tensor {stored} is {kind} {shape}, not floats {expected[name]}")
+        found[name] = stored
+    for name in sorted(expected.keys() - found.keys()):
+        raise ValueError(f"{place}: tensor {name} is missing")
+    return found
+
+
 def text_names(config: ModelConfig) -> dict[str, str]:
     """Hugging Face's name -> ours, of every text tensor."""
     with torch.device("meta"):
@@ -337,31 +369,21 @@ def text_names(config: ModelConfig) -> dict[str, str]:
 
 def text_tensors(folder: Path, model: LMFusion) -> Callable[[str], Tensor]:
     """A function from our name of a text tensor to it; ValueError for one that is not as it should be."""
-    names, where, tied = text_names(model.config), open_weights(folder), model.config.tie_word_embeddings
+    names, where, head = text_names(model.config), open_weights(folder), "lm_head.weight"
+    shapes, stored = model.state_dict(), {ours: theirs for theirs, ours in names.items()}
+    copied = model.config.tie_word_embeddings and head in where  # some exports keep the tied copy
+    if copied:
+        names[head] = "embed_tokens.weight"
+    expected = {theirs: tuple(shapes[ours].shape) for theirs, ours in names.items()}
     # derived, in old exports
-    where = {n: place for n, place in where.items() if not n.endswith("rotary_emb.inv_freq")}
-    if tied and "lm_head.weight" in where:  # some exports keep the tied copy
-        names["lm_head.weight"] = "embed_tokens.weight"
-    for name in sorted(set(names) ^ set(where)):
-        what = "missing" if name in names else "not one that this model has"
-        raise ValueError(f"{folder}: tensor {name} is {what}")
-    expected = {n: tuple(p.shape) for n, p in model.state_dict(keep_vars=True).items()}
-    found: dict[str, tuple[safe_open, str]] = {}
-    for name, ours in names.items():
-        path, file = where[name]
-        shape, kind = tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
-        if shape != expected[ours]:
-            raise ValueError(f"{path}: tensor {name} is {shape}, not {expected[ours]}")
-        if kind not in ("F16", "BF16", "F32", "F64"):
-            raise ValueError(f"{path}: tensor {name} is {kind}, not a floating-point type")
-        first, its_name = found.setdefault(ours, (file, name))
-        if its_name != name and not torch.equal(file.get_tensor(name), first.get_tensor(its_name)):
-            raise ValueError(f"{path}: {name} differs from {its_name}, but tie_word_embeddings is true")
+    match_tensors(where, expected, folder, lambda n: None if n.endswith("rotary_emb.inv_freq") else n)
 
     def read(ours: str) -> Tensor:
-        file, name = found[ours]
-        return file.get_tensor(name)
+        return where[stored[ours]][1].get_tensor(stored[ours])
 
+    if copied and not torch.equal(where[head][1].get_tensor(head), read("embed_tokens.weight")):
+        other = stored["embed_tokens.weight"]
+        raise ValueError(f"{where[head][0]}: {head} differs from {other}, but tie_word_embeddings is true")
     return read
 
 

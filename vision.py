@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from load_qwen3 import open_weights, read_json, resolve
+from load_qwen3 import match_tensors, open_weights, read_json, resolve
 from model import apply_rope
 
 ACTIVATIONS = {
@@ -673,23 +673,16 @@ FAMILIES = {"llava": read_llava, "llava_next": read_llava, "qwen3_vl": read_qwen
 
 def vision_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Exactly the expected tensors beside the language model's; ValueError names the first that is wrong."""
-    state: dict[str, Tensor] = {}
-    for stored, (path, file) in sorted(open_weights(folder).items()):
-        # versions of transformers differ in whether they write these parts of a name
+
+    def our_name(stored: str) -> str | None:
+        """Versions of transformers differ in whether they write these parts of a name."""
         name = stored.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.", 1)
-        if name.startswith(("language_model.", "lm_head.")) or name.endswith("embeddings.position_ids"):
-            continue
-        if name not in expected:
-            raise ValueError(f"{path}: tensor {stored} is not one that this model has")
-        if name in state:
-            raise ValueError(f"{path}: tensor {stored} is there twice, once by another name")
-        shape, kind = tuple(file.get_slice(stored).get_shape()), file.get_slice(stored).get_dtype()
-        if shape != expected[name] or kind not in ("F16", "BF16", "F32", "F64"):
-            raise ValueError(f"{path}: tensor {stored} is {kind} {shape}, not floats {expected[name]}")
-        state[name] = file.get_tensor(stored)
-    for name in sorted(expected.keys() - state.keys()):
-        raise ValueError(f"{folder}: tensor {name} is missing")
-    return state
+        others = name.startswith(("language_model.", "lm_head.")) or name.endswith("embeddings.position_ids")
+        return None if others else name
+
+    where = open_weights(folder)
+    found = match_tensors(where, expected, folder, our_name)
+    return {name: where[stored][1].get_tensor(stored) for name, stored in found.items()}
 
 
 def load_vision(

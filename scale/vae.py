@@ -21,6 +21,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import TrainConfig
-from load_qwen3 import address, open_safetensors, read_json, resolve
+from load_qwen3 import address, match_tensors, open_safetensors, read_json, resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE = "a pickle, which runs code when loaded; convert it to safetensors"
@@ -274,26 +275,9 @@ def read_vae_config(path: Path) -> VAEConfig:
     return VAEConfig(**fields)
 
 
-def read_vae_tensors(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Exactly the expected tensors, as stored; ValueError names the first that does not fit."""
-    state: dict[str, Tensor] = {}
-    with open_safetensors(file) as f:
-        for stored in sorted(f.keys()):
-            # the published sd-vae-ft-mse still has the names that diffusers gave attention at first
-            name = OLD_NAME.sub(lambda m: f"{m[1]}.{NEW_NAME[m[2]]}.", stored)
-            if name not in expected:
-                raise ValueError(f"{file}: tensor {stored} is not one that this AutoencoderKL has")
-            if name in state:
-                raise ValueError(f"{file}: tensor {name} is there twice, once by its old name")
-            tensor, wanted = f.get_tensor(stored), expected[name]
-            shape = tuple(tensor.shape)
-            fits = shape == wanted or (len(wanted) == 2 and shape == (*wanted, 1, 1))  # a 1 x 1 convolution
-            if not fits or not tensor.is_floating_point():
-                raise ValueError(f"{file}: tensor {stored} is {tensor.dtype} {shape}, not floats {wanted}")
-            state[name] = tensor.reshape(wanted)
-    for name in sorted(expected.keys() - state.keys()):
-        raise ValueError(f"{file}: tensor {name} is missing")
-    return state
+def is_same_or_1x1(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor is as it should be; a linear layer may be stored as a 1 x 1 convolution."""
+    return shape == wanted or (len(wanted) == 2 and shape == (*wanted, 1, 1))
 
 
 def load_vae(
@@ -304,7 +288,12 @@ def load_vae(
     with torch.device("meta"):  # shapes only; the file's tensors then take their places
         vae = AutoencoderKL(read_vae_config(folder / "config.json"))
     expected = {name: tuple(p.shape) for name, p in vae.state_dict().items()}
-    vae.load_state_dict(read_vae_tensors(folder / WEIGHTS, expected), assign=True)
+    file, path = open_safetensors(folder / WEIGHTS), folder / WEIGHTS
+    # the published sd-vae-ft-mse still has the names that diffusers gave attention at first
+    new_name = partial(OLD_NAME.sub, lambda m: f"{m[1]}.{NEW_NAME[m[2]]}.")
+    found = match_tensors(dict.fromkeys(file.keys(), (path, file)), expected, path, new_name, is_same_or_1x1)
+    state = {name: file.get_tensor(stored).reshape(expected[name]) for name, stored in found.items()}
+    vae.load_state_dict(state, assign=True)
     vae.eval().requires_grad_(False)
     vae.fingerprint()
     return vae.to(device, dtype)
