@@ -173,11 +173,11 @@ def set_mode(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, waiting: str = "") -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """As the only process that writes in `folder`, which is made; left empty, it is removed at the end.
 
-    ValueError if another process is at it; with `waiting`, says that and waits for its end instead. OSError
-    if the folder cannot be made or written in. The kernel ends the lock with its process, killed or not.
+    ValueError if another process is at it, OSError if the folder cannot be made or written in. The kernel
+    ends the lock with its process, killed or not.
     """
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     path = folder / ".lock"
@@ -187,15 +187,12 @@ def locked(folder: Path, waiting: str = "") -> Iterator[None]:
     except OSError as error:
         raise OSError(f"{folder} cannot be written: {error.strerror}") from None
     with file:
-        if not lock(file, wait=False):
+        if not lock(file):
             file.seek(0)
-            if not waiting:
-                owner = f"another process ({file.read().decode() or 'unknown'})"
-                raise ValueError(f"{folder}: {owner} writes there; wait for its end, or give another --out")
-            print(waiting, flush=True)
-            lock(file, wait=True)
-        if not os.fstat(file.fileno()).st_nlink:  # its last owner has removed it: others lock another
-            with locked(folder, waiting):
+            owner = f"another process ({file.read().decode() or 'unknown'})"
+            raise ValueError(f"{folder}: {owner} writes there; wait for its end, or give another --out")
+        if not os.fstat(file.fileno()).st_nlink:  # its last owner has just removed it: others lock another
+            with locked(folder):
                 yield
             return
         try:
@@ -212,13 +209,13 @@ def locked(folder: Path, waiting: str = "") -> Iterator[None]:
                     made.rmdir()
 
 
-def lock(file: IO, wait: bool) -> bool:
+def lock(file: IO) -> bool:
     """Lock a file among processes; False: another one has it. Where there are no locks, all get them."""
     with suppress(ImportError, OSError):  # on Windows; on some file systems of clusters
         import fcntl
 
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
     return True

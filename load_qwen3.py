@@ -17,6 +17,7 @@ import os
 import re
 import reprlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
@@ -56,7 +57,6 @@ MUST_BE_FALSE = ("mlp_bias", "attention_bias", "use_sliding_window")  # Qwen2's 
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = ("small/base", "small/checkpoint")  # what the repository itself holds, wherever it lies
-KEPT = ".lmfusion.json"  # beside the weights: see `base_fingerprint`
 
 # ---- Folders and files ----
 
@@ -446,20 +446,15 @@ def base_fingerprint(folder: Path) -> str:
     """The identity of a base, which checkpoints record: SHA-256 of name, shape and float32 bits of its text.
 
     Two folders of the same weights have the same one, however these are stored. All of it is read once, and
-    again where the header, size or time of a file has changed: the result is kept beside the files, or in
-    the user's cache if nothing can be written there.
+    again where the header, size or time of a file has changed: the result is kept in the user's cache.
     """
     read_config(folder)  # or its error
-    files, kept = describe_files(folder), [folder / KEPT]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmfusion"
-    kept.append(cache / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json")
-    for path in kept:
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            if known["files"] == files and re.fullmatch("[0-9a-f]{64}", known["fingerprint"]):
-                return known["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # not there, or not ours
+    files, cache = describe_files(folder), Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kept = cache / "lmfusion" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not ours
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        if known["files"] == files and re.fullmatch("[0-9a-f]{64}", known["fingerprint"]):
+            return known["fingerprint"]
     with torch.device("meta"):
         model = LMFusion(model_config(folder))
     digest, read = hashlib.sha256(), text_tensors(folder, model)
@@ -468,15 +463,11 @@ def base_fingerprint(folder: Path) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy())
     found = {"files": files, "fingerprint": digest.hexdigest()}
-    for path in kept:
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, path)
-            break
-        except OSError:  # a folder that belongs to somebody else, a full disk: then in the next place
-            beside.unlink(missing_ok=True)
+    beside = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
+    with suppress(OSError):  # a full disk, a home that is not ours: then it is computed again
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, kept)
     return found["fingerprint"]
 
 

@@ -178,11 +178,9 @@ def ensure_base(seed: int, steps: int = STEPS) -> Path:
     """The folder of the tiny Qwen3, which is pretrained unless a former run has left it."""
     folder = Path("runs") / f"base-small-v{RECIPE}-{seed}{'' if steps == STEPS else f'-{steps}'}"
     if not folder.is_dir():
-        waiting = f"waiting for another process that makes {folder}"
-        with locked(folder.with_name(f".{folder.name}.making"), waiting):
-            if not folder.is_dir():
-                print(f"pretraining a tiny Qwen3 on built-in text, once, into {folder}", flush=True)
-                pretrain_base(folder, seed, steps)
+        with locked(folder.with_name(f".{folder.name}.making")):
+            print(f"pretraining a tiny Qwen3 on built-in text, once, into {folder}", flush=True)
+            pretrain_base(folder, seed, steps)
     return folder
 
 

@@ -11,12 +11,14 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network
+os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / "lmfusion-cache")  # nor the user's cache
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import helpers

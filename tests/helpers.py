@@ -30,7 +30,6 @@ from torch import Tensor
 import train
 from checkpoint import Trained, load_trained
 from config import run_command
-from load_qwen3 import KEPT
 from model import LMFusion
 from scale.parallel import full_tensor
 from small import pretrain
@@ -244,5 +243,4 @@ def text_fingerprint(model: LMFusion) -> str:
 def files(*folders: Path) -> dict[str, str]:
     """A fingerprint of every file below some folders."""
     found = sorted(p for folder in folders for p in [folder, *folder.rglob("*")] if p.is_file())
-    found = [p for p in found if p.name != KEPT]  # a base's fingerprint may be kept at any time
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}

@@ -31,7 +31,6 @@ from data import CAPTION_FIRST, IMAGE_FIRST, caption_document, collate
 from load_qwen3 import (
     BOI,
     EOI,
-    KEPT,
     PAIRS,
     address,
     base_fingerprint,
@@ -449,7 +448,6 @@ def test_the_fingerprint_is_that_of_every_bit_of_the_text_however_it_is_stored(t
     assert base_fingerprint(folder) == wanted
     tensors = load_file(folder / "model.safetensors")
     other = shutil.copytree(folder, tmp_path / "other")
-    (other / KEPT).unlink()
     (other / "model.safetensors").unlink()
     tied = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     conftest.save_tensors(other, tensors | tied, shards=2)
@@ -466,17 +464,16 @@ def test_the_fingerprint_is_computed_once_and_again_when_a_file_changes(tmp_path
     monkeypatch.setattr(load_qwen3_file, "text_tensors", lambda *a: read.append(1) or real(*a))
     first = base_fingerprint(folder)
     assert base_fingerprint(folder) == first and len(read) == 1
-    (folder / KEPT).write_text("{}")  # not what we wrote
+    (kept,) = (tmp_path / "cache" / "lmfusion").iterdir()
+    kept.write_text("{}")  # not what we wrote
     assert base_fingerprint(folder) == first and len(read) == 2
-    (folder / KEPT).write_text(json.dumps({"files": {}, "fingerprint": "0" * 64}))
+    kept.write_text(json.dumps({"files": {}, "fingerprint": "0" * 64}))
     assert base_fingerprint(folder) == first and len(read) == 3
     os.utime(folder / "model.safetensors", ns=(1, 1))  # may be another file of the same size
     assert base_fingerprint(folder) == first and len(read) == 4
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: deny() if folder in b.parents else replace(a, b))
-    (folder / KEPT).unlink()
-    assert base_fingerprint(folder) == first and len(read) == 5 and not (folder / KEPT).exists()
-    assert base_fingerprint(folder) == first and len(read) == 5  # from the user's cache
+    monkeypatch.setattr(os, "replace", lambda *_: deny())
+    kept.unlink()
+    assert base_fingerprint(folder) == first and len(read) == 5 and not kept.exists()
     assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 import data
 import train
 from attention import IMAGE, Tokens
-from checkpoint import load_trained, locked, read_metrics, save_run
+from checkpoint import load_trained, read_metrics, save_run
 from config import lr_factor
 from data import (
     CAPTION_DROPPED,
@@ -1110,20 +1110,6 @@ def test_the_base_is_pretrained_once_and_again_for_another_seed_or_recipe(pretra
     monkeypatch.setattr(pretrain, "RECIPE", pretrain.RECIPE + 1)
     assert pretrain.ensure_base(0) == pretrain.ensure_base(0) != first
     assert pretrained[2:] == [(0, steps)]
-
-
-def test_a_second_first_run_waits_for_the_base_of_the_first(pretrained, capsys):
-    folder = pretrain.ensure_base(1).with_name(f"base-small-v{pretrain.RECIPE}-0")
-    with locked(folder.with_name(f".{folder.name}.making")):
-        second = threading.Thread(target=pretrain.ensure_base, args=(0,))
-        second.start()
-        second.join(0.3)
-        assert second.is_alive()
-        folder.mkdir()  # the first one is ready
-    second.join(10)
-    assert not second.is_alive() and len(pretrained) == 1  # of seed 1
-    assert f"waiting for another process that makes {folder}" in capsys.readouterr().out
-    assert not [*folder.parent.glob(".*")]
 
 
 def test_the_base_of_the_lab_is_another(pretrained):
