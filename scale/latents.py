@@ -25,7 +25,6 @@ from __future__ import annotations
 import bisect
 import glob
 import json
-import math
 import re
 import sys
 from collections.abc import Iterator
@@ -119,9 +118,7 @@ class Piece:
     count: int
     skipped_count: int
     skipped: list[tuple[str, str]]  # name and reason of the first few
-    bound: list[float]  # one number a channel: the largest latent, the sum, and the sum of squares
-    sum: list[float]
-    squares: list[float]
+    bound: list[float]  # of each channel, the largest latent
 
 
 def tokenizer_fingerprint(folder_or_hub_id: str | Path) -> str:
@@ -216,11 +213,8 @@ def encode_shard(
         latents.append(encode_batch(batch, codec, config))
     found = start, start + read, len(texts), len(skipped), skipped[:NAMED]
     if not texts:
-        return {}, Piece(*found, [], [], [])
+        return {}, Piece(*found, [])
     z = torch.cat(latents).contiguous()  # (n, C, h, w)
-    bound = [x.abs().max().item() for x in z.unbind(1)]
-    sums = [x.double().sum().item() for x in z.unbind(1)]
-    squares = [x.double().square().sum().item() for x in z.unbind(1)]
     tensors = {
         "latents": z,
         "ids": torch.tensor(list(chain(*ids)), dtype=torch.int32),
@@ -230,7 +224,7 @@ def encode_shard(
         "kinds": torch.tensor(kinds, dtype=torch.uint8),
         "pictures": torch.tensor(shown),
     }
-    return tensors, Piece(*found, bound, sums, squares)
+    return tensors, Piece(*found, z.abs().amax((0, 2, 3)).tolist())
 
 
 def encode_batch(batch: list[tuple[str, Tensor]], codec: AutoencoderKL, config: EncodeConfig) -> Tensor:
@@ -253,9 +247,6 @@ def write_index(config: EncodeConfig, settings: Settings, pieces: list[Piece]) -
     shards = [
         {"file": f, "count": p.count, "bytes": n} for (f, n), p in zip(sizes.items(), full, strict=True)
     ]
-    n = sum(piece.count for piece in full) * settings.latent_size**2
-    mean = [sum(x) / n for x in zip(*(piece.sum for piece in full), strict=True)]
-    squares = [sum(x) / n for x in zip(*(piece.squares for piece in full), strict=True)]
     index = {
         **asdict(settings),
         "vae": address(config.vae),
@@ -263,8 +254,6 @@ def write_index(config: EncodeConfig, settings: Settings, pieces: list[Piece]) -
         "latent_size": settings.latent_size,
         "pictures": sum(piece.count for piece in full),
         "bound": [max(x) for x in zip(*(piece.bound for piece in full), strict=True)],
-        "mean": mean,  # this and the next for information
-        "std": [math.sqrt(max(0.0, s - m**2)) for s, m in zip(squares, mean, strict=True)],
         "skipped_count": sum(piece.skipped_count for piece in pieces),
         "skipped": skipped[:NAMED],
         "shards": shards,
@@ -336,8 +325,8 @@ def latent_folders(source: str | Path) -> list[Path]:
 class LatentShards:
     """A folder of latents, or several. Opening checks every shard but reads no latents; `read` maps them.
 
-    channels C, latent_size h, image_size, vocab_size; bound (C, 1, 1), the largest latents there are, to
-    which samplers clamp; vae and base, where these were; vae_fingerprint and tokenizer_fingerprint.
+    channels C, image_size, vocab_size; bound (C, 1, 1), the largest latents there are, to which samplers
+    clamp; vae and base, where these were; vae_fingerprint and tokenizer_fingerprint.
     """
 
     def __init__(self, folder: str | Path):
@@ -355,7 +344,6 @@ class LatentShards:
             pieces += more
             for name in JOINED:
                 setattr(self, name, getattr(settings, name))
-        self.latent_size = self.image_size // settings.factor
         self.ends = list(accumulate(piece.count for piece in pieces))
         bounds = torch.tensor([piece.bound for piece in pieces], dtype=torch.float32)  # (shards, C)
         self.bound = bounds.amax(0)[:, None, None]  # (C, 1, 1)
@@ -421,22 +409,6 @@ class LatentShards:
     def caption(self, i: int) -> str:
         """The text of picture i's caption."""
         return bytes(self.part(i, "text", "text_offsets")).decode(errors="replace")
-
-    def check_fits(self, channels: int, latent_size: int, vocab_size: int, base: str | Path) -> None:
-        """ValueError unless a model of these sizes, on the language model `base`, can be trained on this."""
-        problem = ""
-        if self.channels != channels:
-            problem = f"latents of {self.channels} channels, the model takes {channels} (--latent-channels)"
-        elif self.latent_size != latent_size:
-            found, wanted = (f"{side} x {side}" for side in (self.latent_size, latent_size))
-            found = f"latents of {found} ({self.image_size} pixels)"
-            problem = f"{found}, the model takes {wanted} (--image-size)"
-        elif self.tokenizer_fingerprint != tokenizer_fingerprint(base):
-            problem = f"captions by the tokenizer of {self.base}, and that of {base} is another (--base)"
-        elif self.vocab_size > vocab_size:
-            problem = f"a vocabulary of {self.vocab_size} tokens, the model has {vocab_size} (--base)"
-        if problem:
-            raise ValueError(f"{self.folder}: {problem}")
 
 
 def main() -> None:

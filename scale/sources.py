@@ -25,7 +25,7 @@ from data import Paragraphs, Source, TextSource, context_length
 from evaluate import read_paragraphs
 from load_qwen3 import SHIPPED, init_image, resolve
 from model import LMFusion, ModelConfig
-from scale.latents import CAPTIONED, TARGET, LatentShards, latent_folders
+from scale.latents import CAPTIONED, TARGET, LatentShards, latent_folders, tokenizer_fingerprint
 from scale.parallel import Team
 from scale.pictures import Edits, Pictures, list_samples, load_edits, load_pictures
 from scale.vae import AutoencoderKL, PatchPCA, load_vae, make_codec, vae_entry
@@ -301,14 +301,18 @@ class LatentSource:
         return vae_entry(path, codec), codec
 
     def check(self, config: TrainConfig, model: ModelConfig, base: str) -> None:
-        """What the tasks need, of the size, VAE and tokenizer that the model has."""
+        """What the tasks need, of the model's size and tokenizer; `make_codec` has compared the VAE."""
         if "edit" in config.tasks and not self.edit_rows:
             raise ValueError(f"--task {config.task}: {config.data} holds no edits")
         if config.image_size != self.train.image_size:
             found = f"{config.data} holds pictures of {self.train.image_size} pixels"
             raise ValueError(f"{found}; --image-size is {config.image_size}")
-        for shards in (self.train, self.val):
-            shards.check_fits(model.latent_channels, model.latent_size, model.vocab_size, base)
+        if self.train.tokenizer_fingerprint != tokenizer_fingerprint(base):
+            theirs = f"captions by the tokenizer of {self.train.base}"
+            raise ValueError(f"{config.data}: {theirs}, and that of {base} is another (--base)")
+        if self.train.vocab_size > model.vocab_size:
+            theirs = f"a vocabulary of {self.train.vocab_size} tokens"
+            raise ValueError(f"{config.data}: {theirs}, the model has {model.vocab_size} (--base)")
 
     def fingerprint(self) -> bytes:
         return b"".join(path.read_bytes() for s in (self.train, self.val) for path in s.indices)

@@ -405,9 +405,14 @@ def test_what_latents_cannot_be_used_for_is_named(changes, says, make_config):
     with pytest.raises(ValueError, match=re.escape(says.format(data=encoded()))):
         ours.check(run, model, str(helpers.base()))
     ours.check(dataclasses.replace(run, task="caption", image_size=16), model, str(helpers.base()))
-    with pytest.raises(ValueError, match="latents of 3 channels, the model takes 4"):
-        wide = dataclasses.replace(model, latent_channels=4)
-        ours.check(dataclasses.replace(run, task="", image_size=16), wide, str(helpers.base()))
+    good = dataclasses.replace(run, task="", image_size=16)
+    ours.check(good, dataclasses.replace(model, vocab_size=vocabulary + 100), str(helpers.base()))
+    with pytest.raises(
+        ValueError, match=f"a vocabulary of {vocabulary} tokens, the model has {vocabulary - 1}"
+    ):
+        ours.check(good, dataclasses.replace(model, vocab_size=vocabulary - 1), str(helpers.base()))
+    with pytest.raises(ValueError, match=f"the tokenizer of {helpers.base()}, and that of .* is another"):
+        ours.check(good, model, str(helpers.other_base()))
 
 
 def test_folders_that_were_not_encoded_alike_are_refused(tmp_path):
