@@ -38,16 +38,7 @@ from evaluate import check_shapes, in_batches, percentages, text_line, text_repo
 from generate import GenerationConfig, derive_seed, edit_images, encode_pictures, generate_images
 from lab import figures
 from small.dialogues import THINK_PROMPT, Shot, conversation
-from small.world import (
-    ATTRIBUTES,
-    SPLITS,
-    all_scenes,
-    draw_edit,
-    draw_shift,
-    prompt_match,
-    read_scenes,
-    render,
-)
+from small.world import SPLITS, all_scenes, draw_edit, draw_shift, prompt_match, read_scenes, render
 
 
 def seen(trained: Trained, shot: Shot) -> ChatPicture:
@@ -169,7 +160,8 @@ def edits(trained: Trained, n: int, options: GenerationConfig, split: str) -> tu
     sources, targets = [e.source for e in cases], [e.target for e in cases]
     plain, back = prompt_match(targets, after), prompt_match(sources, same)
     chat = prompt_match(targets, [p for a in answers for p in painted(a)])
-    by_attribute = {a: [got == e.target for got, e in pairs if e.attribute == a] for a in ATTRIBUTES}
+    attributes = sorted({e.attribute for e in cases})
+    by_attribute = {a: share(got == e.target for got, e in pairs if e.attribute == a) for a in attributes}
     report = {
         "edits": n,
         "changed": share(getattr(got, e.attribute) == getattr(e.target, e.attribute) for got, e in pairs),
@@ -179,7 +171,7 @@ def edits(trained: Trained, n: int, options: GenerationConfig, split: str) -> tu
         "right": plain["all"],
         "strict": plain["strict"],
         "residual": plain["residual"],
-        "by_attribute": {a: share(found) for a, found in by_attribute.items() if found},
+        "by_attribute": by_attribute,
         "source_back_without_instruction": back["all"],
         "source_back_strict": back["strict"],
         "rms_to_source_without_instruction": (same.float() - before.float()).square().mean().sqrt().item(),
@@ -225,13 +217,14 @@ def evaluate_chat(trained: Trained, n: int, options: GenerationConfig, split: st
 
 
 def thought_sheet(cases: list) -> Image.Image:
-    """Indirect requests: the picture after a thought, the one without, and the words beside them."""
-    rows = []
+    """Indirect requests: the picture after a thought, above the thought; and the one without one."""
+    pictures, words = [], []
+    white = torch.full((3, 1, 1), 255, dtype=torch.uint8)
     for (request, thoughtful), (_, quick) in cases:
         found = [pictures_of(a) for a in (thoughtful, quick)]
-        pictures = [f[0].pixels if f else torch.full((3, 32, 32), 255, dtype=torch.uint8) for f in found]
-        rows.append((pictures, [request, f"<think> {thoughtful.get('reasoning_content', '')} </think>"]))
-    return figures.cases(rows, ["after the thought", "without one"])
+        pictures += [f[0].pixels if f else white for f in found]
+        words += [f"<think> {thoughtful.get('reasoning_content', '')} </think>", request]
+    return figures.sheet(pictures, words, columns=4, side=320)
 
 
 def chat_table(r: dict) -> str:

@@ -5,6 +5,8 @@ Shapes: n pictures of S pixels a side; pictures are uint8 (n, 3, S, S).
 
 import io
 import math
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageDraw, ImageFont
@@ -51,29 +53,9 @@ def save_image(image: Image.Image, path: str | Path, **options) -> None:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """Break text into at most `lines` lines of `width` pixels, in words if need be; the rest is "..."."""
-    out = [""]
-    for word in text.split():
-        longer = f"{out[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            out[-1] = longer
-            continue
-        if out[-1]:
-            out.append("")
-        while len(out) <= lines and len(word) > 1 and font.getlength(word) > width:
-            fits = 1
-            while font.getlength(word[: fits + 1]) <= width:
-                fits += 1
-            out[-1], word = word[:fits], word[fits:]
-            out.append("")
-        out[-1] = word
-    return out if len(out) <= lines else [*out[: lines - 1], f"{out[lines - 1]} ..."]
-
-
-def paste(page: Image.Image, picture: Tensor, x: int, y: int, side: int) -> None:
-    """Put a picture (3, S, S) on a page, `side` pixels wide, in a frame."""
-    page.paste(to_image(picture, side), (x, y))
-    ImageDraw.Draw(page).rectangle((x - 1, y - 1, x + side, y + side), outline=GREY)
+    """Break text into at most `lines` lines of about `width` pixels; the rest is "..."."""
+    letters = int(width * len(text) / max(1.0, font.getlength(text)))
+    return textwrap.wrap(text, max(8, letters), max_lines=lines, placeholder=" ...")
 
 
 def blank_page(width: int, height: int) -> Image.Image:
@@ -83,8 +65,8 @@ def blank_page(width: int, height: int) -> Image.Image:
     return page
 
 
-def sheet(pictures: Tensor, captions: list[str], columns: int = 6, side: int = 128) -> Image.Image:
-    """Pictures (n, 3, S, S), uint8, in a grid with their captions below."""
+def sheet(pictures: Sequence[Tensor], captions: list[str], columns: int = 6, side: int = 128) -> Image.Image:
+    """Pictures, uint8 (3, S, S) each, in a grid with their captions below."""
     font, gap, lines = ImageFont.load_default(11), 10, 4
     height = side + 14 * lines + gap
     rows = -(-len(captions) // columns)
@@ -92,31 +74,10 @@ def sheet(pictures: Tensor, captions: list[str], columns: int = 6, side: int = 1
     draw = ImageDraw.Draw(page)
     for i, caption in enumerate(captions):
         x, y = gap + i % columns * (side + gap), gap + i // columns * height
-        paste(page, pictures[i], x, y, side)
+        page.paste(to_image(pictures[i], side), (x, y))
+        draw.rectangle((x - 1, y - 1, x + side, y + side), outline=GREY)
         for j, line in enumerate(wrap(caption, font, side, lines)):
             draw.text((x, y + side + 3 + 14 * j), line, INK, font)
-    return page
-
-
-def cases(rows: list[tuple[list, list]], titles: list, side: int = 96, width: int = 900) -> Image.Image:
-    """Rows of pictures, uint8 (3, S, S), under their titles, with paragraphs of text to their right."""
-    font, gap, top, line = ImageFont.load_default(12), 10, 26, 16
-    page = blank_page(width, top + len(rows) * (side + gap))
-    draw = ImageDraw.Draw(page)
-    left = gap + len(titles) * (side + gap)
-    for j, title in enumerate(titles):
-        draw.text((gap + j * (side + gap), 6), title, GREY, ImageFont.load_default(11))
-    for i, (pictures, paragraphs) in enumerate(rows):
-        y = top + i * (side + gap)
-        for j, picture in enumerate(pictures):
-            paste(page, picture, gap + j * (side + gap), y, side)
-        lines = [
-            (text, INK if k == 0 else GREY)
-            for k, paragraph in enumerate(paragraphs)
-            for text in wrap(paragraph, font, width - left - gap, 4)
-        ]
-        for k, (text, color) in enumerate(lines[: side // line]):
-            draw.text((left, y + k * line), text, color, font)
     return page
 
 

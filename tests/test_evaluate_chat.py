@@ -574,8 +574,8 @@ def test_a_model_that_was_hardly_trained(trained):
 
 
 def test_the_sheet_of_thoughts_shows_both_pictures_of_each_request(model, monkeypatch):
-    given = []
-    monkeypatch.setattr(chat_evaluate.figures, "cases", lambda rows, titles: given.append((rows, titles)))
+    given, real = [], chat_evaluate.figures.sheet
+    monkeypatch.setattr(chat_evaluate.figures, "sheet", lambda *a, **how: given.append(a) or real(*a, **how))
     more = show(all_scenes("test")[0])  # of several pictures the first is shown
 
     def say(right: dict, messages: list[dict], thinking: bool) -> dict:
@@ -584,19 +584,20 @@ def test_the_sheet_of_thoughts_shows_both_pictures_of_each_request(model, monkey
 
     model.say = say
     figures_of(12)
-    ((rows, titles),) = given
-    assert len(rows) == 8 and titles == ["after the thought", "without one"]
+    _, (pictures, words) = given  # the first is of edits
+    assert len(pictures) == len(words) == 16
     _, shown = chat_evaluate.indirect_requests(Folder, 12, GenerationConfig(steps=1), "test")
-    for (pictures, (request, thought)), pair in zip(rows, shown, strict=False):
-        first, second = read_scenes(torch.stack(pictures))
+    for i, pair in enumerate(shown[:8]):
+        first, second = read_scenes(torch.stack(pictures[2 * i : 2 * i + 2]))
+        thought, request = words[2 * i : 2 * i + 2]
         (right,) = (m for k, m in model.known.items() if request in k and "reasoning_content" in m)
         assert (first, second) == (shots(right)[0].scene, other(first))
         assert thought == f"<think> {right['reasoning_content']} </think>" and pair[0][0] == request
     model.say = lambda right, *_: right | {"content": []}
     given.clear()
     figures_of(2)
-    for pictures, _ in given[0][0]:  # where none was painted, an empty one
-        assert [p.shape for p in pictures] == [(3, 64, 64)] * 2 and all((p == 255).all() for p in pictures)
+    pictures, _ = given[1]  # where none was painted, an empty one
+    assert len(pictures) == 4 and all((p == 255).all() for p in pictures)
 
 
 # ---- the command ----
