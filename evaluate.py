@@ -55,7 +55,7 @@ STARTS = ("the sky is", "a small red circle in the center on a blue background. 
 def in_batches(work: Callable[..., Iterable[Any]], what: str, size: int, *columns: Sequence[Any]) -> list:
     """The results of work(*columns) on `size` rows of the columns at a time, with a progress bar."""
     results = []
-    for i in Bar(range(0, len(columns[0]), size), desc=what):
+    for i in Bar(range(0, len(columns[0]), size), desc=what, leave=False):
         results += list(work(*(c[i : i + size] for c in columns)))
     return results
 

@@ -17,7 +17,6 @@ ours. The captions of a frozen one are then ten times as much of its loss: in th
 import argparse
 import dataclasses
 import fnmatch
-import functools
 import json
 import os
 import random
@@ -26,6 +25,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -42,19 +42,17 @@ from checkpoint import (
     write_atomic,
 )
 from config import CONFIGS, Bar, Parser, TrainConfig, run_command, tune_torch
-from evaluate import caption_report, load_base, text_parameters_changed
+from evaluate import caption_report, in_batches, load_base, text_parameters_changed
 from generate import describe_images, encode_text, generate_images
 from lab.language import knowledge, multiple_choice, perplexity, reasoning
 from lab.metrics import frechet
 from lab.report import FIGURES, write_report
 from lab.watch import as_trained
-from load_qwen3 import encode_plain
+from load_qwen3 import ROOT, encode_plain
 from model import LMFusion
 from small import pretrain
 from small.world import all_scenes, prompt_match, render, text_document
 from train import Run, train
-
-ROOT = Path(__file__).parent.parent  # where `-m lab.ablate` is found
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def count_flops(run: Run, steps: int) -> dict[str, float]:
     return {"flops_per_step": flops / steps, "seconds_per_step": seconds / steps}
 
 
-@functools.cache
+@cache
 def equal_steps(plan: Plan, base: Path) -> int:
     """Steps of "deep-0" that take as many FLOPs as "transfusion", for all seeds those of the first one."""
     theirs, ours = (
@@ -230,11 +228,8 @@ def measure_pictures(trained: Trained, n: int, seed: int, cfg: float, sampler: s
     """n held-out prompts painted: `prompt_match`, with "match" for all five; and the Frechet distance."""
     scenes = random.Random("prompts").sample(all_scenes("test"), n)
     seeds = [random.Random(f"{seed}-{i}").getrandbits(63) for i in range(n)]
-    painted = []
-    for i in range(0, n, 64):
-        prompts = [s.caption for s in scenes[i : i + 64]]
-        painted.append(generate_images(trained, prompts, seeds[i : i + 64], steps, cfg, sampler))
-    pictures = torch.cat(painted)
+    paint = partial(generate_images, trained, steps=steps, cfg=cfg, sampler=sampler)
+    pictures = torch.stack(in_batches(paint, "painting", 64, [s.caption for s in scenes], seeds))
     found, real = prompt_match(scenes, pictures), render(scenes, random.Random(0))
     return {"match": found.pop("all"), **found, "frechet": frechet(pictures, real)}
 
@@ -242,9 +237,8 @@ def measure_pictures(trained: Trained, n: int, seed: int, cfg: float, sampler: s
 def measure_captions(trained: Trained, n: int) -> dict[str, float]:
     """Captions of n held-out pictures: CIDEr and the share that is right word for word."""
     scenes = random.Random("pictures").sample(all_scenes("test"), n)
-    pictures, written = render(scenes, random.Random(1)), []
-    for i in range(0, n, 64):
-        written += describe_images(trained, pictures[i : i + 64], max_tokens=32)
+    describe = partial(describe_images, trained, max_tokens=32)
+    written = in_batches(describe, "describing", 64, render(scenes, random.Random(1)))
     report = caption_report(written, [[s.caption] for s in scenes])
     return {"cider": report["cider"], "captions_exact": report["exact"]}
 
@@ -294,7 +288,7 @@ def run_all(plan: Plan, wanted: list[tuple[str, int]], jobs: int) -> None:
         return
     ensure_lab_base(plan)
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}  # for `-m`
     Path(plan.runs).mkdir(parents=True, exist_ok=True)
 
     def work(cell: tuple[str, int]) -> None:
