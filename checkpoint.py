@@ -360,10 +360,9 @@ def load_trained(
         raise ValueError(f"{folder / 'checkpoint.json'}: not a checkpoint of this program: {error}") from None
     model, found = load_qwen3(base, **overrides), base_fingerprint(resolve(base))
     if found != wanted:
-        what = f"{base} is not the language model that {folder} was trained on"
-        raise ValueError(
-            f"{what} (fingerprint {found[:12]}, expected {wanted[:12]}); name the right one with --base"
-        )
+        prints = f"fingerprint {found[:12]}, expected {wanted[:12]}"
+        what = f"{base} is not the language model that {folder} was trained on ({prints})"
+        raise ValueError(f"{what}; name the right one with --base")
     check_tokenizer(folder, info, base, tokenizer_identity(resolve(base)))
     own = {name: torch.empty(p.shape, device="meta") for name, p in model.state_dict().items()}
     for name in trained:

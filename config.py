@@ -179,9 +179,7 @@ class TrainConfig:
     sheet_every: int = setting(500, "steps between sheets of fixed prompts; 0: none", low=0, resumable=True)
     checkpoint_every: int = setting(500, "steps between checkpoints", above=0, resumable=True)
     log_minutes: float = setting(1.0, "at most, between lines; 0: any", low=0, resumable=True, newer=True)
-    checkpoint_minutes: float = setting(
-        0.0, "between more of them; 0: none", low=0, resumable=True, newer=True
-    )
+    checkpoint_minutes: float = setting(0.0, "between more; 0: none", low=0, resumable=True, newer=True)
     keep: int = setting(1, "checkpoints to keep, the last ones", above=0, resumable=True, newer=True)
 
     def __post_init__(self):

@@ -205,18 +205,15 @@ class Documents:
 
     def tell_cuts(self) -> None:
         """Say on stderr how many captions and instructions are cut, where to, and which is the first."""
-        for what, pictures, tasks in (
-            ("captions", 1, ("caption", "generate")),
-            ("instructions", 2, ("edit",)),
-        ):
+        kinds = ("captions", 1, {"caption", "generate"}), ("instructions", 2, {"edit"})
+        for what, pictures, tasks in kinds:
             every = [text for text, of_edit in self.source.words() if of_edit == (pictures == 2)]
-            drawn = not set(tasks).isdisjoint(self.config.tasks)
+            drawn = not tasks.isdisjoint(self.config.tasks)
             if drawn and (cut := [text for text in every if not self.fits(text, pictures)]):
                 first = cut[0] if isinstance(cut[0], str) else self.tokenizer.decode(cut[0])
                 found = f"note: {len(cut):,} of {len(every):,} {what} are cut to their first"
-                limit = (
-                    f"{self.limit(pictures)} tokens, the context being {self.context} (--pack, or the base's)"
-                )
+                why = f"the context being {self.context} (--pack, or the base's)"
+                limit = f"{self.limit(pictures)} tokens, {why}"
                 print(f"{found} {limit}; the first is {reprlib.repr(first)}", file=sys.stderr)
 
     def draw(self, rng: random.Random) -> Document:

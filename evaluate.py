@@ -269,9 +269,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     """The flags, checked: ValueError for a value out of bounds, OSError for a file that cannot be written."""
     parser = Parser(prog="evaluate.py", usage="python evaluate.py [FLAG ...]")
     add = parser.add_argument
-    add(
-        "--checkpoint", metavar="DIR", help="run, checkpoint, hub id; else the last small run, or the shipped"
-    )
+    add("--checkpoint", metavar="DIR", help="run, checkpoint, hub id; else the last small run or the shipped")
     add("--split", choices=SPLITS[1:], default="test", help="validation: to choose; test: to report")
     add("--n", type=int, metavar="N", help="held-out prompts; without it, all of the split")
     add("--steps", type=int, default=25, metavar="N", help="denoising steps")

@@ -48,9 +48,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--chat", action="store_true", help="talk with the model in the terminal")
     add("--chat-file", metavar="FILE", help="answer the last of the messages in this JSON file")
     add("--think", action="store_true", help="in a chat: think before answering")
-    add(
-        "--checkpoint", metavar="DIR", help="run, checkpoint, hub id; else the last small run, or the shipped"
-    )
+    add("--checkpoint", metavar="DIR", help="run, checkpoint, hub id; else the last small run or the shipped")
     add("--out", metavar="PATH", help="file (sample.png), or folder (of a chat: runs/talk)")
     add("--n", type=int, default=1, metavar="N", help="pictures a prompt")
     add("--steps", type=int, metavar="N", help="denoising steps (default: 25; 250 for ddpm)")

@@ -231,6 +231,8 @@ def chat_table(r: dict) -> str:
     """The figures as Markdown."""
     both = itemgetter("all", "strict")
     d, p, i, e, s = (r[k] for k in ("decisions", "direct", "indirect", "edits", "stories"))
+    back = e["source_back_without_instruction"], e["source_back_strict"]
+    told = s["in_order_and_both_pictures_right"], s["in_order_and_both_pictures_strict"]
     rows = [
         (f"decision to draw or not, {d['conversations']} mixed conversations", d["right"]),
         ("... of those that wanted no picture", d["right_where_no_picture_was_wanted"]),
@@ -245,15 +247,9 @@ def chat_table(r: dict) -> str:
         ("... the changed attribute", e["changed"]),
         ("... all others kept", e["others_kept"]),
         ("... asked for in chat: the whole scene", e["right_in_chat"], e["strict_in_chat"]),
-        (
-            "... instruction dropped: the source comes back",
-            *(e["source_back_without_instruction"], e["source_back_strict"]),
-        ),
+        ("... instruction dropped: the source comes back", *back),
         (f"stories ({s['stories']}): text, picture, text, picture, text", s["in_order"]),
-        (
-            "... and both pictures right in all five",
-            *(s["in_order_and_both_pictures_right"], s["in_order_and_both_pictures_strict"]),
-        ),
+        ("... and both pictures right in all five", *told),
     ]
     attributes = ", ".join(f"{k} {100 * v:.1f}%" for k, v in e["by_attribute"].items())
     off = f"Median residual, of 255: prompts {p['plain']['residual']:.1f}, edits {e['residual']:.1f}."

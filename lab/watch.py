@@ -113,22 +113,18 @@ def model_card(run: Run) -> dict[str, str | bytes]:
     frozen = config.lr_text_ratio == 0
     losses = {name: last[name] for name in ("ddpm_loss", "lm_loss") if last[name] is not None}
     rows = ("right caption", last["val"]["right"]), ("another caption", last["val"].get("permuted"))
-    card = (
-        Path(__file__)
-        .with_name("model_card.md")
-        .read_text(encoding="utf-8")
-        .format(
-            run=run,
-            config=config,
-            tags=", ".join(("lmfusion", *config.tasks)),
-            base_model=f"base_model: {run.base}\n" if on_hub else "",
-            sheets="".join(f"![]({name})\n" for name in sheets),
-            base=run.base if on_hub else Path(run.base).name,
-            text="are as they were, and not in this folder" if frozen else "were trained as well",
-            losses=", ".join(f"{name} {value:.4f}" for name, value in losses.items()),
-            t=" | ".join(f"t = {t}" for t in TIMESTEPS) + " |\n" + "|---" * (len(TIMESTEPS) + 1),
-            errors="\n".join(f"| {k} | {' | '.join(f'{x:.4f}' for x in v)} |" for k, v in rows if v),
-        )
+    form = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    card = form.format(
+        run=run,
+        config=config,
+        tags=", ".join(("lmfusion", *config.tasks)),
+        base_model=f"base_model: {run.base}\n" if on_hub else "",
+        sheets="".join(f"![]({name})\n" for name in sheets),
+        base=run.base if on_hub else Path(run.base).name,
+        text="are as they were, and not in this folder" if frozen else "were trained as well",
+        losses=", ".join(f"{name} {value:.4f}" for name, value in losses.items()),
+        t=" | ".join(f"t = {t}" for t in TIMESTEPS) + " |\n" + "|---" * (len(TIMESTEPS) + 1),
+        errors="\n".join(f"| {k} | {' | '.join(f'{x:.4f}' for x in v)} |" for k, v in rows if v),
     )
     return {"README.md": card, **sheets}
 

@@ -75,9 +75,8 @@ def in_turns(works: dict[str, Callable[[], object]], device: str, seconds: float
 def row(part: str, what: str, amount: float, unit: str, times: list[float], **more: object) -> Row:
     """`amount` of something in each of the times, as a rate; with the slowest and the fastest."""
     rates = {name: amount / t for name, t in (("least", max(times)), ("most", min(times)))}
-    return (
-        {"part": part, "what": what, "value": amount / statistics.median(times), "unit": unit} | rates | more
-    )
+    found = {"part": part, "what": what, "value": amount / statistics.median(times), "unit": unit}
+    return found | rates | more
 
 
 def ceilings(device: str, quick: bool) -> list[Row]:
@@ -240,12 +239,8 @@ def machine(device: str) -> Row:
     """What was measured on."""
     gpu = torch.device(device).type == "cuda"
     name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda if gpu else None}
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-    } | versions
+    found = {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version()}
+    return found | {"torch": torch.__version__, "cuda": torch.version.cuda if gpu else None}
 
 
 def rows_table(found: dict) -> str:
@@ -279,9 +274,8 @@ def benchmark(parts: list[str], device: str, quick: bool, file: str | None = Non
     with tempfile.TemporaryDirectory() as place:
         folder, base = Path(place), Path(place) / "base"
         if {"step", "denoise", "text"} & set(parts):
-            random_base(
-                "Qwen/Qwen3-0.6B", base, **(dict(num_hidden_layers=2, vocab_size=8192) if quick else {})
-            )
+            smaller = dict(num_hidden_layers=2, vocab_size=8192) if quick else {}
+            random_base("Qwen/Qwen3-0.6B", base, **smaller)
 
         def whole() -> LMFusion:
             side = dict(latent_size=8, unet_channels=(64, 128)) if quick else {}

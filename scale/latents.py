@@ -244,9 +244,7 @@ def write_index(config: EncodeConfig, settings: Settings, pieces: list[Piece]) -
     out, skipped = Path(config.out), [x for piece in pieces for x in piece.skipped]
     full = [piece for piece in pieces if piece.count]
     sizes = {shard_name(i): (out / shard_name(i)).stat().st_size for i in range(len(full))}
-    shards = [
-        {"file": f, "count": p.count, "bytes": n} for (f, n), p in zip(sizes.items(), full, strict=True)
-    ]
+    shards = [dict(file=f, count=p.count, bytes=n) for (f, n), p in zip(sizes.items(), full, strict=True)]
     index = {
         **asdict(settings),
         "vae": address(config.vae),

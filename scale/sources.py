@@ -241,10 +241,8 @@ class LatentSource:
         ours, theirs = [same[i] for i in shown], [known[i] for i in others]
         pairs = [(same[i - 1], same[i]) for i in targets]
         rows, val_rows, edits, val_edits = split_examples(ours, pairs, theirs, f" in {train.folder}")
-        self.rows, self.edit_rows, self.val_edit_rows = (
-            [numbers[i] for i in part]
-            for numbers, part in ((shown, rows), (targets, edits), (targets, val_edits))
-        )
+        self.rows = [shown[i] for i in rows]
+        self.edit_rows, self.val_edit_rows = [targets[i] for i in edits], [targets[i] for i in val_edits]
         self.val_rows = [(others if val else shown)[i] for i in val_rows]
 
     def captioned(self, rng: random.Random) -> tuple[int, list[int]]:

@@ -242,10 +242,8 @@ def write_made(folder: Path, seconds: float) -> None:
     found = {k: multiple_choice(model, partial(encode_plain, tokenizer), x, k) for k, x in sets.items()}
     made = {"commit": commit(), "command": shlex.join(["python", "-m", "small.pretrain", *sys.argv[1:]])}
     made |= {"recipe": RECIPE, "torch": torch.__version__, "seconds": round(seconds)}
-    made |= {
-        "fingerprint": base_fingerprint(folder),
-        "accuracy": {k: x["accuracy"] for k, x in found.items()},
-    }
+    made["fingerprint"] = base_fingerprint(folder)
+    made["accuracy"] = {k: x["accuracy"] for k, x in found.items()}
     write_atomic(folder / "MADE.json", json.dumps(made, indent=1) + "\n")
 
 

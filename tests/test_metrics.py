@@ -139,23 +139,6 @@ def test_caption_tokens_are_lower_case_words_without_punctuation():
     assert caption_tokens(scene.caption) == scene.caption.split()
 
 
-@pytest.mark.parametrize("metric", (cider, exact_match))
-@pytest.mark.parametrize(
-    ("candidates", "references"),
-    (
-        ([], []),
-        ([["a"]], [[["a"]], [["b"]]]),
-        ([["a"], ["b"]], [[["a"]], []]),
-        ([["a"]], ["a"]),
-        (["a red"], [[["a"]]]),
-        ([["a"]], [[["a"], "a red"]]),
-    ),
-)
-def test_what_cannot_be_scored_is_refused(metric, candidates, references):
-    with pytest.raises(AssertionError):
-        metric(candidates, references)
-
-
 # ---- the Fréchet distance ----
 
 
@@ -262,25 +245,6 @@ def test_the_distance_is_never_negative_and_constant_rows_have_no_spread():
 def test_features_that_have_no_distance_are_refused(a, b):
     with pytest.raises(AssertionError):
         frechet_distance(a, b)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    (
-        dict(mean_a=torch.zeros(2, 1)),
-        dict(cov_b=torch.zeros(2)),
-        dict(mean_b=torch.zeros(3), cov_b=torch.eye(3)),
-        dict(mean_b=torch.tensor([0.0, math.nan])),
-        dict(cov_a=torch.full((2, 2), math.inf)),
-        dict(cov_b=torch.tensor([[1.0, 0.5], [0.0, 1.0]])),
-        dict(cov_a=torch.diag(torch.tensor([1.0, -0.25]))),
-    ),
-)
-def test_gaussians_that_are_none_are_refused(changes):
-    gaussians = dict(mean_a=torch.zeros(2), cov_a=torch.eye(2), mean_b=torch.zeros(2), cov_b=torch.eye(2))
-    assert frechet_of_gaussians(**gaussians) == 0
-    with pytest.raises(AssertionError):
-        frechet_of_gaussians(**{**gaussians, **changes})
 
 
 # ---- pictures ----
