@@ -11,19 +11,24 @@ H query heads, K key/value heads, d head_dim, P patches of an image; A heads of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
+
+from scale.cuda import Gather, compiled, make_block_mask, send
+
+if TYPE_CHECKING:
+    from vision import Seen
 
 IMAGE, PAD = -1, -2  # what stands in `Tokens.ids` where there is no text token
 DENSE = 2**19  # up to this many scores a head and row, the mask is made in full
+SLOTS = ("image", "position", "document", "mrope")  # what is known of a slot, in `Tokens` and in `Cache`
 WRITTEN_OUT = (2**20, 2**17)  # likewise, attention is written out on a CPU: in bfloat16 and in float32
 
 
@@ -76,16 +81,41 @@ class Tokens:
 
     ids        (B, N)  id of a text token, IMAGE where a patch stands, PAD where nothing does
     image      (B, N)  number of the image within its sequence, from 1, in order; 0 at text and padding
-    position   (B, N)  RoPE position within the document; one a token, image patches in row-major order
+    position   (B, N)  place within the document, patches in row-major order; RoPE's too, but for `mrope`
     document   (B, N)  tokens see only their own document; -1 at padding
+    mrope   (B, N, 3)  where pictures are shown to Qwen3-VL: see `rope_positions`; 0 elsewhere
     loss_mask  (B, N)  of a conversation: whether the model is to say this token; None: all of them
+    seen               pictures shown, at the slots `shown` (n,) of the B * N: see `show`
     """
 
     ids: Tensor
     image: Tensor
     position: Tensor
     document: Tensor
+    mrope: Tensor | None = None
     loss_mask: Tensor | None = None
+    seen: Sequence[Seen] = ()
+    shown: Tensor | None = None
+
+    def __post_init__(self):
+        if self.mrope is None:
+            self.mrope = torch.zeros(*self.document.shape, 3, dtype=torch.long)
+
+    def show(self, seen: Sequence[Seen]) -> Tokens:
+        """With pictures shown at the placeholders, row by row in order; ValueError if they do not fit there.
+
+        Placeholders are text: causal, read by the text experts, whatever is shown.
+        """
+        if not seen:
+            return self
+        slots = (self.ids.flatten() == seen[0].placeholder_id).nonzero().squeeze(1)  # (n,)
+        sizes, N = [len(s.features) for s in seen], self.ids.shape[1]
+        runs = slots.split(sizes) if len(slots) == sum(sizes) else ()
+        if not runs or any(r[-1] - r[0] >= len(r) or r[0] // N != r[-1] // N for r in runs):
+            wanted = " and ".join(map(str, sizes))
+            raise ValueError(f"{len(slots)} placeholders in the text; its pictures take {wanted} in a row")
+        mrope = self.mrope.flatten(0, 1).index_copy(0, slots, torch.cat([s.mrope for s in seen]))
+        return dataclasses.replace(self, mrope=mrope.view_as(self.mrope), seen=seen, shown=slots)
 
     def slots(self, n: int) -> Tokens:
         """The first n slots of each row."""
@@ -152,9 +182,12 @@ class Cache:
 
     k: list[Tensor]  # behind the S slots there may be room for more
     v: list[Tensor]
-    image: Tensor  # (B, S), and the next two: in main memory
+    image: Tensor  # (B, S), and the next three: in main memory
     position: Tensor  # (B, S)
     document: Tensor  # (B, S)
+    mrope: Tensor | None = None  # (B, S, 3)
+
+    __post_init__ = Tokens.__post_init__
 
     @property
     def length(self) -> int:
@@ -189,30 +222,29 @@ class Cache:
 
     def keep(self, n: int) -> Cache:
         """The first n slots; the others become room."""
-        return Cache(self.k, self.v, self.image[:, :n], self.position[:, :n], self.document[:, :n])
+        return Cache(self.k, self.v, *(getattr(self, f)[:, :n] for f in SLOTS))
 
     def stack(self, other: Cache) -> Cache:
         """The sequences of both, padded on the right."""
         S = max(self.length, other.length)
 
-        def both(a: Tensor, b: Tensor, value: int = 0) -> Tensor:
-            """Two tensors (B, ..., slots[, d]) as one; what is filled in is `value`."""
-            dim = min(2, a.dim() - 1)
+        def both(a: Tensor, b: Tensor, dim: int = 1, value: int = 0) -> Tensor:
+            """Two tensors with the slots along `dim` as one; what is filled in is `value`."""
             out = a.new_full((len(a) + len(b), *a.shape[1:dim], S, *a.shape[dim + 1 :]), value)
             out[: len(a)].narrow(dim, 0, self.length).copy_(a.narrow(dim, 0, self.length))
             out[len(a) :].narrow(dim, 0, other.length).copy_(b.narrow(dim, 0, other.length))
             return out
 
-        k = [both(a, b) for a, b in zip(self.k, other.k, strict=True)]
-        v = [both(a, b) for a, b in zip(self.v, other.v, strict=True)]
-        image, position = both(self.image, other.image), both(self.position, other.position)
-        return Cache(k, v, image, position, both(self.document, other.document, -1))
+        k = [both(a, b, 2) for a, b in zip(self.k, other.k, strict=True)]
+        v = [both(a, b, 2) for a, b in zip(self.v, other.v, strict=True)]
+        slots = {f: both(getattr(self, f), getattr(other, f), value=-(f == "document")) for f in SLOTS}
+        return Cache(k, v, **slots)
 
     def rows(self, index: Tensor) -> Cache:
         """The sequences `index`, in that order; one may come up several times."""
         index = index.cpu()
         k, v = ([x[index.to(x.device)] for x in xs] for xs in (self.k, self.v))
-        return Cache(k, v, self.image[index], self.position[index], self.document[index])
+        return Cache(k, v, *(getattr(self, f)[index] for f in SLOTS))
 
 
 def append_slots(past: Tensor, length: int, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,18 +260,27 @@ def append_slots(past: Tensor, length: int, new: Tensor) -> tuple[Tensor, Tensor
     return past[:, :, :end], past[:, :, length:end]
 
 
-def send(x: Tensor, device: torch.device | str) -> Tensor:
-    """x on a device. A copy to a GPU is from pinned memory and not waited for."""
-    if torch.device(device).type != "cuda":
-        return x.to(device)
-    with torch.cuda.device(device):  # a thread of its own would pin for the first one
-        return x.pin_memory().to(device, non_blocking=True)
+def seen_slots(past: Tokens | Cache, new: Tokens | Cache) -> tuple[Tensor, ...]:
+    """SLOTS of a cache and of what stands behind it: (B, S + N) each, mrope (B, S + N, 3)."""
+    return tuple(torch.cat((getattr(past, f), getattr(new, f)), dim=1) for f in SLOTS)
 
 
-def seen_slots(past: Tokens | Cache, new: Tokens | Cache) -> tuple[Tensor, Tensor, Tensor]:
-    """What the mask asks of a cache and the slots behind it: image, position, document (B, S + N)."""
-    fields = ("image", "position", "document")
-    return tuple(torch.cat((getattr(past, f), getattr(new, f)), dim=1) for f in fields)
+def rope_positions(tokens: Tokens, past: Tokens | Cache | None) -> Tensor:
+    """RoPE positions (B * N,) of tokens; (B * N, 3) if they or the past hold pictures shown to Qwen3-VL.
+
+    It counts time, row and column. Text has three equal ones. All n placeholders of a picture have the time t
+    of the first; their row and column count from t as well. What comes behind goes on at the largest + 1.
+    `mrope` holds 1 - (how far time moves on at this slot), row and column within the picture.
+    """
+    key = tokens if past is None else Tokens(None, *seen_slots(past, tokens))
+    if not key.mrope.any():
+        return tokens.position.flatten()
+    saved, behind = key.mrope[..., 0], torch.zeros_like(key.document)
+    for document in key.document.unique():
+        own = key.document == document
+        behind += own * ((saved * own).cumsum(1) - saved)
+    time = (tokens.position - behind[:, -tokens.ids.shape[1] :])[..., None]
+    return (time + F.pad(tokens.mrope[..., 1:], (1, 0))).flatten(0, 1)
 
 
 # ---- The modalities apart, and together under the mask ----
@@ -260,25 +301,6 @@ def slot_runs(image: Tensor, document: Tensor) -> list[int]:
     return torch.unique_consecutive(code, return_counts=True)[1].tolist()
 
 
-class Gather(torch.autograd.Function):
-    """x (n, ...) -> its rows `index`, none of them twice.
-
-    The gradient of torch's own `index_select` is added up row by row, for one may come twice: on a GPU with
-    atomic additions. Here it is written.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.rows = len(x)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, index, grad), None
-
-
 class Layout:
     """Where each modality's T tokens stand in the B x N slots (gathers, not selections), and who sees whom.
 
@@ -296,12 +318,14 @@ class Layout:
         self, tokens: Tokens, past: Tokens | Cache | None, device: torch.device, rope: Callable[..., tuple]
     ):
         """`past`: what was read before. rope(positions (T,)) -> cosines and sines (T, 1, d/2) of RoPE."""
-        ids, position = tokens.ids.flatten(), tokens.position.flatten()
+        ids, position = tokens.ids.flatten(), rope_positions(tokens, past)
         self.shape = tokens.ids.shape
         text, image = (ids >= 0).nonzero().squeeze(1), (ids == IMAGE).nonzero().squeeze(1)
         n_text, n_image = len(text), len(image)
         self.text, self.image = send(text, device), send(image, device)  # (T_text,), (T_image,)
         self.ids = send(ids[text], device)  # (T_text,)
+        # (n,): which of the T_text are placeholders of pictures
+        self.shown = send(torch.searchsorted(text, tokens.shown), device) if tokens.seen else None
         self.whole = max(n_text, n_image) == ids.numel()  # one modality and no padding: nothing to move
         if not self.whole:
             self.slots = send(torch.cat((text, image)), device)  # (T_text + T_image,)
@@ -384,24 +408,3 @@ class Layout:
         if self.whole:
             return (x, x[:0]) if len(self.text) else (x[:0], x)
         return Gather.apply(x, self.slots).tensor_split((len(self.text),))
-
-
-def make_block_mask(query: Tokens, key: Tokens, device: torch.device) -> BlockMask:
-    """`hybrid_mask` for FlexAttention, which skips the blocks in which nothing is seen."""
-    q_image, q_position, q_document = (x.to(device) for x in (query.image, query.position, query.document))
-    k_image, k_position, k_document = (x.to(device) for x in (key.image, key.position, key.document))
-
-    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        same_image = (q_image[b, i] == k_image[b, j]) & (q_image[b, i] > 0)
-        causal = k_position[b, j] <= q_position[b, i]
-        return (q_document[b, i] == k_document[b, j]) & (causal | same_image)
-
-    (B, N), S = query.document.shape, key.document.shape[1]
-    return create_block_mask(sees, B, None, N, S, device=device)
-
-
-@lru_cache
-def compiled(function: Callable) -> Callable:
-    """A function whose chains of elementwise work become one kernel each, for any number of tokens."""
-    torch._dynamo.config.recompile_limit = 64  # text and images, with gradients and without, one token, many
-    return torch.compile(function, dynamic=True)

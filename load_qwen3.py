@@ -4,6 +4,7 @@
     tokenizer = load_tokenizer("Qwen/Qwen3-0.6B")
 
 Llama (the paper's base) and Qwen2 folders load as well: three switches of the same layer, see `MODEL_TYPES`.
+Of a vision-language model (`VLM_TYPES`) it is the language model; its eyes are `vision.load_vision`'s.
 
 A folder holds `config.json`, `tokenizer.json`, and the weights as `model.safetensors` or as shards listed in
 `model.safetensors.index.json`. Every tensor is accounted for by name and shape; anything else is a ValueError
@@ -43,6 +44,16 @@ MODEL_TYPES = {
     "qwen2": dict(qk_norm=False, attention_bias=True),
     "llama": dict(qk_norm=False, attention_bias=False),
 }
+# The language models of vision-language models, and what their text_config means where it says nothing.
+LLAMA = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, eos_token_id=2)
+LLAMA |= dict(num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=2048)
+MISTRAL = LLAMA | dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=2**17)
+QWEN2 = LLAMA | dict(model_type="qwen2", vocab_size=151936, intermediate_size=22016, eos_token_id=None)
+QWEN2 |= dict(num_key_value_heads=32, max_position_embeddings=32768)
+QWEN3 = QWEN2 | dict(model_type="qwen3")
+QWEN3_VL = QWEN3 | dict(max_position_embeddings=128000, mrope_section=[24, 20, 20])
+LLAVA = {"llama": LLAMA, "mistral": MISTRAL | dict(sliding_window=4096), "qwen2": QWEN2, "qwen3": QWEN3}
+VLM_TYPES = {"llava": LLAVA, "llava_next": LLAVA, "qwen3_vl": {"qwen3_vl_text": QWEN3_VL}}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # The stock checkpoints, for a dry run without a download: hidden, intermediate size, layers, heads, tied.
 STOCK = {
@@ -128,10 +139,13 @@ def open_safetensors(path: Path) -> safe_open:
 def read_config(folder: Path) -> dict:
     """ModelConfig's language-model fields from `config.json`; ValueError names what is not built."""
     path = folder / "config.json"
-    raw = read_json(path)
+    raw, prefix = read_json(path), ""
+    if raw.get("model_type") in VLM_TYPES:
+        raw, prefix = read_text_config(path, raw), "text_config."
 
     def refuse(field: str, wanted: str) -> None:
-        raise ValueError(f"{path}: {field} = {json.dumps(raw.get(field))} is not supported; {wanted}")
+        shown = f"{path}: {prefix}{field} = {json.dumps(raw.get(field))}"
+        raise ValueError(f"{shown} is not supported; {wanted}")
 
     kind = MODEL_TYPES.get(str(raw.get("model_type")))
     if kind is None:
@@ -149,17 +163,17 @@ def read_config(folder: Path) -> dict:
     layer_types = raw.get("layer_types")
     if layer_types and (not isinstance(layer_types, list) or any(x != "full_attention" for x in layer_types)):
         refuse("layer_types", 'only "full_attention" is')
-    theta, scaling = read_rope(raw, refuse)
+    theta, scaling, mrope = read_rope(raw, refuse)
 
-    if missing := [f for f in SIZES if raw.get(f) is None]:
+    if missing := [f"{prefix}{f}" for f in SIZES if raw.get(f) is None]:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
     taken = (*COUNTS, "rms_norm_eps", "tie_word_embeddings")
     fields = {**kind, **{f: raw[f] for f in taken if raw.get(f) is not None}}
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("tie_word_embeddings", False)
-    fields |= {"rope_theta": theta, "rope_scaling": scaling}
+    fields |= {"rope_theta": theta, "rope_scaling": scaling, "mrope_section": mrope}
     for name, value in fields.items():
-        shown = f"{path}: {name} = {json.dumps(value)}"
+        shown = f"{path}: {prefix}{name} = {json.dumps(value)}"
         most = 2**12 if name == "num_hidden_layers" else 2**24  # to find that more are missing takes too long
         if name in COUNTS and (type(value) is not int or not 0 < value <= most):
             raise ValueError(f"{shown} is not a positive whole number up to {most}")
@@ -170,10 +184,24 @@ def read_config(folder: Path) -> dict:
     fields["rope_theta"] = float(theta)
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])  # Qwen2, Llama
     if fields["head_dim"] % 2:
-        raise ValueError(f"{path}: head_dim = {fields['head_dim']} is odd; RoPE turns pairs")
+        raise ValueError(f"{path}: {prefix}head_dim = {fields['head_dim']} is odd; RoPE turns pairs")
     ends, more = read_ends(path, raw), folder / "generation_config.json"
     every = ends + (read_ends(more, read_json(more)) if more.is_file() else [])
     return fields | {"eos_id": next(iter(ends), None), "end_ids": tuple(dict.fromkeys(every))}
+
+
+def read_text_config(path: Path, raw: dict) -> dict:
+    """A vision-language model's text_config, as `config.json` of its language model alone would have it."""
+    known, text = VLM_TYPES[raw["model_type"]], raw.get("text_config", {})
+    kind = text.get("model_type", next(iter(known))) if isinstance(text, dict) else None
+    if str(kind) not in known:
+        shown = f"{path}: text_config.model_type = {json.dumps(kind)} is not supported"
+        raise ValueError(f"{shown}; only {', '.join(map(json.dumps, known))} are")
+    tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
+    text = known[kind] | text | {"model_type": known[kind]["model_type"], "tie_word_embeddings": tied}
+    if kind == "mistral" and text["sliding_window"] is not None:
+        raise ValueError(f"{path}: text_config.sliding_window is not null; no other is supported")
+    return text
 
 
 def read_ends(path: Path, raw: dict) -> list[int]:
@@ -185,9 +213,9 @@ def read_ends(path: Path, raw: dict) -> list[int]:
     return ends
 
 
-def read_rope(raw: dict, refuse: Callable[[str, str], None]) -> tuple[object, tuple | None]:
-    """rope_theta, and what ModelConfig.rope_scaling takes, from the fields of `config.json`."""
-    theta, scaling = raw.get("rope_theta"), None
+def read_rope(raw: dict, refuse: Callable[[str, str], None]) -> tuple[object, tuple | None, tuple | None]:
+    """rope_theta, and ModelConfig's rope_scaling and mrope_section, from the fields of `config.json`."""
+    theta, scaling, mrope = raw.get("rope_theta"), None, raw.get("mrope_section")
     for field in ("rope_scaling", "rope_parameters"):  # transformers 5 writes theta in the second
         rope = raw.get(field)
         if not rope:
@@ -198,12 +226,19 @@ def read_rope(raw: dict, refuse: Callable[[str, str], None]) -> tuple[object, tu
         if any(isinstance(value, dict) for value in rope.values()):
             refuse(field, "only one RoPE for all layers is")
         theta = rope.get("rope_theta", theta)
+        if mrope:
+            mrope = rope.get("mrope_section", mrope)
+            three = isinstance(mrope, list) and [type(x) is int and x > 0 for x in mrope] == [True] * 3
+            if not three or rope.get("mrope_interleaved", True) is not True:
+                refuse(field, "mrope_section is three positive whole numbers, mrope_interleaved true")
         if form == "llama3":
             scaling = tuple(rope.get(name) for name in LLAMA3_ROPE)
             if any(type(x) not in (int, float) or not x > 0 for x in scaling) or scaling[1] >= scaling[2]:
                 names = ", ".join(LLAMA3_ROPE)
                 refuse(field, f"llama3's takes positive numbers {names}, the second the smaller")
-    return 10000.0 if theta is None else theta, scaling
+    if mrope and theta is None:
+        refuse("rope_theta", "versions of transformers differ in what its absence means")
+    return 10000.0 if theta is None else theta, scaling, mrope and tuple(mrope)
 
 
 def model_config(folder: Path, **overrides) -> ModelConfig:
@@ -370,21 +405,33 @@ def text_names(config: ModelConfig) -> dict[str, str]:
 def text_tensors(folder: Path, model: LMFusion) -> Callable[[str], Tensor]:
     """A function from our name of a text tensor to it; ValueError for one that is not as it should be."""
     names, where, head = text_names(model.config), open_weights(folder), "lm_head.weight"
-    shapes, stored = model.state_dict(), {ours: theirs for theirs, ours in names.items()}
-    copied = model.config.tie_word_embeddings and head in where  # some exports keep the tied copy
+    shapes, theirs = model.state_dict(), {ours: name for name, ours in names.items()}
+    has_eyes = any("language_model." in name for name in where)
+
+    def plain_name(stored: str) -> str | None:
+        """As a language model alone has it; None for what is of the eyes or, in old exports, derived."""
+        name = stored.removeprefix("model.")
+        if name.startswith("language_model."):
+            name = name.removeprefix("language_model.").removeprefix("model.")
+            name = name if name == head else f"model.{name}"
+        else:
+            name = stored if not has_eyes or stored == head else ""
+        return None if not name or name.endswith("rotary_emb.inv_freq") else name
+
+    # some exports keep the tied copy
+    copied = model.config.tie_word_embeddings and head in map(plain_name, where)
     if copied:
         names[head] = "embed_tokens.weight"
-    expected = {theirs: tuple(shapes[ours].shape) for theirs, ours in names.items()}
-    # derived, in old exports
-    match_tensors(where, expected, folder, lambda n: None if n.endswith("rotary_emb.inv_freq") else n)
+    expected = {name: tuple(shapes[ours].shape) for name, ours in names.items()}
+    found = match_tensors(where, expected, folder, plain_name)
 
-    def read(ours: str) -> Tensor:
-        return where[stored[ours]][1].get_tensor(stored[ours])
+    def read_stored(name: str) -> Tensor:
+        return where[found[name]][1].get_tensor(found[name])
 
-    if copied and not torch.equal(where[head][1].get_tensor(head), read("embed_tokens.weight")):
-        other = stored["embed_tokens.weight"]
-        raise ValueError(f"{where[head][0]}: {head} differs from {other}, but tie_word_embeddings is true")
-    return read
+    if copied and not torch.equal(read_stored(head), read_stored(theirs["embed_tokens.weight"])):
+        differs = f"{found[head]} differs from {found[theirs['embed_tokens.weight']]}"
+        raise ValueError(f"{where[found[head]][0]}: {differs}, but tie_word_embeddings is true")
+    return lambda ours: read_stored(theirs[ours])
 
 
 def load_qwen3(

@@ -17,7 +17,7 @@ V vocabulary, M images in the batch, P patches of an image; C, h, w channels, he
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attention import Cache, Layout, Tokens, append_slots, compiled
-from unet import UNetDown, UNetUp
+from attention import SLOTS, Cache, Layout, Tokens, append_slots, compiled
+from unet import UNetDown, UNetUp, check_sizes, unet_at_start
 
 SEPARATIONS = ("deep", "shallow", "none")
 
@@ -52,6 +52,7 @@ class ModelConfig:
     qk_norm: bool = True
     attention_bias: bool = False  # on Q, K and V
     rope_scaling: tuple[float, float, float, int] | None = None  # see `rope_frequencies`
+    mrope_section: tuple[int, int, int] | None = None  # of Qwen3-VL: see `rope_angles`
 
     boi_id: int = 0  # <|vision_start|>; a text token, outside the image's block
     eoi_id: int = 0  # <|vision_end|>; likewise
@@ -67,22 +68,10 @@ class ModelConfig:
     def __post_init__(self):
         if self.separation not in SEPARATIONS:
             raise ValueError(f"separation is {self.separation!r}; choose one of {', '.join(SEPARATIONS)}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads = {self.num_key_value_heads}"
-            )
-        sizes = (self.latent_channels, self.latent_size, *self.unet_channels)
-        if len(sizes) != 4 or any(type(x) is not int or not 0 < x < 2**16 for x in sizes):
-            names = "latent_channels, latent_size and two unet_channels"
-            raise ValueError(f"{names} = {sizes}: these are positive whole numbers below {2**16}")
-        if self.latent_size % 2:
-            raise ValueError(f"latent_size = {self.latent_size} is odd; the U-Net halves it once")
-        c1, c2 = self.unet_channels
-        if min(c1, c2) < 4 or c1 % 4 or c2 % 4 or (self.unet_attention and c2 % max(1, c2 // 64)):
-            raise ValueError(
-                f"unet_channels = {self.unet_channels}: multiples of 4, the second of 64 with attention"
-            )
+        H, K = self.num_attention_heads, self.num_key_value_heads
+        if H % K:
+            raise ValueError(f"num_attention_heads = {H} is not a multiple of num_key_value_heads = {K}")
+        check_sizes(self)
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} is odd; RoPE turns pairs of components")
 
@@ -125,8 +114,18 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rope_angles(position: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (..., 1, d/2), in float32, of the rotary embedding at integer positions (...)."""
-    angle = position.float()[..., None] * rope_frequencies(config).to(position.device)  # (..., d/2)
+    """Cosines and sines (..., 1, d/2), in float32, of the rotary embedding at integer positions (...).
+
+    Of Qwen3-VL they may be (T, 3): time, row and column, each of which turns every third pair as far as its
+    section goes; time turns the rest.
+    """
+    position = position.float()[..., None]
+    if config.mrope_section and position.dim() == 3:
+        axis = torch.zeros(config.head_dim // 2, dtype=torch.long, device=position.device)
+        for i in (1, 2):
+            axis[i : 3 * config.mrope_section[i] : 3] = i
+        position = position[:, axis, 0]  # (T, d/2)
+    angle = position * rope_frequencies(config).to(position.device)  # (..., d/2)
     return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
 
 
@@ -213,11 +212,7 @@ class Block(nn.Module):
         self.qkv, self.output = Expert.qkv, Expert.output  # or compiled: `LMFusion.compile_experts`
 
     def forward(
-        self,
-        text: Tensor | None,
-        image: Tensor | None,
-        layout: Layout,
-        past: tuple[Tensor, Tensor, int] | None,
+        self, text: Tensor | None, image: Tensor | None, layout: Layout, past: tuple | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """text (T_text, D) and image (T_image, D), or None; past keys, values (B, K, S, d) and S, or None.
 
@@ -321,13 +316,7 @@ class LMFusion(nn.Module):
         """
         # Our choice: patches enter the residual stream as large as words do, as the copied layers expect.
         rms = text("embed_tokens.weight").float().pow(2).mean().sqrt().item()
-        with torch.device("meta"):
-            unet = nn.ModuleDict({"unet_down": UNetDown(self.config), "unet_up": UNetUp(self.config)})
-        # `to_empty` would do the same, after half a second of imports
-        unet.load_state_dict({n: torch.empty(p.shape) for n, p in unet.state_dict().items()}, assign=True)
-        unet["unet_down"].init_weights(rms)
-        unet["unet_up"].init_weights()
-        fresh = {"boi_head": torch.zeros(self.config.hidden_size), **unet.state_dict()}
+        fresh = {"boi_head": torch.zeros(self.config.hidden_size), **unet_at_start(self.config, rms)}
         for name in self.image_parameters():
             copied = name.replace(".image.", ".text.").replace("norm_image", "norm_text")
             yield name, fresh[name] if name in fresh else text(copied)
@@ -355,8 +344,13 @@ class LMFusion(nn.Module):
         """
         layout = layout or self.layout(tokens, cache)
         text = image = unet = None
+        deepstack = ()
         if len(layout.text):
             text = self.embed_tokens(layout.ids)  # Eq. (5): (T_text, D)
+        if tokens.seen:  # Section 5.3: pictures in place of words; (n, D) each
+            parts = zip(*((s.features, *(s.deepstack or ())) for s in tokens.seen), strict=True)
+            features, *deepstack = (torch.cat(x).to(text) for x in parts)
+            text = text.index_copy(0, layout.shown, features)
         if len(layout.image):
             P = self.config.num_patches
             assert latents is not None and t is not None and len(layout.image) % (len(latents) * P) == 0
@@ -373,12 +367,14 @@ class LMFusion(nn.Module):
                 text, image, k, v = checkpoint(block, text, image, layout, past, use_reentrant=False)
             else:
                 text, image, k, v = block(text, image, layout, past)
+            if i < len(deepstack):
+                text = text.index_add(0, layout.shown, deepstack[i])
             if keep:
                 keys.append(k)
                 values.append(v)
         text = None if text is None else self.norm_text(text)
         image = None if image is None else self.norm_image(image)
-        cache = Cache(keys, values, tokens.image, tokens.position, tokens.document) if keep else None
+        cache = Cache(keys, values, *(getattr(tokens, f) for f in SLOTS)) if keep else None
         return Hidden(text, image, unet, cache)
 
     def logits(self, text: Tensor) -> Tensor:
@@ -405,14 +401,19 @@ class LMFusion(nn.Module):
             image, h_in, t, skips = image[which], h_in[which], t[which], [s[which] for s in skips]
         return self.unet_up(image, t, h_in, skips).float()  # Eq. (14)
 
-    def text_logits(self, ids: Tensor) -> Tensor:
-        """The frozen language model alone: ids (B, N) -> logits (B, N, V)."""
+    def text_logits(self, ids: Tensor, seen: Sequence = ()) -> Tensor:
+        """The frozen language model alone: ids (B, N) -> logits (B, N, V).
+
+        seen: a `vision.Seen` for each picture that the placeholders in ids stand for, row by row.
+        """
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be (B, N) with N >= 1, not {tuple(ids.shape)}")
         bad = ids[(ids < 0) | (ids >= self.config.vocab_size)]
         if len(bad):
             raise ValueError(f"ids hold {bad[0].item()}; the vocabulary is 0 .. {self.config.vocab_size - 1}")
-        return self.logits(self.encode(Tokens.text(ids)).text).unflatten(0, tuple(ids.shape))
+        if seen and (n := ids.shape[1]) > (most := self.config.max_position_embeddings):
+            raise ValueError(f"text and pictures are {n} tokens long; the context has room for {most}")
+        return self.logits(self.encode(Tokens.text(ids).show(seen)).text).unflatten(0, tuple(ids.shape))
 
     def layouts(self, prefix: Tokens | None, rest: Tokens) -> tuple[Layout | None, Layout]:
         """Those of both phases of `forward`; what prepares a batch can make them ahead."""

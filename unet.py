@@ -26,6 +26,19 @@ if TYPE_CHECKING:
     from model import ModelConfig
 
 
+def check_sizes(config: ModelConfig) -> None:
+    """ValueError for sizes of latents and U-Net that do not fit together."""
+    sizes = (config.latent_channels, config.latent_size, *config.unet_channels)
+    if len(sizes) != 4 or any(type(x) is not int or not 0 < x < 2**16 for x in sizes):
+        names = "latent_channels, latent_size and two unet_channels"
+        raise ValueError(f"{names} = {sizes}: these are positive whole numbers below {2**16}")
+    if config.latent_size % 2:
+        raise ValueError(f"latent_size = {config.latent_size} is odd; the U-Net halves it once")
+    c1, c2 = config.unet_channels
+    if min(c1, c2) < 4 or c1 % 4 or c2 % 4 or (config.unet_attention and c2 % max(1, c2 // 64)):
+        raise ValueError(f"unet_channels = {c1, c2}: multiples of 4, the second of 64 with attention")
+
+
 def timestep_embedding(t: Tensor, size: int) -> Tensor:
     """Cosines and sines (M, size), float32, of t (M,) at geometric frequencies from 1 to 1/10000."""
     frequency = torch.exp(-math.log(10000) * torch.arange(size // 2, device=t.device) / (size // 2))
@@ -166,3 +179,14 @@ class UNetUp(nn.Module):
         x = self.up(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (M, c1, h, w)
         x = self.block2(torch.cat((x, full), dim=1), emb)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def unet_at_start(config: ModelConfig, rms: float) -> dict[str, Tensor]:
+    """First values of both halves' parameters; patches enter the transformer with this root mean square."""
+    with torch.device("meta"):
+        unet = nn.ModuleDict({"unet_down": UNetDown(config), "unet_up": UNetUp(config)})
+    # `to_empty` would do the same, after half a second of imports
+    unet.load_state_dict({n: torch.empty(p.shape) for n, p in unet.state_dict().items()}, assign=True)
+    unet["unet_down"].init_weights(rms)
+    unet["unet_up"].init_weights()
+    return unet.state_dict()

@@ -54,6 +54,17 @@ class Seen:
     # first layers, (n, D) each; and the rows and columns of the n, from which their positions follow.
     deepstack: list[Tensor] | None = None
     grid: tuple[int, int] | None = None
+    placeholder_id: int | None = None
+
+    @property
+    def mrope(self) -> Tensor:
+        """(n, 3) for `attention.rope_positions`; zeros where a placeholder counts as a word does."""
+        if self.grid is None:
+            return torch.zeros(len(self.features), 3, dtype=torch.long)
+        rows, columns = map(torch.arange, self.grid)
+        mrope = torch.cartesian_prod(torch.ones(1, dtype=torch.long), rows, columns)
+        mrope[-1, 0] -= max(self.grid)
+        return mrope
 
 
 # ---- Pixels ----
@@ -407,7 +418,8 @@ class Vision:
         """What the language model reads of a picture; ValueError if it is too thin."""
         picture = on_white(picture)
         pixels = self.model.pixels(picture)
-        return self.model(pixels.to(next(self.model.parameters())), picture.size)
+        seen = self.model(pixels.to(next(self.model.parameters())), picture.size)
+        return dataclasses.replace(seen, placeholder_id=self.placeholder_id)
 
 
 # ---- Reading a folder ----

@@ -184,7 +184,8 @@ def row_ids(tokens: Tokens, r: int) -> list[int]:
 
 def alike(a: Tokens, b: Tokens) -> bool:
     """Do two plans agree?"""
-    return all(torch.equal(x, vars(b)[name]) for name, x in vars(a).items())
+    pairs = ((x, vars(b)[name]) for name, x in vars(a).items())
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
 def documents_of(prefix: Tokens, rest: Tokens) -> list[list[list[int]]]:
