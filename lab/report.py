@@ -6,7 +6,6 @@ below in every seed, and is "not clear" otherwise. For a claim that one cell is 
 below zero (MARGIN) stands in the place of zero.
 """
 
-import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -16,6 +15,7 @@ from checkpoint import write_atomic
 from evaluate import caption_report
 from lab import figures
 from lab.metrics import frechet
+from load_qwen3 import read_json
 from small.world import SPLITS, VALUES, all_scenes, render
 
 # Our choice, as a share of the other cell's figure, from the paper alone: the least difference that it counts
@@ -96,15 +96,10 @@ OVERVIEW = {  # column: path, digits
 
 
 def read_results(folder: Path) -> Results:
-    """All results of a folder; ValueError names a file that is none."""
+    """All results of a folder."""
     found: Results = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            row = json.loads(path.read_text(encoding="utf-8"))
-            row["final"]["text_of_base"], row["curve"], row["flops"]
-            found.setdefault(row["cell"], {})[row["seed"]] = row
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no result of ablate.py: {error!r}") from None
+    for row in map(read_json, sorted(folder.glob("*.json"))):
+        found.setdefault(row["cell"], {})[row["seed"]] = row
     return found
 
 

@@ -120,8 +120,6 @@ def load_edits(source: str | list[str], size: int, max_memory: int = MAX_MEMORY)
 def load_samples(kind: str, source: str | list[str], size: int, max_memory: int) -> tuple:
     """The samples of a kind: pixels (1 or, of edits, 2, M, 3, S, S), texts, names, and what was left out."""
     read, parts, unit = (read_edit, 2, "edit") if kind == "edit" else (read_sample, 1, "picture")
-    if size < 1:
-        raise ValueError(f"size is {size}; a picture has at least 1 pixel a side")
     sources, listed = source if isinstance(source, str) else ", ".join(source), list_samples(source)
     samples = [sample for sample in listed if sample.kind in (kind, "")]
     memory = parts * len(samples) * 3 * size**2

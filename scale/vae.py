@@ -275,11 +275,6 @@ def read_vae_config(path: Path) -> VAEConfig:
     return VAEConfig(**fields)
 
 
-def is_same_or_1x1(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a tensor is as it should be; a linear layer may be stored as a 1 x 1 convolution."""
-    return shape == wanted or (len(wanted) == 2 and shape == (*wanted, 1, 1))
-
-
 def load_vae(
     folder_or_hub_id: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> AutoencoderKL:
@@ -291,7 +286,9 @@ def load_vae(
     file, path = open_safetensors(folder / WEIGHTS), folder / WEIGHTS
     # the published sd-vae-ft-mse still has the names that diffusers gave attention at first
     new_name = partial(OLD_NAME.sub, lambda m: f"{m[1]}.{NEW_NAME[m[2]]}.")
-    found = match_tensors(dict.fromkeys(file.keys(), (path, file)), expected, path, new_name, is_same_or_1x1)
+    where = dict.fromkeys(file.keys(), (path, file))
+    # a linear layer may be stored as a 1 x 1 convolution
+    found = match_tensors(where, expected, path, new_name, lambda a, b: a in (b, (*b, 1, 1)))
     state = {name: file.get_tensor(stored).reshape(expected[name]) for name, stored in found.items()}
     vae.load_state_dict(state, assign=True)
     vae.eval().requires_grad_(False)

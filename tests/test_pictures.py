@@ -513,11 +513,6 @@ def test_more_memory_than_allowed_is_an_error_that_says_how_much_before_anything
         load_pictures(folder, 65536)
 
 
-def test_a_size_of_nothing_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="size is 0"):
-        load_pictures(write_folder(tmp_path, SAMPLES), 0)
-
-
 # ---- pixels ----
 
 
@@ -876,8 +871,6 @@ def test_both_pictures_of_an_edit_count_as_memory_and_the_other_kind_does_not(tm
         load_edits(folder, 16, max_memory=4 * one - 1)
     with pytest.raises(ValueError, match="3 pictures of 16 x 16 pixels"):
         load_pictures(folder, 16, max_memory=3 * one - 1)
-    with pytest.raises(ValueError, match="size is 0"):
-        load_edits(folder, 0)
 
 
 def test_a_tar_holds_captioned_pictures_alone_whatever_its_members_are_called(tmp_path):

@@ -517,22 +517,12 @@ def test_nothing_is_written_where_there_are_no_results(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content",
-    (
-        b"",
-        b'{"cell": "deep-0", "se',
-        b"[1, 2]",
-        b"3",
-        b'{"cell": "deep-0"}',
-        b'{"cell": ["deep-0"], "seed": 0}',
-        b'{"cell": "\xff", "seed": 0}',
-        b'{"cell": "deep-0", "seed": 1}',
-    ),
+    "content", (b"", b'{"cell": "deep-0", "se', b"[1, 2]", b"3", b'{"cell": "\xff", "seed": 0}')
 )
-def test_a_file_that_is_no_result_is_named(tmp_path, content):
+def test_a_file_that_is_no_json_object_is_named(tmp_path, content):
     save(tmp_path, result("deep-0"))
     (tmp_path / "deep-0-1.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"deep-0-1\.json is no result of ablate\.py"):
+    with pytest.raises(ValueError, match=r"deep-0-1\.json: "):
         write_report(tmp_path)
     assert [p.suffix for p in tmp_path.iterdir()] == [".json"] * 2  # before anything is drawn
 
