@@ -13,7 +13,7 @@ The paper has no conversations; editing is its Section 5.2. A picture is right i
 small/world.py reads them, and strictly right if it hardly differs from a rendering of them. A *case* is a
 conversation whose last message is the right answer.
 
-Shapes: n cases; pictures are uint8 (n, 3, 32, 32).
+Shapes: n cases; pictures are uint8 (n, 3, 64, 64).
 """
 
 import argparse
@@ -77,7 +77,7 @@ def words_of(message: dict) -> str:
 
 
 def painted(message: dict, n: int = 1) -> list[Tensor | None]:
-    """The n pictures of a message, uint8 (3, 32, 32); n times None if there are fewer or more."""
+    """The n pictures of a message, uint8 (3, 64, 64); n times None if there are fewer or more."""
     found = [p.pixels for p in pictures_of(message)]
     return found if len(found) == n else [None] * n
 
@@ -178,7 +178,7 @@ def edits(trained: Trained, n: int, options: GenerationConfig, split: str) -> tu
         "right_in_chat": chat["all"],
         "strict_in_chat": chat["strict"],
     }
-    pictures = torch.stack((before, after), 1).flatten(0, 1)  # (2n, 3, 32, 32)
+    pictures = torch.stack((before, after), 1).flatten(0, 1)  # (2n, 3, 64, 64)
     return report, pictures, [x for e in cases for x in ("", e.instruction)]
 
 

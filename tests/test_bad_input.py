@@ -168,7 +168,7 @@ def half_picture(here: Path) -> None:
 # ---- the table ----
 
 TINY = "--config small --unet-channels 8,12 --batch-size 2 --steps 1 --out new"
-FEW = f"{TINY} --image-size 16 --latent-channels 8"
+FEW = f"{TINY} --image-size 16 --latent-patch 4 --latent-channels 8"
 PHOTO = f"{FEW} --data @photos --base"
 TEXT = "--lr-text-ratio 0.1 --text-batch 2 --text-data"
 TRAIN = {
@@ -268,7 +268,7 @@ TRAIN = {
         ("quantization_config",),
         base_config(quantization_config={"bits": 4}),
     ),
-    "sizes that do not fit": (f"{PHOTO} base", ("tensor model.", "not ("), base_config(intermediate_size=50)),
+    "sizes that do not fit": (f"{PHOTO} base", ("tensor model.", "not floats ("), base_config(intermediate_size=50)),
     "a negative size": (f"{PHOTO} base", ("hidden_size = -32",), base_config(hidden_size=-32)),
     "heads that do not group": (
         f"{PHOTO} base",
@@ -487,7 +487,7 @@ TRAIN = {
     ),
     "another model than the first stage's": (
         f"{PHOTO} @base --init-from @run --prediction eps",
-        ("--init-from", "prediction was v there and cannot become eps"),
+        ("--init-from", "prediction was x there and cannot become eps"),
     ),
     "other sizes than the first stage's": (
         f"{PHOTO} @base --init-from @run --unet-channels 8,16",
@@ -634,7 +634,7 @@ EVALUATE = {
     "an unknown device": ("--checkpoint @shapes --n 1 --steps 1 --device tpu", ("--device tpu",)),
     "a device that is not there": ("--checkpoint @shapes --n 1 --steps 1 --device cuda", ("--device cuda",)),
     "guidance that is no number": ("--checkpoint @shapes --n 1 --steps 1 --cfg nan", ("--cfg is nan",)),
-    "pictures of another size": ("--checkpoint @run", ("16 pixels", "32")),
+    "pictures of another size": ("--checkpoint @run", ("16 pixels", "64")),
     "another base": ("--checkpoint @shapes --base @other", ("is not the language model",)),
     "figures below a file": (
         "--checkpoint @shapes --n 1 --steps 1 --json taken/r.json",

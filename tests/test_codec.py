@@ -22,7 +22,7 @@ def fit(whiten: float = 0.5) -> PatchPCA:
 @pytest.mark.parametrize("whiten", (0.0, 0.5, 1.0))
 def test_latents_have_about_unit_variance(whiten):
     z = fit(whiten).encode(render(list(all_scenes("test")), random.Random(1)))  # (M, C, h, w)
-    assert z.shape[1:] == (16, 8, 8)
+    assert z.shape[1:] == (16, 16, 16)
     assert 0.85 < z.square().mean() < 1.15
     per_channel = z.square().mean((0, 2, 3))
     if whiten == 1:  # all components alike
@@ -54,11 +54,11 @@ def test_the_bound_is_the_largest_latent_of_the_pictures_it_was_fitted_on():
 
 def test_encoding_inverts_decoding_within_the_rounding_to_whole_levels():
     codec = fit()
-    z = 0.2 * torch.randn(20, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    z = 0.2 * torch.randn(20, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     z[:, 3:] *= 0.3
     pictures = codec.decode(z)
     inside = (
-        ((pictures > 0) & (pictures < 255)).unflatten(2, (8, 4)).unflatten(4, (8, 4)).all(5).all(3).all(1)
+        ((pictures > 0) & (pictures < 255)).unflatten(2, (16, 4)).unflatten(4, (16, 4)).all(5).all(3).all(1)
     )
     assert inside.float().mean() > 0.3  # patches that no clamping touched
     limit = 0.5 / 127.5 * codec.basis.abs().sum(0) * codec.scale  # every pixel off by half a level
@@ -89,9 +89,9 @@ def test_the_linear_latents_of_a_run_follow_from_its_seed_and_are_fitted_to_trai
 
     config = dataclasses.replace(SMALL, latent_channels=5, whiten=0.3)
     (entry, codec), (_, again) = (make_codec(config, sample, "cpu") for _ in range(2))
-    assert entry is None and (codec.channels, codec.patch) == (5, 4)
+    assert entry is None and (codec.channels, codec.patch) == (5, 8)
     assert all(torch.equal(x, again.tensors()[n]) for n, x in codec.tensors().items())
-    wanted = PatchPCA.fit(drawn[0][0], channels=5, patch=4, whiten=0.3)
+    wanted = PatchPCA.fit(drawn[0][0], channels=5, patch=8, whiten=0.3)
     assert all(torch.equal(x, wanted.tensors()[n]) for n, x in codec.tensors().items())
     _, other = make_codec(dataclasses.replace(config, seed=1), sample, "cpu")
     assert not torch.equal(codec.mean, other.mean) and drawn[2][1] != drawn[0][1] == drawn[1][1]

@@ -48,7 +48,7 @@ def picture(tmp_path) -> Path:
 
 
 def latent(seed: int) -> torch.Tensor:
-    return torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(36, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def say(trained: Trained, text: str) -> list:

@@ -104,7 +104,7 @@ def test_the_error_of_edits_is_that_of_the_pictures_after_them(prediction, weigh
         edit_document(None, None, [60], config),
         Document([7, 8], [], [], [True, True]),
     ]
-    batch = collate(documents, torch.randn(5, 16, 8, 8, generator=generator), config)
+    batch = collate(documents, torch.randn(5, 36, 8, 8, generator=generator), config)
     latents, noise = batch.latents, batch.eps
     assert batch.max_t.tolist() == [0, T, T, 0, T]
     found = errors_by_timestep(model, diffusion, batch, weighting)

@@ -535,7 +535,7 @@ def test_a_model_is_asked_in_the_words_and_pictures_of_the_case(trained, monkeyp
     def scripted(trained, context, features, options, watch=None):
         read.append((list(context.ids), list(context.latents), options))
         yield from encode_plain(trained.tokenizer, "here it is:")
-        yield torch.ones(16, 8, 8)
+        yield torch.ones(36, 8, 8)
 
     monkeypatch.setattr(chat, "generate", scripted)
     options = GenerationConfig(steps=3, seed=11)

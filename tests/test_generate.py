@@ -381,7 +381,7 @@ def test_bfloat16_paints_nearly_the_same(trained):
 def test_a_checkpoint_says_how_it_denoises(trained):
     """The sampler takes the schedule and the prediction from the checkpoint, not from a default."""
     info = json.loads((trained.folder / "checkpoint.json").read_text())["diffusion"]
-    assert info == {"shift": 2.0, "prediction": "v"} and trained.diffusion.prediction == "v"
+    assert info == {"shift": 2.0, "prediction": "x"} and trained.diffusion.prediction == "x"
     half = trained.diffusion.alpha_bar[500]
     assert 0.15 < half < 0.25  # 0.2 with a shift of 2; 0.5 without
 
@@ -786,7 +786,7 @@ def test_a_turn_has_no_more_than_max_images_pictures(talker, monkeypatch, n):
     assert kinds(talker, got) == ["P"] * n + [9] * 5 and len(steps) == 2 * n
     painted = got[:n]
     for i, z in enumerate(painted):
-        assert z.shape == (16, 8, 8) and torch.equal(z, context.latents[i])
+        assert z.shape == (36, 8, 8) and torch.equal(z, context.latents[i])
         assert torch.equal(z, steps[2 * i + 1][0])
         assert all(not torch.equal(z, other) for other in painted[:i])
 
@@ -851,7 +851,7 @@ def test_a_turn_repeats_for_a_seed_and_differs_for_another(talker):
 def test_pictures_differ_by_seed_and_by_their_number_in_the_conversation(talker, monkeypatch):
     seeds = []
     monkeypatch.setattr(
-        generate, "denoise", lambda t, p, seed, *a: seeds.extend(seed) or torch.zeros(1, 16, 8, 8)
+        generate, "denoise", lambda t, p, seed, *a: seeds.extend(seed) or torch.zeros(1, 36, 8, 8)
     )
     monkeypatch.setattr(generate, "draws", lambda *a: True)
     for seed in (0, 1):
@@ -873,7 +873,7 @@ def test_every_field_of_the_generation_config_is_followed(talker, monkeypatch):
         generate, "choose", lambda logits, *how: asked.update(choose=how[:3]) or torch.tensor([end])
     )
     monkeypatch.setattr(
-        generate, "denoise", lambda t, p, s, *how: asked.update(paint=how) or torch.zeros(1, 16, 8, 8)
+        generate, "denoise", lambda t, p, s, *how: asked.update(paint=how) or torch.zeros(1, 36, 8, 8)
     )
     predictor = Context.predictor
     monkeypatch.setattr(Context, "predictor", lambda c, cfg: asked.update(cfg=cfg) or predictor(c, cfg))

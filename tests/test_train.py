@@ -228,8 +228,7 @@ def reference_losses(run: Run, documents: list[Document], x_t, t, noise, everyth
                 if captioned or (d.ids[-1] == IMAGE and j == here.stop - 1):
                     one = slice(j, j + 1)
                     predicted = diffusion.eps_from_output(output[j - here.start][None], x_t[one], t[one])
-                    error = (predicted - noise[one]).square().mean()
-                    errors.append(error / diffusion.alpha_bar[t[j]].float())
+                    errors.append(diffusion.loss(predicted, noise[one], t[one], run.config.loss_weighting))
                 else:
                     assert t[j] == 0  # clean
     parts = dict(zip(train.PARTS, (errors, words, draws), strict=True))
