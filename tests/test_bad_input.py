@@ -268,7 +268,11 @@ TRAIN = {
         ("quantization_config",),
         base_config(quantization_config={"bits": 4}),
     ),
-    "sizes that do not fit": (f"{PHOTO} base", ("tensor model.", "not floats ("), base_config(intermediate_size=50)),
+    "sizes that do not fit": (
+        f"{PHOTO} base",
+        ("tensor model.", "not floats ("),
+        base_config(intermediate_size=50),
+    ),
     "a negative size": (f"{PHOTO} base", ("hidden_size = -32",), base_config(hidden_size=-32)),
     "heads that do not group": (
         f"{PHOTO} base",
