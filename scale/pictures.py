@@ -11,7 +11,7 @@
 Everything is decoded once, at the start, into one uint8 tensor; latents.py goes through the same samples one
 by one. A bad sample is left out and named: ValueError or OSError says what is wrong with it.
 
-Shapes: M pictures, E edits, S pixels a side.
+Shapes: M pictures or edits, S pixels a side.
 """
 
 import glob
@@ -47,23 +47,13 @@ Skipped = list[tuple[str, str]]  # name and reason of what was left out
 
 @dataclass
 class Pictures:
-    """Captioned pictures, and what was left out of them."""
+    """Captioned pictures, or edits (image, instruction, image), and what was left out of them."""
 
-    pixels: Tensor  # (M, 3, S, S) uint8
-    captions: list[str]
+    pixels: Tensor  # (M, 3, S, S) uint8; of edits, after them
+    captions: list[str]  # of edits, the instructions
     names: list[str]
     skipped: Skipped
-
-
-@dataclass
-class Edits:
-    """Edits (image, instruction, image), and what was left out of them."""
-
-    sources: Tensor  # (E, 3, S, S) uint8: before
-    targets: Tensor  # (E, 3, S, S) uint8: after
-    instructions: list[str]
-    names: list[str]  # of the targets
-    skipped: Skipped
+    sources: Tensor | None = None  # (M, 3, S, S) uint8: before the edits
 
 
 @dataclass
@@ -107,18 +97,16 @@ def load_pictures(source: str | list[str], size: int, max_memory: int = MAX_MEMO
     are passed over.
     ValueError: nothing there, not a tar, no good sample at all, or more than `max_memory` bytes of pixels.
     """
-    pixels, captions, names, skipped = load_samples("caption", source, size, max_memory)
-    return Pictures(pixels[0], captions, names, skipped)
+    return load_samples("caption", source, size, max_memory)
 
 
-def load_edits(source: str | list[str], size: int, max_memory: int = MAX_MEMORY) -> Edits:
+def load_edits(source: str | list[str], size: int, max_memory: int = MAX_MEMORY) -> Pictures:
     """Every edit of `source`, as `load_pictures` has pictures; bad if either picture or the words are."""
-    pixels, instructions, names, skipped = load_samples("edit", source, size, max_memory)
-    return Edits(pixels[0], pixels[1], instructions, names, skipped)
+    return load_samples("edit", source, size, max_memory)
 
 
-def load_samples(kind: str, source: str | list[str], size: int, max_memory: int) -> tuple:
-    """The samples of a kind: pixels (1 or, of edits, 2, M, 3, S, S), texts, names, and what was left out."""
+def load_samples(kind: str, source: str | list[str], size: int, max_memory: int) -> Pictures:
+    """The samples of a kind, "caption" or "edit"."""
     read, parts, unit = (read_edit, 2, "edit") if kind == "edit" else (read_sample, 1, "picture")
     sources, listed = source if isinstance(source, str) else ", ".join(source), list_samples(source)
     samples = [sample for sample in listed if sample.kind in (kind, "")]
@@ -143,7 +131,8 @@ def load_samples(kind: str, source: str | list[str], size: int, max_memory: int)
         raise ValueError(f"{sources}: {nothing_to_load(kind, bad, edits)}")
     if bad:
         print(bad, file=sys.stderr)
-    return pixels[:, : len(names)], texts, names, skipped
+    pixels = pixels[:, : len(names)]
+    return Pictures(pixels[-1], texts, names, skipped, pixels[0] if kind == "edit" else None)
 
 
 def skipped_line(skipped: Skipped, count: int, total: int, word: str = "samples") -> str:

@@ -27,7 +27,7 @@ from load_qwen3 import SHIPPED, init_image, resolve
 from model import LMFusion, ModelConfig
 from scale.latents import CAPTIONED, TARGET, LatentShards, latent_folders, tokenizer_fingerprint
 from scale.parallel import Team
-from scale.pictures import Edits, Pictures, list_samples, load_edits, load_pictures
+from scale.pictures import Pictures, list_samples, load_edits, load_pictures
 from scale.vae import AutoencoderKL, PatchPCA, load_vae, make_codec, vae_entry
 from small.dialogues import picture_conversation
 from small.pretrain import BuiltInText, init_text
@@ -83,12 +83,11 @@ def init_from_scratch(model: LMFusion) -> None:
 class PictureSource:
     """Captioned pictures, and edits (image, instruction, image) as well, or edits alone."""
 
-    def __init__(self, train: Pictures | None, val: Pictures | None, edits: Edits | None = None):
-        if train is None:  # the pictures of the edits, and what was asked for
-            train = Pictures(edits.targets, edits.instructions, edits.names, [])
+    def __init__(self, train: Pictures | None, val: Pictures | None, edits: Pictures | None = None):
+        train = train or edits  # edits alone: the pictures after them, and what was asked for
         self.train, self.val, self.edits = train, val or train, edits
         shown, others = digests(train.pixels), digests(val.pixels) if val else []
-        before, after = (digests(edits.sources), digests(edits.targets)) if edits else ([], [])
+        before, after = (digests(edits.sources), digests(edits.pixels)) if edits else ([], [])
         self.digests = [*shown, *others, *before, *after]
         found = split_examples(shown, list(zip(before, after, strict=True)), others, "")
         self.rows, self.val_rows, self.edit_rows, self.val_edit_rows = found
@@ -98,7 +97,7 @@ class PictureSource:
         return self.train.pixels[i], self.train.captions[i]
 
     def edit(self, i: int) -> tuple[Tensor, Tensor, str]:
-        return self.edits.sources[i], self.edits.targets[i], self.edits.instructions[i]
+        return self.edits.sources[i], self.edits.pixels[i], self.edits.captions[i]
 
     def edited(self, rng: random.Random) -> tuple[Tensor, Tensor, str]:
         return self.edit(rng.choice(self.edit_rows))
@@ -118,7 +117,7 @@ class PictureSource:
     def words(self) -> Iterator[tuple[str, bool]]:
         yield from ((self.train.captions[i], False) for i in self.rows)
         if self.edits:
-            yield from ((self.edits.instructions[i], True) for i in self.edit_rows)
+            yield from ((self.edits.captions[i], True) for i in self.edit_rows)
 
     def prompts(self) -> list[str]:
         """Captions of training pictures, then of validation pictures."""
@@ -143,7 +142,7 @@ class PictureSource:
         """Any model; what the tasks need was loaded, or was an error."""
 
     def fingerprint(self) -> bytes:
-        texts = [self.train.captions, self.val.captions, self.edits.instructions if self.edits else []]
+        texts = [self.train.captions, self.val.captions, self.edits.captions if self.edits else []]
         return hashlib.sha256(json.dumps(texts).encode() + b"".join(self.digests)).digest()
 
 

@@ -191,12 +191,12 @@ def test_an_edit_is_two_rows_the_picture_before_it_and_the_one_after_it(tmp_path
     kinds, shown = shards.column("kinds"), shards.column("pictures")
     edits = load_edits(mixed.data, 16)
     targets = [i for i, kind in enumerate(kinds) if kind == latents.TARGET]
-    assert len(targets) == len(edits.instructions) == 6 and len(shards) == GOOD + 2 * 6
+    assert len(targets) == len(edits.captions) == 6 and len(shards) == GOOD + 2 * 6
     for n, i in enumerate(targets):
         assert kinds[i - 1] == latents.SOURCE and shards.caption(i - 1) == "" and shown[i - 1] == shown[1]
-        assert shards.caption(i) == edits.instructions[n] == "make it green"
+        assert shards.caption(i) == edits.captions[n] == "make it green"
         z, (before, after) = shards.read([i - 1, i])
-        wanted = PatchPCA.encode(linear(), torch.stack((edits.sources[n], edits.targets[n])))
+        wanted = PatchPCA.encode(linear(), torch.stack((edits.sources[n], edits.pixels[n])))
         torch.testing.assert_close(z, wanted, rtol=1e-3, atol=1e-3)
         assert not before and after
     assert len({shown[i] for i, kind in enumerate(kinds) if kind == latents.CAPTIONED}) == GOOD

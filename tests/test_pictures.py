@@ -664,10 +664,10 @@ def edit(source: str, target: str, text: str = "x") -> dict[str, str]:
 def test_edits_are_two_pictures_and_an_instruction_in_the_order_of_their_lines(tmp_path, capfd):
     rows = [edit("b.png", "two/c.png", "grün "), {**EDIT, "more": 1}, edit("a.png", "./two/../a.png")]
     found = load_edits(write_jsonl(tmp_path, rows, {**SAMPLES, "two/c.png": plain(BLUE)}), 4)
-    for pixels in (found.sources, found.targets):
+    for pixels in (found.sources, found.pixels):
         assert pixels.shape == (3, 3, 4, 4) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
-    assert colors(found.sources) == [RED, GREEN, GREEN] and colors(found.targets) == [BLUE, RED, GREEN]
-    assert found.instructions == ["grün", "make it red", "x"] and found.skipped == []
+    assert colors(found.sources) == [RED, GREEN, GREEN] and colors(found.pixels) == [BLUE, RED, GREEN]
+    assert found.captions == ["grün", "make it red", "x"] and found.skipped == []
     assert found.names == ["two/c.png", "b.png", "a.png"]
     out, err = capfd.readouterr()
     assert out == "" and "skipped" not in err
@@ -686,7 +686,7 @@ def test_both_pictures_of_an_edit_are_put_upright_on_white_and_cropped(tmp_path)
     second = torch.from_numpy(np.array(Image.open(io.BytesIO(noise())))).permute(2, 0, 1)
     found = load_edits(folder, 32)
     assert torch.equal(found.sources, torch.stack([first, second]).to(torch.uint8))
-    assert torch.equal(found.targets, torch.stack([second, first]).to(torch.uint8))
+    assert torch.equal(found.pixels, torch.stack([second, first]).to(torch.uint8))
 
 
 def test_captioned_pictures_and_edits_of_one_file_are_told_apart(tmp_path, capfd):
@@ -695,7 +695,7 @@ def test_captioned_pictures_and_edits_of_one_file_are_told_apart(tmp_path, capfd
     folder = write_jsonl(tmp_path, rows, SAMPLES)
     captioned, edits = load_pictures(folder, 4), load_edits(folder, 4)
     assert captioned.captions == ["red", "y"] and colors(captioned.pixels) == [RED, GREEN]
-    assert edits.instructions == ["make it red", "green", "make it red"]
+    assert edits.captions == ["make it red", "green", "make it red"]
     assert edits.names == ["b.png", "a.png", "b.png"] and colors(edits.sources) == [GREEN, RED, GREEN]
     assert captioned.skipped == edits.skipped == [] and "skipped" not in capfd.readouterr().err
 
@@ -765,8 +765,8 @@ def test_a_bad_edit_is_left_out_alone_named_once_and_no_captioned_picture(
     files = {**SAMPLES, **broken, "folder/x": b""}
     folder = write_jsonl(tmp_path / "data", [EDIT, line, EDIT, CAPTIONED], files)
     found = load_edits(folder, 4)
-    assert found.instructions == ["make it red"] * 2 and found.names == ["b.png"] * 2
-    assert colors(found.sources) == [GREEN] * 2 and colors(found.targets) == [RED] * 2
+    assert found.captions == ["make it red"] * 2 and found.names == ["b.png"] * 2
+    assert colors(found.sources) == [GREEN] * 2 and colors(found.pixels) == [RED] * 2
     assert len(found.skipped) == 1 and found.skipped[0][0] == name
     assert found.skipped[0][1].startswith(reason)
     out, err = capfd.readouterr()
@@ -783,7 +783,7 @@ def test_an_absolute_source_is_left_out_even_if_it_exists(tmp_path):
 
 def test_an_instruction_of_just_ten_thousand_characters_is_kept(tmp_path):
     found = load_edits(write_jsonl(tmp_path, [{**EDIT, "text": "語" * 10_000}], SAMPLES), 4)
-    assert len(found.instructions[0]) == 10_000
+    assert len(found.captions[0]) == 10_000
 
 
 def test_a_huge_source_is_not_read(tmp_path, monkeypatch):
@@ -817,10 +817,10 @@ def test_edits_of_several_metadata_files_come_in_the_order_of_their_sources(tmp_
     write_folder(tmp_path / "photos", SAMPLES)
     for source in (f"{tmp_path}/part-*", f"{tmp_path}/part-*/metadata.jsonl"):
         found = load_edits(source, 4)
-        assert found.instructions == ["0", "1", "2"] and colors(found.targets) == [GREEN, BLUE, RED]
+        assert found.captions == ["0", "1", "2"] and colors(found.pixels) == [GREEN, BLUE, RED]
         assert colors(found.sources) == [RED, GREEN, BLUE]
     sources = [f"{tmp_path}/part-2", f"{tmp_path}/photos", f"{tmp_path}/part-0/metadata.jsonl"]
-    assert load_edits(sources, 4).instructions == ["2", "0"]
+    assert load_edits(sources, 4).captions == ["2", "0"]
     assert load_pictures(sources, 4).captions == ["c", "a green one", "red", "c"]
 
 
@@ -828,8 +828,8 @@ def test_twice_the_same_source_gives_twice_the_same_edits(tmp_path):
     files = {f"{i}.png": noise() if i % 2 else plain() for i in range(6)}
     rows = [edit(f"{i}.png", f"{i + 1}.png", str(i)) for i in range(6)]  # the last has no target
     a, b = (load_edits(write_jsonl(tmp_path, rows, files), 7) for _ in range(2))
-    assert torch.equal(a.sources, b.sources) and torch.equal(a.targets, b.targets)
-    assert a.instructions == b.instructions == list("01234") and a.names == b.names
+    assert torch.equal(a.sources, b.sources) and torch.equal(a.pixels, b.pixels)
+    assert a.captions == b.captions == list("01234") and a.names == b.names
     assert a.skipped == b.skipped == [("6.png", "no such file")]
 
 

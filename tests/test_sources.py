@@ -23,7 +23,7 @@ from chat.template import check_messages
 from config import TrainConfig
 from load_qwen3 import load_tokenizer
 from scale.latents import LatentShards, encode_source
-from scale.pictures import Edits, Pictures, load_edits, load_pictures
+from scale.pictures import Pictures, load_edits, load_pictures
 from scale.sources import LatentSource, PictureSource
 from scale.vae import PatchPCA
 
@@ -122,7 +122,7 @@ def test_validation_pictures_that_training_has_as_well_are_counted(capsys):
     PictureSource(some_pictures(30), some_pictures(3))
     assert capsys.readouterr().err == "3 pictures of --val-data are in --data as well, and trained on\n"
     edits = dataclasses.replace(some_edits(40))
-    edits.sources[7] = edits.targets[9] = 201
+    edits.sources[7] = edits.pixels[9] = 201
     PictureSource(some_pictures(1), dataclasses.replace(some_pictures(3)), edits)
     assert capsys.readouterr().err.startswith("2 pictures of --val-data are in --data")
     other = some_pictures(3)
@@ -133,11 +133,11 @@ def test_validation_pictures_that_training_has_as_well_are_counted(capsys):
 # ---- edits of real pictures ----
 
 
-def some_edits(n: int) -> Edits:
+def some_edits(n: int) -> Pictures:
     """Edits that differ in every pixel: sources are even, targets odd."""
     pixels = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 16, 16)
     words, names = [f"make it {i}" for i in range(n)], [f"e{i}" for i in range(n)]
-    return Edits(2 * pixels, 2 * pixels + 1, words, names, [])
+    return Pictures(2 * pixels + 1, words, names, [], 2 * pixels)
 
 
 def test_every_twentieth_edit_is_held_out():
@@ -183,7 +183,7 @@ def test_no_picture_is_on_either_side_whatever_edits_share(capsys):
             list(x) for x in (before.get(shared, range(60)), after.get(shared, range(100, 160)))
         )
         words = [f"make it {i}" for i in range(60)]
-        edits = Edits(pixels[sources].clone(), pixels[targets].clone(), words, words, [])
+        edits = Pictures(pixels[targets].clone(), words, words, [], pixels[sources].clone())
         pictures = Pictures(pixels[:160].clone(), [f"photo {i}" for i in range(160)], words, [])
         source = PictureSource(pictures, None, edits)
         check_sides(source)
@@ -205,7 +205,7 @@ def test_edits_of_one_picture_alone_cannot_be_set_aside():
 def test_captions_of_edited_pictures_alone_are_split_as_well():
     """Where all captioned pictures are of edits to train on, one of them is set aside with its edits."""
     edits = some_edits(45)
-    pictures = Pictures(edits.targets[3:6].clone(), list("abc"), list("abc"), [])
+    pictures = Pictures(edits.pixels[3:6].clone(), list("abc"), list("abc"), [])
     source = PictureSource(pictures, None, edits)
     check_sides(source)
     assert [caption for _, caption in source.validation(9)] == ["a"] and 3 not in source.edit_rows
@@ -266,8 +266,8 @@ def test_a_source_of_pictures_is_told_from_another_by_whatever_it_holds():
         (pictures, dataclasses.replace(val, pixels=changed(val.pixels)), edits),
         (pictures, dataclasses.replace(val, captions=list("abc")), edits),
         (pictures, val, dataclasses.replace(edits, sources=changed(edits.sources))),
-        (pictures, val, dataclasses.replace(edits, targets=changed(edits.targets))),
-        (pictures, val, dataclasses.replace(edits, instructions=list("abcd"))),
+        (pictures, val, dataclasses.replace(edits, pixels=changed(edits.pixels))),
+        (pictures, val, dataclasses.replace(edits, captions=list("abcd"))),
     ]
     found = [PictureSource(*parts).fingerprint() for parts in sources]
     assert len(set(found)) == len(sources)

@@ -1064,10 +1064,10 @@ def test_chat_takes_edits_where_there_are_some(make_run):
 
 def test_what_a_source_of_edits_holds_tells_it_from_another(make_run):
     source = make_run("--task", "edit,generate", *EDITS).documents.source
-    words = ["make it another", *source.edits.instructions[1:]]
-    others = [dict(sources=255 - source.edits.sources), dict(targets=255 - source.edits.targets)]
+    words = ["make it another", *source.edits.captions[1:]]
+    others = [dict(sources=255 - source.edits.sources), dict(pixels=255 - source.edits.pixels)]
     seen = {source.fingerprint()}
-    for fields in (*others, dict(instructions=words)):
+    for fields in (*others, dict(captions=words)):
         edits = dataclasses.replace(source.edits, **fields)
         seen.add(PictureSource(source.train, None, edits).fingerprint())
     assert len(seen) == 4
