@@ -21,6 +21,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -179,7 +180,7 @@ class Documents:
         for token in (IM_START, IM_END):
             if "chat" in config.tasks and tokenizer.token_to_id(token) is None:
                 raise ValueError(f"--task chat: the base has no chat tokens ({token})")
-        self.ids: dict[str, list[int]] = {}  # captions already tokenised
+        self.encode = lru_cache(2**16)(partial(encode_plain, tokenizer))  # captions come again
 
     def limit(self, pictures: int) -> int:
         """Tokens for which the context has room beside so many pictures, at least 1."""
@@ -187,11 +188,7 @@ class Documents:
 
     def all_ids(self, caption: str | list[int]) -> list[int]:
         """Token ids of a caption."""
-        if isinstance(caption, str):
-            if caption not in self.ids:
-                self.ids[caption] = encode_plain(self.tokenizer, caption)
-            caption = self.ids[caption]
-        return caption
+        return self.encode(caption) if isinstance(caption, str) else caption
 
     def tokenise(self, caption: str | list[int], pictures: int = 1) -> list[int]:
         """Token ids of a caption; one that leaves no room for `pictures` pictures in the context is cut."""

@@ -38,7 +38,7 @@ from checkpoint import Trained, check_device, load_trained, write_atomic
 from config import Bar, Parser, check_range, read_text, run_command, tune_torch
 from data import CAPTION_FIRST, Batch, caption_document, collate, permuted
 from diffusion import SAMPLERS, Diffusion, T
-from generate import derive_seed, describe_images, encode_text, generate_images, generate_text, picture_size
+from generate import derive_seed, describe_images, encode_text, generate_images, picture_size
 from lab import figures
 from lab.language import knowledge, multiple_choice, perplexity, puzzles, read_questions, reasoning
 from lab.metrics import caption_tokens, cider, exact_match, frechet
@@ -49,7 +49,6 @@ from small.world import PIXELS, SPLITS, STRICT, all_scenes, prompt_match, render
 
 BATCH = 76  # of prompts
 TIMESTEPS = (100, 300, 500, 700, 900)
-STARTS = ("the sky is", "a small red circle in the center on a blue background. what color is the circle?")
 
 
 def in_batches(work: Callable[..., Iterable[Any]], what: str, size: int, *columns: Sequence[Any]) -> list:
@@ -214,7 +213,6 @@ def evaluate(
         "validation": validation_error(trained, real, captions),
         "language": language_report(trained, 300, seed, split),
         "text": text_report(trained, unseen_documents(seed)),
-        "answers": {text: generate_text(trained, text, max_tokens=4) for text in STARTS},
         "pictures": pictures,
         "prompts_used": captions,
     }

@@ -493,10 +493,12 @@ def base_fingerprint(folder: Path) -> str:
     """The identity of a base, which checkpoints record: SHA-256 of name, shape and float32 bits of its text.
 
     Two folders of the same weights have the same one, however these are stored. All of it is read once, and
-    again where the header, size or time of a file has changed: the result is kept in the user's cache.
+    again where the size or time of a file has changed: the result is kept in the user's cache.
     """
     read_config(folder)  # or its error
-    files, cache = describe_files(folder), Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    stats = {p.name: p.stat() for p in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]}
+    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     kept = cache / "lmfusion" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not ours
         known = json.loads(kept.read_text(encoding="utf-8"))
@@ -510,22 +512,7 @@ def base_fingerprint(folder: Path) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy())
     found = {"files": files, "fingerprint": digest.hexdigest()}
-    beside = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
     with suppress(OSError):  # a full disk, a home that is not ours: then it is computed again
         kept.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, kept)
+        kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found["fingerprint"]
-
-
-def describe_files(folder: Path) -> dict[str, list]:
-    """Of config.json and the weights: size, time, and SHA-256 of the JSON or of the header."""
-    found = {}
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        stat = path.stat()
-        with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little") if path.suffix == ".safetensors" else stat.st_size
-            f.seek(0)
-            header = f.read(min(length + 8, stat.st_size))
-        found[path.name] = [stat.st_size, stat.st_mtime_ns, hashlib.sha256(header).hexdigest()]
-    return found

@@ -40,7 +40,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoint import check_device, locked, write_atomic
-from config import Bar, Parser, add_fields, flag_name, rules, run_command, setting
+from config import Bar, Parser, add_fields, flag_name, rules, setting
 from load_qwen3 import address, encode_plain, load_tokenizer, open_safetensors, read_json, resolve
 from scale.pictures import (
     NAMED,
@@ -410,9 +410,9 @@ class LatentShards:
 
 
 def main() -> None:
-    """`python data.py encode`, also `python -m scale.latents`."""
+    """`python data.py encode`."""
     parser = Parser(description="Encode captioned pictures into shards of latents, once.")
-    parser.add_argument("command", choices=("encode",), nargs="?", help="what to do")
+    parser.add_argument("command", choices=("encode",), help="what to do")
     add_fields(parser, EncodeConfig)
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None and k != "command"}
     for name in ("data", "vae", "base", "out"):
@@ -425,7 +425,3 @@ def main() -> None:
         shards = encode_source(config, load_vae(config.vae, getattr(torch, config.dtype), config.device))
     state = "there already; nothing was changed" if finished else f"in {len(shards.files):,} shards"
     print(f"{shards.folder}: {len(shards):,} pictures, {state}")
-
-
-if __name__ == "__main__":
-    run_command(main)

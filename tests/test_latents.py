@@ -13,8 +13,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 import weakref
 from collections.abc import Callable
@@ -661,13 +659,9 @@ def flags(out: object, *more: object) -> list[str]:
 
 
 def test_the_command_encodes_once_and_says_what_there_is(tmp_path):
-    """As a module of its own, and then by data.py."""
-    command = [sys.executable, "-m", "scale.latents", *flags("latents", "--dtype", "bfloat16")[1:]]
-    paths = {**os.environ, "PYTHONPATH": str(helpers.ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "latents: 24 pictures, in 5 shards\n"
-    assert "skipped 5 of 29 samples" in done.stderr
+    done = helpers.call(data, *flags("latents", "--dtype", "bfloat16"), folder=tmp_path)
+    assert done.status == 0 and done.out == "latents: 24 pictures, in 5 shards\n"
+    assert "skipped 5 of 29 samples" in done.err
     before = contents(tmp_path / "latents")
     again = helpers.good(data, *flags("latents", "--dtype", "bfloat16"), folder=tmp_path)
     assert again == "latents: 24 pictures, there already; nothing was changed\n"
@@ -682,7 +676,7 @@ def test_the_command_encodes_once_and_says_what_there_is(tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ([], "--data is needed: folder, metadata.jsonl, tar, or a glob"),
+        ([], "the following arguments are required: command"),
         (["decode"], "invalid choice: 'decode'"),
         (["encode"], "--data is needed: folder, metadata.jsonl, tar, or a glob"),
         (["encode", "--imagesize", "3"], "unknown argument --imagesize; did you mean --image-size"),

@@ -471,7 +471,7 @@ def test_the_fingerprint_is_computed_once_and_again_when_a_file_changes(tmp_path
     assert base_fingerprint(folder) == first and len(read) == 3
     os.utime(folder / "model.safetensors", ns=(1, 1))  # may be another file of the same size
     assert base_fingerprint(folder) == first and len(read) == 4
-    monkeypatch.setattr(os, "replace", lambda *_: deny())
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: deny())
     kept.unlink()
     assert base_fingerprint(folder) == first and len(read) == 5 and not kept.exists()
     assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
