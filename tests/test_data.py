@@ -1037,8 +1037,8 @@ def test_a_caption_of_few_letters_that_normalise_to_many_is_not_taken_for_short(
     """NFC makes three code points of some: a musical note of 4 bytes has 12."""
     tokenizer = build_tokenizer()
     tokenizer.normalizer = normalizers.NFC()
-    documents = make_documents(model=dataclasses.replace(CHAT, max_position_embeddings=P + 3 + 40))
-    documents.tokenizer = tokenizer
+    model = dataclasses.replace(CHAT, max_position_embeddings=P + 3 + 40)
+    documents = Documents(SMALL, model, tokenizer, Numbers())
     for n in range(1, 12):
         text = "\U0001d160" * n
         assert documents.fits(text) == (len(encode_plain(tokenizer, text)) <= 40)
