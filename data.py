@@ -356,11 +356,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """With latents, noise and targets on a device; tokens and max_t are a plan, and stay."""
-        latents, u, eps = (send(x, device) for x in (self.latents, self.u, self.eps))
-        before, behind = (
-            Targets(*(send(x, device) for x in vars(targets).values()))
-            for targets in (self.before, self.behind)
-        )
+        move = partial(send, device=device)
+        latents, u, eps = map(move, (self.latents, self.u, self.eps))
+        before, behind = (Targets(*map(move, vars(x).values())) for x in (self.before, self.behind))
         return Batch(self.prefix, self.rest, latents, self.max_t, u, eps, before, behind, self.layouts)
 
 

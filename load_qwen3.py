@@ -298,10 +298,7 @@ def image_tokens(tokenizer: Tokenizer, path: Path | str = "tokenizer.json") -> t
     for boi, eoi in PAIRS:
         if boi in special and eoi in special:
             return special[boi], special[eoi]
-    missing = next(t for t in (BOI, EOI) if t not in special)
-    others = f"(nor one of the pairs {', '.join(' '.join(p) for p in PAIRS[1:])})"
-    beside = next((f"beside {t}" for t in (BOI, EOI) if t in special), others)
-    raise ValueError(f"{path}: has no special token {missing} {beside}")
+    raise ValueError(f"{path}: has none of these pairs of special tokens: {', '.join(map(' '.join, PAIRS))}")
 
 
 @lru_cache(maxsize=4)  # a Tokenizer is hashed and compared by identity

@@ -132,12 +132,15 @@ def configure(plan: Plan, name: str, seed: int, base: Path) -> TrainConfig:
 
 
 def ensure_lab_base(plan: Plan) -> Path:
-    """The one base of all cells; a quick plan has a quick one."""
-    if not plan.quick:
-        return pretrain.ensure_base(0, plan.base_steps)
-    folder = Path(plan.runs) / "base"
+    """The one base of all cells, pretrained unless a former run has left it; a quick plan has a quick one."""
+    folder, how = Path(f"runs/base-small-v{pretrain.RECIPE}-0-{plan.base_steps}"), {"steps": plan.base_steps}
+    if plan.quick:
+        folder = Path(plan.runs) / "base"
+        how = dict(steps=2, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     if not folder.is_dir():
-        pretrain.pretrain_base(folder, steps=2, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+        with locked(folder.with_name(f".{folder.name}.making")):
+            print(f"pretraining a tiny Qwen3 on built-in text, once, into {folder}", flush=True)
+            pretrain.pretrain_base(folder, **how)
     return folder
 
 

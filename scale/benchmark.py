@@ -13,6 +13,7 @@ what is computed twice is no more work done. `--quick` takes small shapes, to tr
 """
 
 import gc
+import itertools
 import json
 import platform
 import statistics
@@ -53,23 +54,19 @@ def wait(device: str) -> None:
 
 
 def in_turns(works: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each run of each work, in turns, after a round that warms up: `seconds` in all, but two runs
-    at least, and five where there is time for them."""
+    """Seconds of each run of each work, in turns, after two rounds that warm up; two runs at least."""
     times: dict[str, list[float]] = {name: [] for name in works}
-    for first in (True, False):
-        start = time.perf_counter()
-        while True:
-            for name, work in works.items():
-                wait(device)
-                begin = time.perf_counter()
-                work()
-                wait(device)
-                if not first:
-                    times[name].append(time.perf_counter() - begin)
-            runs, spent = len(times[name]), time.perf_counter() - start
-            if spent > seconds / 4 if first else runs > 1 and spent > seconds * (2 if runs < 5 else 1):
-                break
-    return times
+    for number in itertools.count():
+        if number == 2:
+            start = time.perf_counter()
+        for name, work in works.items():
+            wait(device)
+            begin = time.perf_counter()
+            work()
+            wait(device)
+            times[name].append(time.perf_counter() - begin)
+        if number > 2 and time.perf_counter() - start > seconds:
+            return {name: found[2:] for name, found in times.items()}
 
 
 def row(part: str, what: str, amount: float, unit: str, times: list[float], **more: object) -> Row:

@@ -334,14 +334,13 @@ class LatentShards:
         pieces: list[Piece] = []
         for one in latent_folders(folder) or [self.folder]:
             settings, more = self.read_folder(one)
-            for name in JOINED if pieces else ():
-                ours, theirs = getattr(self, name), getattr(settings, name)
+            for name in JOINED:
+                theirs = getattr(settings, name)
+                ours = vars(self).setdefault(name, theirs)
                 if ours != theirs:
                     found = f"{name} is {theirs}, and {ours} in {self.indices[0].parent}"
                     raise ValueError(f"{one} was not encoded as the others: {found}")
             pieces += more
-            for name in JOINED:
-                setattr(self, name, getattr(settings, name))
         self.ends = list(accumulate(piece.count for piece in pieces))
         bounds = torch.tensor([piece.bound for piece in pieces], dtype=torch.float32)  # (shards, C)
         self.bound = bounds.amax(0)[:, None, None]  # (C, 1, 1)

@@ -174,16 +174,6 @@ def pretrain_base(folder: Path, seed: int = 0, steps: int = STEPS, **sizes) -> N
     save_base(model, tokenizer, folder)
 
 
-def ensure_base(seed: int, steps: int = STEPS) -> Path:
-    """The folder of the tiny Qwen3, which is pretrained unless a former run has left it."""
-    folder = Path("runs") / f"base-small-v{RECIPE}-{seed}{'' if steps == STEPS else f'-{steps}'}"
-    if not folder.is_dir():
-        with locked(folder.with_name(f".{folder.name}.making")):
-            print(f"pretraining a tiny Qwen3 on built-in text, once, into {folder}", flush=True)
-            pretrain_base(folder, seed, steps)
-    return folder
-
-
 def random_base(stock: str, folder: Path, seed: int = 0, **smaller: int) -> None:
     """A folder with a stock Qwen3's shape (or smaller), random bfloat16 weights, and the tiny tokenizer."""
     tokenizer = train_tokenizer(random.Random(seed))

@@ -1092,28 +1092,14 @@ def test_tasks_that_the_data_or_the_tokenizer_do_not_give_are_refused(make_run):
     Documents(dataclasses.replace(config, task="edit"), model, Tokenizer(models.BPE()), source)
 
 
-@pytest.fixture
-def pretrained(tmp_path, monkeypatch) -> list[tuple]:
-    """How each base was pretrained; no base is."""
-    made = []
-    monkeypatch.setattr(
-        pretrain, "pretrain_base", lambda folder, *how: made.append(how) or folder.mkdir(parents=True)
-    )
-    return made
-
-
-def test_the_base_is_pretrained_once_and_again_for_another_seed_or_recipe(pretrained, monkeypatch):
-    steps, first = pretrain.STEPS, pretrain.ensure_base(0)
-    assert first == pretrain.ensure_base(0) != pretrain.ensure_base(1)
-    assert pretrained == [(0, steps), (1, steps)]
-    monkeypatch.setattr(pretrain, "RECIPE", pretrain.RECIPE + 1)
-    assert pretrain.ensure_base(0) == pretrain.ensure_base(0) != first
-    assert pretrained[2:] == [(0, steps)]
-
-
-def test_the_base_of_the_lab_is_another(pretrained):
+def test_the_base_of_the_lab_is_pretrained_once_and_again_for_another_recipe(monkeypatch):
     from lab import ablate  # here: it takes the whole laboratory
 
-    folders = [ablate.ensure_lab_base(ablate.Plan()) for _ in range(2)]
-    assert folders[0] == folders[1] != pretrain.ensure_base(0)
-    assert pretrained == [(0, 2600), (0, pretrain.STEPS)]
+    made, plan = [], ablate.Plan()
+    monkeypatch.setattr(
+        pretrain, "pretrain_base", lambda folder, **how: made.append(how) or folder.mkdir(parents=True)
+    )
+    first = ablate.ensure_lab_base(plan)
+    assert ablate.ensure_lab_base(plan) == first and made == [{"steps": 2600}]
+    monkeypatch.setattr(pretrain, "RECIPE", pretrain.RECIPE + 1)
+    assert ablate.ensure_lab_base(plan) != first and made == 2 * [{"steps": 2600}]
