@@ -187,7 +187,7 @@ class Cache:
     document: Tensor  # (B, S)
     mrope: Tensor | None = None  # (B, S, 3)
 
-    __post_init__ = Tokens.__post_init__
+    __post_init__ = Tokens.__post_init__  # zeros, if not given
 
     @property
     def length(self) -> int:
@@ -275,11 +275,11 @@ def rope_positions(tokens: Tokens, past: Tokens | Cache | None) -> Tensor:
     key = tokens if past is None else Tokens(None, *seen_slots(past, tokens))
     if not key.mrope.any():
         return tokens.position.flatten()
-    saved, behind = key.mrope[..., 0], torch.zeros_like(key.document)
+    saved, lag = key.mrope[..., 0], torch.zeros_like(key.document)
     for document in key.document.unique():
         own = key.document == document
-        behind += own * ((saved * own).cumsum(1) - saved)
-    time = (tokens.position - behind[:, -tokens.ids.shape[1] :])[..., None]
+        lag += own * ((saved * own).cumsum(1) - saved)  # what earlier slots of the document saved
+    time = (tokens.position - lag[:, -tokens.ids.shape[1] :])[..., None]
     return (time + F.pad(tokens.mrope[..., 1:], (1, 0))).flatten(0, 1)
 
 
