@@ -140,7 +140,7 @@ def read_config(folder: Path) -> dict:
     """ModelConfig's language-model fields from `config.json`; ValueError names what is not built."""
     path = folder / "config.json"
     raw, prefix = read_json(path), ""
-    if raw.get("model_type") in VLM_TYPES:
+    if str(raw.get("model_type")) in VLM_TYPES:
         raw, prefix = read_text_config(path, raw), "text_config."
 
     def refuse(field: str, wanted: str) -> None:
