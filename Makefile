@@ -32,7 +32,7 @@ pretrain: .venv/ready
 weights: .venv/ready
 	rm -rf small/base small/checkpoint runs/weights
 	$(PY) -m small.pretrain --out small/base
-	$(PY) train.py --config small --out runs/weights
+	$(PY) train.py --config small --steps 6000 --out runs/weights
 	$(PY) evaluate.py --checkpoint runs/weights --json runs/weights.json
 	$(PY) -m small.ship runs/weights --figures runs/weights.json
 

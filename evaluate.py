@@ -271,7 +271,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--split", choices=SPLITS[1:], default="test", help="validation: to choose; test: to report")
     add("--n", type=int, metavar="N", help="held-out prompts; without it, all of the split")
     add("--steps", type=int, default=25, metavar="N", help="denoising steps")
-    add("--cfg", type=float, default=3.0, metavar="S", help="guidance scale; 1 is none")
+    add("--cfg", type=float, default=1.5, metavar="S", help="guidance scale; 1 is none")
     add("--seed", type=int, default=0, metavar="N", help="of prompts' order and of all noise")
     add("--json", metavar="FILE", help="write the figures here as well")
     add("--sheet", metavar="FILE", help="write a sheet of the first 36 pictures here")

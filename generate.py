@@ -41,7 +41,7 @@ def generate_images(
     prompts: list[str],
     seeds: list[int],
     steps: int = 25,
-    cfg: float = 3.0,
+    cfg: float = 1.5,
     sampler: str = "ddim",
     watch: Watch = None,
 ) -> Tensor:

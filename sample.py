@@ -52,7 +52,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="PATH", help="file (sample.png), or folder (of a chat: runs/talk)")
     add("--n", type=int, default=1, metavar="N", help="pictures a prompt")
     add("--steps", type=int, metavar="N", help="denoising steps (default: 25; 250 for ddpm)")
-    add("--cfg", type=float, default=3.0, metavar="S", help="guidance scale; 1 is none")
+    add("--cfg", type=float, metavar="S", help="guidance scale; 1 is none (1.5; edits and chat: 3)")
     add("--seed", type=int, default=0, metavar="N", help="same seed and arguments: same file")
     add("--labels", action="store_true", help="write each prompt below its picture")
     add("--gif", metavar="FILE", help="also write a film of the denoising")
@@ -99,6 +99,8 @@ def check(args: argparse.Namespace) -> None:
         args.max_tokens = 256 if talking else 64
     if args.steps is None:
         args.steps = 250 if args.sampler == "ddpm" else 25
+    if args.cfg is None:
+        args.cfg = 3.0 if talking or args.edit else 1.5
     if args.scale is None:
         args.scale = 0 if args.folder else 128 if args.labels else 256
     check_range(args, scale=(0, 4096), n=(1, 10000), steps=(1, T), max_tokens=(1, 10**6))

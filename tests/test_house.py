@@ -110,7 +110,7 @@ def test_the_core_stays_small():
     budgets = {"train.py": 420, "model.py": 450, "attention.py": 410}
     assert {name: lines[name] for name in budgets if lines[name] > budgets[name]} == {}
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 220
-    assert len(list(ROOT.glob("*.py"))) <= 13 and sum(lines.values()) < 11100
+    assert len(list(ROOT.glob("*.py"))) <= 13 and sum(lines.values()) < 11150
     assert len(imports("train")) <= 10
 
 
