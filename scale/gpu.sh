@@ -27,7 +27,9 @@ OUT=${OUT:-scale/results/$(echo "$CARD${QUICK:+ quick}" | tr ' /' '--')}
 LEARN=${LEARN:-120} STARTED=$(date +%s) SLOW=${QUICK:+1800}  # a busy CPU may take long
 mkdir -p "$OUT"
 WORK=$(mktemp -d)
-trap 'rm -rf "$WORK"' EXIT
+LAST=runs/last-small # what train.py leaves there is gone at the end: put back what was there
+if [ -f "$LAST" ]; then cp "$LAST" "$WORK/last"; fi
+trap 'if [ -f "$WORK/last" ]; then cp "$WORK/last" "$LAST"; else rm -f "$LAST"; fi; rm -rf "$WORK"' EXIT
 
 say() { echo "$(($(date +%s) - STARTED)) s: $*"; }
 
