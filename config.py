@@ -141,7 +141,7 @@ class TrainConfig:
     patch_positions: bool = setting(False, "a learned vector for each patch", inherited=True)
     # diffusion and losses
     prediction: str = setting("eps", "what UNet-Up's output is", PREDICTIONS, inherited=True)
-    loss_weighting: str = setting("none", "v: divided by alpha_bar", WEIGHTINGS, inherited=True)
+    loss_weighting: str = setting("none", "see Diffusion.loss", WEIGHTINGS, inherited=True)
     schedule_shift: float = setting(1.0, "its square divides the SNR at each t", above=0, inherited=True)
     lambda_ddpm: float = setting(5.0, "lambda of Eq. (4)", low=0)
     caption_first: float = setting(0.8, "share of samples with the caption before the picture", low=0, high=1)

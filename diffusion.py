@@ -50,8 +50,8 @@ class Diffusion:
     prediction = "v":   eps = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) F. Our choice, for small models: at
     high noise the network need not learn to copy its input to three digits before the prompt can matter. The
     loss stays one on eps; F is then what Salimans & Ho (2022) call v.
-    prediction = "x":   eps = (x_t - sqrt(alpha_bar) F) / sqrt(1 - alpha_bar): F is the picture itself. Our
-    choice, for small models again: noise has as many dimensions as the latent, pictures lie on a surface of
+    prediction = "x":   eps = (x_t - sqrt(alpha_bar) F) / sqrt(1 - alpha_bar): F is x_0, the clean latent. Our
+    choice, for small models again: noise has as many dimensions as the latent, pictures lie on a manifold of
     few, and a narrow network that must carry the noise to its output blurs them (Li & He 2025, "Back to
     basics": predict x, weigh its error as one of v).
     """
